@@ -1,0 +1,187 @@
+"""One token per column of a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from kerasfactory.layers._arguments import positive_integer
+
+
+@keras.saving.register_keras_serializable(package="kerasfactory.layers")
+class FeatureTokenizer(keras.layers.Layer):
+    r"""Turns each feature of a table into a token, so that attention over tokens is attention over features.
+
+    A numerical feature \(x_f\) becomes \(x_f\, w_f + b_f\), with a vector \(w_f\) and a vector \(b_f\) learned
+    for that feature. A categorical feature becomes the embedding of its category, learned for that feature.
+    This is the tokenizer of the FT-Transformer (Gorishniy et al. 2021,
+    [*Revisiting Deep Learning Models for Tabular Data*](https://arxiv.org/abs/2106.11959), section 3.3), with
+    the bias of a categorical feature left out, since its embedding contains it. Weights start uniform in
+    \(\pm 1/\sqrt{d_\text{token}}\), as there.
+
+    Numbers should be on one scale: standardise them first. Missing values are yours to fill: a token of a
+    missing value is NaN, and so is the token of a category that does not exist, so that neither passes for data.
+
+    Args:
+        d_token: Size of a token. A positive integer.
+        feature_names: Names of the columns, in their order. They are kept in the layer's config and survive
+            `.keras` files.
+        cardinalities: Number of categories of each categorical column, whose values are then the integers
+            from 0 up to, but not including, that number. Either a mapping from column name (or, without
+            `feature_names`, column index) to number, or a sequence with one entry per column, `None` for
+            numerical ones. Columns not mentioned are numerical.
+        **kwargs: `name`, `dtype` and `trainable`, as on every Keras layer.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, feature)`, of any numeric dtype.
+
+    Returns:
+        Tokens, of shape `(batch, feature, d_token)`.
+
+    Raises:
+        ValueError: If an argument is outside its range, names repeat, a cardinality is given for a column that
+            does not exist, or the inputs are not `(batch, feature)` with one column per name.
+
+    Example:
+        ```python
+        import numpy as np
+
+        from kerasfactory.layers import FeatureTokenizer
+
+        tokenizer = FeatureTokenizer(8, feature_names=["age", "income", "region"], cardinalities={"region": 4})
+        tokens = tokenizer(np.array([[0.3, -1.2, 2], [1.1, 0.4, 0]]))
+
+        print(tokens.shape)
+        #> (2, 3, 8)
+        ```
+    """
+
+    def __init__(
+        self,
+        d_token: int,
+        feature_names: Sequence[str] | None = None,
+        cardinalities: Mapping[str, int] | Mapping[int, int] | Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # A half-precision input would round category 2049 to 2048; the layer converts its inputs itself.
+        super().__init__(autocast=False, **kwargs)
+        self.d_token = positive_integer("d_token", d_token)
+        self.feature_names = _checked_names(feature_names)
+        self.cardinalities = _checked_cardinalities(cardinalities, self.feature_names)
+
+    def build(self, input_shape):
+        self._check_shape(input_shape)
+        columns = range(input_shape[-1])
+        counts = {self._column(key): count for key, count in self.cardinalities.items()}
+        if any(column not in columns for column in counts):
+            raise ValueError(
+                f"`cardinalities` names a column that inputs of shape {tuple(input_shape)} do not have. Received: "
+                f"cardinalities={self.cardinalities}"
+            )
+        self._numerical = [column for column in columns if column not in counts]
+        self._categorical = sorted(counts)
+        self._counts = [counts[column] for column in self._categorical]
+        # Tokens are computed kind by kind; this puts them back into the order of the columns.
+        kinds = self._numerical + self._categorical
+        self._order = [kinds.index(column) for column in columns]
+
+        limit = self.d_token**-0.5
+        if self._numerical:
+            shape = (len(self._numerical), self.d_token)
+            self.kernel = self.add_weight(
+                shape=shape, initializer=keras.initializers.RandomUniform(-limit, limit), name="kernel"
+            )
+            self.bias = self.add_weight(
+                shape=shape, initializer=keras.initializers.RandomUniform(-limit, limit), name="bias"
+            )
+        if self._categorical:
+            self.embeddings = self.add_weight(
+                shape=(sum(self._counts), self.d_token),
+                initializer=keras.initializers.RandomUniform(-limit, limit),
+                name="embeddings",
+            )
+
+    def call(self, inputs):
+        self._check_shape(inputs.shape)
+        tokens = []
+        if self._numerical:
+            numbers = ops.cast(ops.take(inputs, self._numerical, axis=1), self.variable_dtype)
+            tokens.append(numbers[:, :, None] * self.kernel + self.bias)
+        if self._categorical:
+            values = ops.take(inputs, self._categorical, axis=1)
+            counts = ops.cast(self._counts, "int32")
+            categories = ops.cast(values, "int32")
+            exists = (categories >= 0) & (categories < counts) & (ops.cast(categories, values.dtype) == values)
+            # All embeddings lie in one table, feature after feature.
+            rows = ops.where(exists, categories, 0) + ops.cumsum(counts) - counts
+            tokens.append(ops.where(exists[:, :, None], ops.take(self.embeddings, rows, axis=0), float("nan")))
+        if len(tokens) == 2:
+            tokens = [ops.take(ops.concatenate(tokens, axis=1), self._order, axis=1)]
+        return ops.cast(tokens[0], self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        self._check_shape(input_shape)
+        return (*input_shape, self.d_token)
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        return {
+            **config,
+            "d_token": self.d_token,
+            "feature_names": self.feature_names,
+            "cardinalities": self.cardinalities or None,
+        }
+
+    def _column(self, key):
+        return self.feature_names.index(key) if self.feature_names else key
+
+    def _check_shape(self, shape):
+        shape = tuple(shape)
+        if len(shape) != 2 or not shape[-1]:
+            raise ValueError(f"The inputs must have shape (batch, feature). Received: shape={shape}")
+        if self.feature_names and shape[-1] != len(self.feature_names):
+            raise ValueError(
+                f"The inputs must have one column per feature name, {len(self.feature_names)} "
+                f"({', '.join(self.feature_names)}). Received: shape={shape}"
+            )
+
+
+def _checked_names(names: Any) -> list[str] | None:
+    if names is None:
+        return None
+    given, names = names, list(names)
+    if isinstance(given, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`feature_names` must be a list of strings, one per column. Received: {given!r}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")
+    return [str(name) for name in names]
+
+
+def _checked_cardinalities(cardinalities: Any, names: list[str] | None) -> dict[Any, int]:
+    if not isinstance(cardinalities, Mapping):
+        entries = list(cardinalities or ())
+        if names and cardinalities is not None and len(entries) != len(names):
+            raise ValueError(
+                f"`cardinalities` as a sequence must have one entry per column, {len(names)}, with None for numerical "
+                f"ones. Received: cardinalities={cardinalities!r}"
+            )
+        cardinalities = {
+            names[column] if names else column: count for column, count in enumerate(entries) if count is not None
+        }
+    checked = {}
+    for key, count in cardinalities.items():
+        # JSON, as in `.keras` files, turns the keys of a mapping into strings.
+        if names is None and isinstance(key, str) and key.isdecimal():
+            key = int(key)
+        if names is not None and isinstance(key, int) and 0 <= key < len(names):
+            key = names[key]
+        if key not in names if names is not None else not isinstance(key, int) or key < 0:
+            expected = f"one of {names}" if names is not None else "a column index, as no `feature_names` are given"
+            raise ValueError(f"`cardinalities` has an unknown column: expected {expected}. Received: {key!r}")
+        checked[key] = positive_integer(f"cardinalities[{key!r}]", count)
+    return checked

@@ -1,0 +1,335 @@
+"""Multi-head attention whose scores can be read after every call."""
+
+import difflib
+import inspect
+import numbers
+from typing import Any
+
+import keras
+
+from kerasfactory.layers import _backend
+from kerasfactory.layers._arguments import positive_integer
+
+# Keras calls these three by other names; everything else it takes is passed on by its own name.
+_RENAMED = {"num_heads": "n_head", "key_dim": "d_model", "dropout": "dropout_rate"}
+_LAYER_ARGUMENTS = ("name", "dtype", "trainable")
+_ATTENTION_ARGUMENTS = tuple(
+    name
+    for name in inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters
+    if name not in {"self", "kwargs", *_RENAMED}
+)
+
+
+@keras.saving.register_keras_serializable(package="kerasfactory.layers")
+class InterpretableMultiHeadAttention(keras.layers.Layer):
+    r"""Multi-head attention that lets you read its attention scores.
+
+    The layer wraps `keras.layers.MultiHeadAttention` (the attribute `mha`) and computes exactly what that
+    layer computes. What it adds is `attention_scores`: the weights of the latest call, in a form that fits
+    the moment. After an eager call they are a tensor; in a functional or `Sequential` model, trained or
+    reloaded, they are a `KerasTensor` from which `keras.Model(model.inputs, layer.attention_scores)` makes a
+    model that predicts scores.
+
+    For head \(h\) with projections \(W^Q_h, W^K_h, W^V_h\) of width `d_model`,
+
+    $$
+    A_h = \operatorname{softmax}\!\left(\frac{(Q W^Q_h)(K W^K_h)^\top}{\sqrt{d_\text{model}}}\right), \qquad
+    \text{output} = \operatorname{concat}_h(A_h\, V W^V_h)\, W^O ,
+    $$
+
+    and \(A\) is what `attention_scores` holds (Vaswani et al. 2017,
+    [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), sections 3.2.1 and 3.2.2).
+
+    Args:
+        d_model: Size of **each head** for query and key, and for value unless `value_dim` is given. A
+            positive integer. It is not the width of the model: the output is as wide as the query.
+        n_head: Number of heads. A positive integer. It need not divide anything.
+        dropout_rate: Share of attention scores dropped in training, in `[0, 1)`. The scores you read are
+            taken before dropout.
+        **kwargs: Passed on to `keras.layers.MultiHeadAttention`: `value_dim`, `use_bias`, `output_shape`,
+            `attention_axes`, `kernel_initializer`, `bias_initializer`, `kernel_regularizer`,
+            `bias_regularizer`, `activity_regularizer`, `kernel_constraint`, `bias_constraint`, `seed`, and
+            whatever else the installed Keras offers there (`sliding_window`, `use_gate`, …). `name`, `dtype`
+            and `trainable` are the layer's own.
+
+    Call arguments:
+        query: Tensor of shape `(batch, query, features)`.
+        key: Tensor of shape `(batch, key, features)`. The query if not given. Mind the order: Keras' layer
+            takes `(query, value, key)`.
+        value: Tensor of shape `(batch, key, features)`. The key if not given.
+        query_mask, key_mask, value_mask, attention_mask, use_causal_mask, return_attention_scores, training:
+            As in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the tensors are honoured.
+
+    Returns:
+        The output, of shape `(batch, query, features of the query)`, or `(batch, query, *output_shape)`. With
+        `return_attention_scores=True` a pair of output and scores.
+
+    Raises:
+        ValueError: If an argument is unknown or outside its range; if query, key and value differ in rank or
+            batch size, key and value in length, or one of them is empty.
+
+    Example:
+        ```python
+        import numpy as np
+
+        from kerasfactory.layers import InterpretableMultiHeadAttention
+
+        layer = InterpretableMultiHeadAttention(d_model=64, n_head=8)
+        tokens = np.random.default_rng(0).normal(size=(32, 10, 64)).astype("float32")
+
+        output = layer(tokens)
+        print(output.shape)
+        #> (32, 10, 64)
+        print(layer.attention_scores.shape)
+        #> (32, 8, 10, 10)
+        ```
+    """
+
+    def __init__(self, d_model: int, n_head: int, dropout_rate: float = 0.1, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            if name not in _ATTENTION_ARGUMENTS + _LAYER_ARGUMENTS:
+                raise ValueError(_unknown_argument(name, value))
+        super().__init__(**{name: kwargs.pop(name) for name in _LAYER_ARGUMENTS if name in kwargs})
+        self.supports_masking = True
+
+        self.d_model = positive_integer("d_model", d_model)
+        self.n_head = positive_integer("n_head", n_head)
+        rate: Any = dropout_rate  # to a type checker a float is not a Real
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+            raise ValueError(
+                "`dropout_rate` must be a number from 0 up to, but not including, 1: the share of attention "
+                f"scores to drop in training. Received: dropout_rate={dropout_rate!r}"
+            )
+        self.dropout_rate = float(rate)
+        if kwargs.get("value_dim") is not None:
+            kwargs["value_dim"] = positive_integer("value_dim", kwargs["value_dim"])
+        if kwargs.get("output_shape") is not None:
+            sizes = kwargs["output_shape"]
+            sizes = sizes if isinstance(sizes, list | tuple) else [sizes]
+            kwargs["output_shape"] = tuple(positive_integer("output_shape", size) for size in sizes)
+
+        self.mha = keras.layers.MultiHeadAttention(
+            num_heads=self.n_head,
+            key_dim=self.d_model,
+            dropout=self.dropout_rate,
+            dtype=self.dtype_policy,
+            name="mha",
+            **kwargs,
+        )
+        # Keras' layer forgets or rewrites these two, so the config takes them from here.
+        self._flash_attention = kwargs.get("flash_attention")
+        self._attention_axes = kwargs.get("attention_axes")
+
+        self._scores: Any = None  # of the latest call that was not compiled: a tensor, or what makes a KerasTensor
+        self._traced_scores: Any = None  # of the latest call inside a function being compiled
+
+    def build(self, query_shape, key_shape=None, value_shape=None):
+        key_shape = key_shape or query_shape
+        rank = len(query_shape)
+        for axis in self.mha.attention_axes or ():
+            if not -rank <= axis < rank or axis % rank in (0, rank - 1):
+                raise ValueError(
+                    f"`attention_axes` must name axes between the batch axis, 0, and the feature axis, {rank - 1}, of "
+                    f"a query of shape {tuple(query_shape)}. Received: attention_axes={self._attention_axes!r}"
+                )
+        self.mha.build(query_shape, value_shape or key_shape, key_shape)
+
+    def __call__(self, query, key=None, value=None, **kwargs):
+        _check_shapes(query, key, value)
+        if not any(isinstance(x, keras.KerasTensor) for x in (query, key, value)):
+            return super().__call__(query, key, value, **kwargs)
+
+        # In a graph the scores are a node of their own, made only if somebody asks for it: the model pays
+        # nothing until then, `layer.output` stays one tensor, and Keras, which sizes all calls of a layer by
+        # the first, is never shown two kinds of call.
+        return_scores = kwargs.pop("return_attention_scores", False)
+        output = super().__call__(query, key, value, **kwargs)
+        kwargs.pop("training", None)
+        self._scores = lambda: AttentionScores(self)(query, key, value, **kwargs)
+        return (output, self.attention_scores) if return_scores else output
+
+    def call(
+        self,
+        query,
+        key=None,
+        value=None,
+        query_mask=None,
+        key_mask=None,
+        value_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        key = query if key is None else key
+        value = key if value is None else value
+        # Keras' layer takes the masks off its inputs. They are the caller's, who may use them again.
+        attached = [(tensor, _backend.get_keras_mask(tensor)) for tensor in (query, key, value)]
+        output, scores = self.mha(
+            query,
+            value,
+            key=key,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            return_attention_scores=True,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+        for tensor, mask in attached:
+            _backend.set_keras_mask(tensor, mask)
+
+        values = _backend.concrete(scores)
+        if values is None:
+            self._traced_scores = scores
+        else:
+            self._scores, self._traced_scores = values, None
+        return (output, scores) if return_attention_scores else output
+
+    @property
+    def attention_scores(self):
+        """Attention scores of the latest call, of shape `(batch, head, query, key)`, before dropout.
+
+        Rows (over the last axis) sum to 1, except rows whose keys are all masked: those are 0. With several
+        attention axes, the query axes come first, then the key axes.
+
+        | the latest call was | you get |
+        |---|---|
+        | – (never called) | `None` |
+        | eager, as `layer(x)` or `model(x)` | a tensor with that call's scores |
+        | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
+        | inside your own `tf.function` or `jax.jit` | inside it, the traced scores; outside, one of the above |
+
+        Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves: the latest call that was
+        not compiled decides.
+
+        Raises:
+            RuntimeError: If the layer has only ever been called inside compiled functions.
+        """
+        if self._traced_scores is not None and _backend.is_live(self._traced_scores):
+            return self._traced_scores
+        if self._scores is None and self._traced_scores is not None:
+            raise RuntimeError(
+                f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
+                "function (such as `fit`, `predict` or `evaluate`), which keeps its tensors to itself. Call the "
+                "model on some data, `model(x)`, and read `attention_scores` then; or return the scores from the "
+                "compiled function by calling the layer with `return_attention_scores=True`."
+            )
+        if callable(self._scores):
+            self._scores = self._scores()
+        return self._scores
+
+    def compute_output_shape(self, query_shape, key_shape=None, value_shape=None):
+        key_shape = key_shape or query_shape
+        return self.mha.compute_output_shape(query_shape, value_shape or key_shape, key_shape)
+
+    def compute_output_spec(self, query, key=None, value=None, **kwargs):
+        key = query if key is None else key
+        value = key if value is None else value
+        shape = self.compute_output_shape(query.shape, key.shape, value.shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        attention = self.mha.get_config()
+        return {
+            **super().get_config(),
+            "d_model": self.d_model,
+            "n_head": self.n_head,
+            "dropout_rate": self.dropout_rate,
+            **{name: attention.get(name) for name in _ATTENTION_ARGUMENTS},
+            "flash_attention": self._flash_attention,
+            "attention_axes": self._attention_axes,
+        }
+
+
+@keras.saving.register_keras_serializable(package="kerasfactory.layers")
+class AttentionScores(keras.layers.Layer):
+    """The scores of an attention layer as a node of a graph. `attention_scores` makes it when it is read."""
+
+    def __init__(self, attention: InterpretableMultiHeadAttention, **kwargs: Any) -> None:
+        super().__init__(dtype=attention.dtype_policy, **kwargs)
+        self.attention = attention
+        self.supports_masking = True
+
+    def build(self, query_shape, key_shape=None, value_shape=None):
+        if not self.attention.built:  # as after loading, when this node comes before the layer's own
+            self.attention.build(query_shape, key_shape, value_shape)
+
+    def call(
+        self,
+        query,
+        key=None,
+        value=None,
+        query_mask=None,
+        key_mask=None,
+        value_mask=None,
+        attention_mask=None,
+        use_causal_mask=False,
+    ):
+        return self.attention(
+            query,
+            key,
+            value,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            value_mask=value_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+            return_attention_scores=True,
+            training=False,
+        )[1]
+
+    def compute_mask(self, inputs, previous_mask):
+        return None
+
+    def compute_output_spec(self, query, key=None, value=None, **kwargs):
+        key_shape = query.shape if key is None else key.shape
+        # Keras' layer has by now turned `attention_axes` into a tuple of positive axes.
+        axes = self.attention.mha.attention_axes
+        other = [query.shape[axis] for axis in range(len(query.shape) - 1) if axis not in axes]
+        queries = [query.shape[axis] for axis in axes]
+        keys = [key_shape[axis] for axis in axes]
+        return keras.KerasTensor((*other, self.attention.n_head, *queries, *keys), dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["dtype"]  # is the attention layer's
+        return {**config, "attention": keras.saving.serialize_keras_object(self.attention)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "attention": keras.saving.deserialize_keras_object(config["attention"])})
+
+
+def _unknown_argument(name: str, value: Any) -> str:
+    known = ["d_model", "n_head", "dropout_rate", *_ATTENTION_ARGUMENTS, *_LAYER_ARGUMENTS]
+    near = [_RENAMED[name]] if name in _RENAMED else difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Known arguments: {', '.join(known)}."
+    return f"InterpretableMultiHeadAttention has no argument `{name}`. {hint} Received: {name}={value!r}"
+
+
+def _check_shapes(query: Any, key: Any, value: Any) -> None:
+    named = {"query": query, "key": query if key is None else key}
+    named["value"] = named["key"] if value is None else value
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    received = "Received shapes: " + ", ".join(f"{name}={shape}" for name, shape in shapes.items())
+    rank = len(shapes["query"])
+    if rank < 3:
+        raise ValueError(
+            "`query` must have at least three axes, (batch, query, features); for a table of shape (batch, "
+            f"features), make one token per feature with `FeatureTokenizer` first. {received}"
+        )
+    for name, shape in shapes.items():
+        if len(shape) != rank:
+            raise ValueError(f"`{name}` must have as many axes as `query`, {rank}. {received}")
+        if 0 in shape:
+            raise ValueError(f"`{name}` is empty: every axis must have at least one entry. {received}")
+        if None not in (shape[0], shapes["query"][0]) and shape[0] != shapes["query"][0]:
+            raise ValueError(f"`{name}` must have the batch size of `query`, {shapes['query'][0]}. {received}")
+    for key_size, value_size in zip(shapes["key"][1:-1], shapes["value"][1:-1], strict=True):
+        if None not in (key_size, value_size) and key_size != value_size:
+            raise ValueError(
+                "`key` and `value` must have the same length: each key has one value. (The call order here is "
+                f"query, key, value.) {received}"
+            )
