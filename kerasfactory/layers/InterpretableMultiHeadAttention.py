@@ -95,7 +95,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         self.d_model = positive_integer("d_model", d_model)
         self.n_head = positive_integer("n_head", n_head)
         rate: Any = dropout_rate  # to a type checker a float is not a Real
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
             raise ValueError(
                 "`dropout_rate` must be a number from 0 up to, but not including, 1: the share of attention "
                 f"scores to drop in training. Received: dropout_rate={dropout_rate!r}"

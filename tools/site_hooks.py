@@ -1,0 +1,159 @@
+"""What MkDocs runs around a build: executed examples become recipe pages, formulas become MathML."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from nbconvert import MarkdownExporter
+
+import kerasfactory.layers
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+RECIPES = ROOT / "docs" / "recipes"
+
+
+def on_config(config):
+    """Write the recipe pages, in the order of the navigation, before MkDocs collects its files."""
+    names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
+    names.remove("index")
+    RECIPES.mkdir(exist_ok=True)
+    recipes = [_read(name) for name in names]
+    written = {_write(RECIPES / "index.md", _gallery(recipes))}
+    for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
+        written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
+        for path, content in recipe["pictures"].items():
+            written.add(_write(RECIPES / path, content))
+        for suffix in (".ipynb", ".py"):
+            source = EXAMPLES / f"{recipe['name']}{suffix}"
+            written.add(_write(RECIPES / "downloads" / source.name, source.read_bytes()))
+    for path in RECIPES.rglob("*"):
+        if path.is_file() and path not in written:
+            path.unlink()
+    return config
+
+
+def on_page_content(content, **_):
+    """Formulas are drawn by the browser itself: no script, no font, no other host."""
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
+
+
+def _pages(nav):
+    for entry in nav:
+        for target in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from [target] if isinstance(target, str) else _pages(target)
+
+
+def _mathml(match):
+    latex = html.unescape(match[2]).strip()
+    display = "block" if match[1] == "div" else "inline"
+    return convert(latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]"), display=display)
+
+
+def _write(path: Path, content: str | bytes) -> Path:
+    """Write only what differs: `mkdocs serve` watches this folder, and would build forever."""
+    content = content.encode() if isinstance(content, str) else content
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return path
+
+
+def _read(name: str) -> dict:
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    exporter = MarkdownExporter(template_name="recipe", extra_template_basedirs=[str(ROOT / "tools" / "templates")])
+    head = notebook.cells[0]
+    title, question, introduction = (head.source.removeprefix("# ") + "\n\n").split("\n\n", 2)
+    covers = [number for number, cell in enumerate(notebook.cells) if "cover" in cell.metadata.get("tags", [])]
+    code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    body, resources = exporter.from_notebook_node(
+        nbformat.from_dict({**notebook, "cells": notebook.cells[1:]}),
+        resources={"unique_key": name, "output_files_dir": f"{name}_files"},
+    )
+    pictures = resources["outputs"]
+    return {
+        "name": name,
+        "title": title,
+        "question": question.strip("*"),
+        "introduction": introduction.strip(),
+        "level": head.metadata["level"],
+        "versions": notebook.metadata["kerasfactory"],
+        "seconds": json.loads((EXAMPLES / "run_times.json").read_text())[name],
+        "body": _for_site(body),
+        "code": code,
+        "pictures": pictures,
+        # The exporter numbers pictures by cell; the first cell is not among the body's.
+        "cover": next(path for path in pictures if f"_{covers[0] - 1}_" in path),
+        "alt": notebook.cells[covers[0]].metadata["alt"],
+    }
+
+
+def _for_site(text: str) -> str:
+    """Names of the API become links to it, links between notebooks links between pages."""
+    for name in kerasfactory.layers.__all__:
+        text = re.sub(rf"(?<!\[)`{name}`", f"[`{name}`][kerasfactory.layers.{name}]", text)
+    return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
+
+
+def _page(recipe: dict, following: dict | None) -> str:
+    versions = ", ".join(f"{name} {recipe['versions'][name]}" for name in ("keras", "tensorflow", "numpy"))
+    code = "\n".join(f"    {line}".rstrip() for line in recipe["code"].splitlines())
+    after = f"[{following['title']}]({following['name']}.md)" if following else "[all recipes](index.md)"
+    return f"""---
+title: "{recipe["title"]}"
+description: "{recipe["question"]}"
+---
+# {recipe["title"]}
+
+<p class="question" markdown>{recipe["question"]}</p>
+
+![{recipe["alt"]}]({recipe["cover"]}){{ .figure .cover }}
+
+<p class="facts" markdown>
+Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · verified with {versions} ·
+[notebook (.ipynb)](downloads/{recipe["name"]}.ipynb) · [script (.py)](downloads/{recipe["name"]}.py)
+</p>
+
+{_for_site(recipe["introduction"])}
+
+??? example "All the code in one piece"
+    ```python
+{code}
+    ```
+
+{recipe["body"].strip()}
+
+---
+
+Next: {after}
+"""
+
+
+def _gallery(recipes: list[dict]) -> str:
+    cards = "\n\n".join(
+        f"""-   [![]({recipe["cover"]})]({recipe["name"]}.md){{ .thumbnail tabindex="-1" aria-hidden="true" }}
+
+    **[{recipe["title"]}]({recipe["name"]}.md)**
+
+    {recipe["question"]}
+
+    <small>{recipe["level"]} · about {recipe["seconds"]} s</small>"""
+        for recipe in recipes
+    )
+    return f"""---
+title: Recipes
+---
+# Recipes
+
+Each recipe asks one question, answers it with a picture, and says where the picture misleads. Every number and
+picture comes from a notebook that our tests execute and compare. Read them in order, or start where your data are.
+
+<div class="grid cards" markdown>
+
+{cards}
+
+</div>
+"""
