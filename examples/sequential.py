@@ -1,16 +1,19 @@
-# %% [markdown]
+# %% [markdown] level="beginner"
 # # Attention in a Sequential model
 #
 # **Which measurements of a wine does a classifier look at, and can a plain `Sequential` model show it?**
 #
 # The data are scikit-learn's wine set: 178 Italian wines, 13 chemical measurements each, three growers.
-# You need to know `keras.Sequential` and nothing about attention.
+# You need to know `keras.Sequential`, and nothing about attention.
 
 # %%
+import warnings
+
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_wine
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
@@ -28,26 +31,94 @@ x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
 print(f"{len(x_train)} wines to train on, {len(x_test)} to test on, {len(names)} measurements")
 
 # %% [markdown]
-# ## The first attempt: one token
+# ## One token: a model that trains, a map that is empty
 #
-# Attention needs a sequence of tokens. A common way to get one from a table is to reshape the whole row into a
-# sequence of length one. The model builds and trains. Its scores are another matter.
+# Attention works on a sequence of tokens. A common way to get one out of a table is to reshape the whole row into
+# a sequence of length one. The model builds and trains, and Keras warns:
 
 # %%
-one_token = keras.Sequential(
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    one_token = keras.Sequential(
+        [
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Reshape((1, 64)),
+            InterpretableMultiHeadAttention(d_model=64, n_head=4),
+            keras.layers.Flatten(),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    one_token.compile(optimizer="adam", loss="binary_crossentropy")
+    one_token.fit(x_train, y_train == 0, epochs=5, verbose=0)
+    one_token(x_test[:32])
+
+scores = np.asarray(one_token.layers[2].attention_scores)
+print("Keras warns:", str(caught[0].message).split(". ")[1])
+print("Scores (wine, head, query, key):", scores.shape)
+print(f"Every score is 1: {np.allclose(scores, 1)}")
+
+# %% [markdown]
+# The one token can only look at itself, so each of the 32 × 4 scores is 1, whatever the wine. There is nothing to
+# read here, before training or after.
+#
+# ## One token per measurement
+#
+# `FeatureTokenizer` gives each of the 13 columns a token of its own. Now a score says how much one measurement's
+# token takes from another's. A single head keeps it to one map.
+
+# %%
+model = keras.Sequential(
     [
-        keras.layers.Dense(64, activation="relu"),
-        keras.layers.Reshape((1, 64)),
-        InterpretableMultiHeadAttention(d_model=64, n_head=4),
-        keras.layers.Flatten(),
+        keras.Input(shape=(len(names),)),
+        FeatureTokenizer(16, feature_names=names),
+        InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention"),
+        keras.layers.GlobalAveragePooling1D(),
         keras.layers.Dense(32, activation="relu"),
-        keras.layers.Dense(1, activation="sigmoid"),
+        keras.layers.Dense(3, activation="softmax"),
     ]
 )
-one_token.compile(optimizer="adam", loss="binary_crossentropy")
-one_token.fit(x_train, y_train == 0, epochs=5, verbose=0)
+model.compile(keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.fit(x_train, y_train, epochs=60, verbose=0)
 
-one_token(x_test)
-scores = np.asarray(one_token.layers[2].attention_scores)
-print("scores (wine, head, query, key):", scores.shape)
-print("smallest and largest score:", scores.min(), scores.max())
+accuracy = model.evaluate(x_test, y_test, verbose=0)[1]
+linear = LogisticRegression().fit(x_train, y_train).score(x_test, y_test)
+print(f"Accuracy on {len(x_test)} wines: {accuracy:.2f} (logistic regression: {linear:.2f})")
+
+# %% [markdown]
+# ## Read the scores
+#
+# In a `Sequential` model `attention_scores` is part of the model's graph. `keras.Model` makes it an output, and
+# `predict` computes it for as many wines as you like.
+
+# %%
+scores_model = keras.Model(model.inputs, model.get_layer("attention").attention_scores)
+scores = scores_model.predict(x_test, batch_size=64, verbose=0)
+print("Scores (wine, head, query, key):", scores.shape)
+
+received = scores.mean(axis=(0, 1, 2))
+for column in np.argsort(-received)[:4]:
+    print(
+        f"{names[column]:>12} receives {received[column]:.2f} of the attention ({1 / len(names):.2f} if it were even)"
+    )
+
+# %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of a few measurements, proline first, are darker than the rest."
+mean_scores = scores.mean(axis=(0, 1))
+fig, ax = plt.subplots(figsize=(7, 5.6))
+image = ax.imshow(mean_scores, cmap="Blues", vmin=0)
+ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+ax.set_yticks(range(len(names)), names)
+ax.set_xlabel("looked at (key)")
+ax.set_ylabel("looking (query)")
+fig.colorbar(image, label="attention score, mean over test wines")
+plt.show()
+
+# %% [markdown]
+# ## What the map says, and what it does not
+#
+# **It says** that most measurements take a good part of their new content from the same few columns, flavanoids and
+# proline above all: dark columns are what this model looks at.
+#
+# **It does not say** that the other measurements are useless, nor that another training run would agree. With another
+# seed the first places change, at the same accuracy; the [medical recipe](medical.ipynb) measures how much. And a
+# logistic regression without any attention classifies these wines just as well.

@@ -1,0 +1,118 @@
+# %% [markdown] level="beginner"
+# # Attention in a functional model
+#
+# **What does a model look at when it predicts how a patient's diabetes will progress, and are the scores still there
+# after saving and loading?**
+#
+# The data are scikit-learn's diabetes set: 442 patients, ten measurements, and the progression of the disease one year
+# later. You need to know Keras' functional API.
+
+# %%
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
+
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## The pattern
+#
+# Here is the functional form in its smallest shape: 20 features squeezed into one token.
+
+# %%
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Keras warns that a softmax over one token is always 1; that is the point below
+    inputs = keras.Input(shape=(20,))
+    x = keras.layers.Dense(64, activation="relu")(inputs)
+    x = keras.layers.Reshape((1, 64))(x)
+    attention = InterpretableMultiHeadAttention(d_model=64, n_head=8)
+    x = attention(x, x, x)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(32, activation="relu")(x)
+    outputs = keras.layers.Dense(1, activation="sigmoid")(x)
+    model = keras.Model(inputs, outputs)
+
+    scores = keras.Model(inputs, attention.attention_scores).predict(np.ones((32, 20)), verbose=0)
+print("Scores (row, head, query, key):", scores.shape)
+print(f"Every score is 1: {np.allclose(scores, 1)}")
+
+# %% [markdown]
+# `attention.attention_scores` is a tensor of the graph, so `keras.Model` can make a second model that returns it. But
+# one token has only itself to look at: the scores are 1 and say nothing.
+#
+# ## One token per measurement, one query for the patient
+#
+# Now each measurement is a token, and a single learned vector, the same for all patients, asks: *which of these do I
+# need?* It is an `Embedding` of one entry. The answer is one row of ten scores for each patient.
+
+# %%
+names = ["age", "sex", "BMI", "blood pressure", "cholesterol", "LDL", "HDL", "chol/HDL", "triglycerides", "glucose"]
+data, target = load_diabetes(return_X_y=True)
+data = data / data.std(axis=0)
+x_train, x_test, y_train, y_test = train_test_split(data, target, test_size=0.3, random_state=0)
+center, scale = y_train.mean(), y_train.std()
+
+inputs = keras.Input(shape=(len(names),), name="patient")
+tokens = FeatureTokenizer(16, feature_names=names)(inputs)
+question = keras.layers.Embedding(1, 16, name="question")(keras.ops.zeros_like(inputs[:, :1], dtype="int32"))
+summary = InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention")(question, tokens)
+hidden = keras.layers.Dense(32, activation="relu")(keras.layers.Flatten()(summary))
+model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+
+model.compile(keras.optimizers.Adam(0.01), loss="mse")
+model.fit(x_train, (y_train - center) / scale, epochs=25, verbose=0)
+
+predicted = model.predict(x_test, batch_size=256, verbose=0)[:, 0] * scale + center
+ridge = Ridge().fit(x_train, y_train).score(x_test, y_test)
+print(f"R² on {len(x_test)} patients: {r2_score(y_test, predicted):.2f} (ridge regression: {ridge:.2f})")
+
+# %% [markdown]
+# ## Save, load, read
+#
+# The layers are registered with Keras, so `load_model` needs no `custom_objects`. The feature names travel in the file.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    model.save(Path(folder) / "diabetes.keras")
+    loaded = keras.models.load_model(Path(folder) / "diabetes.keras")
+
+attention = loaded.get_layer("attention")
+names = loaded.get_layer("feature_tokenizer").feature_names
+scores_model = keras.Model(loaded.inputs, [loaded.output, attention.attention_scores])
+reloaded, scores = scores_model.predict(x_test, batch_size=256, verbose=0)
+
+print("Scores (patient, head, query, key):", scores.shape)
+print("Same predictions as before saving:", np.allclose(reloaded[:, 0] * scale + center, predicted, atol=1e-3))
+for column in np.argsort(-scores.mean(axis=(0, 1, 2)))[:3]:
+    column_scores = scores[..., column]
+    print(f"{names[column]:>14}: {column_scores.mean():.2f} on average (even: 0.10), at most {column_scores.max():.1f}")
+
+# %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. Most cells are of similar shade; the column of age has a few dark cells, most of them near the top."
+order = np.argsort(predicted)[:: len(predicted) // 39][:40]
+fig, ax = plt.subplots(figsize=(7, 5.6))
+image = ax.imshow(scores[order, 0, 0], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+ax.set_yticks([0, len(order) - 1], [f"{predicted[order[0]]:.0f}", f"{predicted[order[-1]]:.0f}"])
+ax.set_ylabel("40 test patients by predicted progression")
+fig.colorbar(image, label="attention score")
+plt.show()
+
+# %% [markdown]
+# ## What the map says, and what it does not
+#
+# **It says** where each patient's summary comes from, and that this depends on the patient. In a few patients, most of
+# them with a mild prediction (top), age takes far more than its share.
+#
+# **It does not say** in which direction a measurement pushes the prediction; a high score only says that its value
+# went in. The scores are also close to even, so read small differences as noise. The [finance recipe](finance.ipynb)
+# shows how far a map can be trusted when the truth is known.
