@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
+export NO_MKDOCS_2_WARNING = 1
+
 .PHONY: serve site test notebooks lint lock clean
 
 serve: .venv/ready ## build the site and serve it on http://localhost:8000

@@ -102,7 +102,7 @@ for column in np.argsort(-received)[:4]:
         f"{names[column]:>12} receives {received[column]:.2f} of the attention ({1 / len(names):.2f} if it were even)"
     )
 
-# %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of a few measurements, proline first, are darker than the rest."
+# %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of flavanoids and proline are the darkest."
 mean_scores = scores.mean(axis=(0, 1))
 fig, ax = plt.subplots(figsize=(7, 5.6))
 image = ax.imshow(mean_scores, cmap="Blues", vmin=0)

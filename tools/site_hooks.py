@@ -5,11 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import griffe
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
-
-import kerasfactory.layers
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -93,7 +92,7 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name in kerasfactory.layers.__all__:
+    for name in griffe.load("kerasfactory.layers").exports:
         text = re.sub(rf"(?<!\[)`{name}`", f"[`{name}`][kerasfactory.layers.{name}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 

@@ -34,7 +34,7 @@ class FeatureTokenizer(keras.layers.Layer):
         **kwargs: `name`, `dtype` and `trainable`, as on every Keras layer.
 
     Call arguments:
-        inputs: Tensor of shape `(batch, feature)`, of any numeric dtype.
+        - `inputs`: Tensor of shape `(batch, feature)`, of any numeric dtype.
 
     Returns:
         Tokens, of shape `(batch, feature, d_token)`.

@@ -53,12 +53,13 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             and `trainable` are the layer's own.
 
     Call arguments:
-        query: Tensor of shape `(batch, query, features)`.
-        key: Tensor of shape `(batch, key, features)`. The query if not given. Mind the order: Keras' layer
-            takes `(query, value, key)`.
-        value: Tensor of shape `(batch, key, features)`. The key if not given.
-        query_mask, key_mask, value_mask, attention_mask, use_causal_mask, return_attention_scores, training:
-            As in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the tensors are honoured.
+        - `query`: Tensor of shape `(batch, query, features)`.
+        - `key`: Tensor of shape `(batch, key, features)`. The query if not given. Mind the order: Keras' layer
+          takes `(query, value, key)`.
+        - `value`: Tensor of shape `(batch, key, features)`. The key if not given.
+        - `query_mask`, `key_mask`, `value_mask`, `attention_mask`, `use_causal_mask`, `training`,
+          `return_attention_scores`: as in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the
+          tensors are honoured.
 
     Returns:
         The output, of shape `(batch, query, features of the query)`, or `(batch, query, *output_shape)`. With
