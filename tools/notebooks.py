@@ -5,6 +5,7 @@
 
 import argparse
 import ast
+import base64
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 RUN_TIMES = EXAMPLES / "run_times.json"
+FRONT_PICTURE = ROOT / "docs" / "assets" / "quickstart.png"  # on the first page and in the README
 
 # Outputs must not depend on the machine. Kernels inherit this, here and in the tests.
 ENVIRONMENT = {
@@ -77,19 +79,38 @@ def is_stale(source: Path) -> bool:
     return metadata.get("kerasfactory", {}).get("fingerprint") != fingerprint(jupytext.read(source))
 
 
+def cover(notebook: nbformat.NotebookNode) -> bytes:
+    """The picture that answers the recipe's question."""
+    (cell,) = (cell for cell in notebook.cells if "cover" in cell.metadata.get("tags", []))
+    (picture,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+    return base64.b64decode(picture)
+
+
 def execute(source: Path) -> float:
     """Write the executed notebook beside `source`; return the seconds it took. Errors in a cell are raised."""
     notebook = from_source(source)
-    client = NotebookClient(
-        notebook, timeout=120, record_timing=False, resources={"metadata": {"path": str(EXAMPLES)}}
-    )
+    client = NotebookClient(notebook, timeout=120, record_timing=False, resources={"metadata": {"path": str(EXAMPLES)}})
     start = time.perf_counter()
     client.execute()
     seconds = time.perf_counter() - start
     # The patch release of Python is not part of the result.
     notebook.metadata["language_info"].pop("version", None)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
+    if source.stem == FRONT_PICTURE.stem:
+        FRONT_PICTURE.write_bytes(cover(notebook))
     return seconds
+
+
+def refresh(source: Path) -> None:
+    """Bring text and metadata of a notebook up to date that need not be executed again."""
+    notebook, stored = from_source(source), nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    notebook.metadata["language_info"] = stored.metadata["language_info"]
+    executed = iter(cell for cell in stored.cells if cell.cell_type == "code")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            before = next(executed)
+            cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
 
 
 def main() -> None:
@@ -104,6 +125,7 @@ def main() -> None:
             run_times[source.stem] = round(execute(source))
             print(f"{source.name}: {run_times[source.stem]} s")
         else:
+            refresh(source)
             print(f"{source.name}: up to date")
     RUN_TIMES.write_text(json.dumps(run_times, indent=2, sort_keys=True) + "\n")
 

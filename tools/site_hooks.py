@@ -2,7 +2,9 @@
 
 import html
 import json
+import posixpath
 import re
+import struct
 from pathlib import Path
 
 import griffe
@@ -35,9 +37,16 @@ def on_config(config):
     return config
 
 
-def on_page_content(content, **_):
-    """Formulas are drawn by the browser itself: no script, no font, no other host."""
-    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
+def on_page_content(content, page, **_):
+    """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
+    content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
+    content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
+    content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
+    # A name for links to point at is not itself a link.
+    content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
+    return re.sub(
+        r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
+    )
 
 
 def _pages(nav):
@@ -47,9 +56,28 @@ def _pages(nav):
 
 
 def _mathml(match):
+    """The browser itself draws formulas: no script, no font, no other host."""
     latex = html.unescape(match[2]).strip()
-    display = "block" if match[1] == "div" else "inline"
-    return convert(latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]"), display=display)
+    latex = latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
+    return convert(latex) if match[1] == "span" else _scrolling("Formula", convert(latex, display="block"))
+
+
+def _table(match):
+    table = re.sub(r"<th( [^>]*)?></th>", r"<td\1></td>", match[0])  # an empty cell is the header of nothing
+    headers = re.findall(r"<th\b[^>]*>(.*?)</th>", table, flags=re.DOTALL)
+    return _scrolling("Table: " + re.sub(r"<[^>]+>", "", ", ".join(headers)), table)
+
+
+def _scrolling(name: str, content: str) -> str:
+    """A box that scrolls sideways on a narrow screen, also with the keyboard, which needs the focus for it."""
+    name = html.escape(html.unescape(name))
+    return f'<div class="scroll" role="group" aria-label="{name}" tabindex="0">{content}</div>'
+
+
+def _size(url: str, picture: str) -> str:
+    """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives."""
+    head = (ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))).read_bytes()[:24]
+    return 'width="{}" height="{}" '.format(*struct.unpack(">II", head[16:]))
 
 
 def _write(path: Path, content: str | bytes) -> Path:
@@ -112,8 +140,12 @@ description: "{recipe["question"]}"
 ![{recipe["alt"]}]({recipe["cover"]}){{ .figure .cover }}
 
 <p class="facts" markdown>
-Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · verified with {versions} ·
-[notebook (.ipynb)](downloads/{recipe["name"]}.ipynb) · [script (.py)](downloads/{recipe["name"]}.py)
+Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · verified with {versions}
+</p>
+
+<p class="downloads" markdown>
+[Notebook (.ipynb)](downloads/{recipe["name"]}.ipynb){{ download="{recipe["name"]}.ipynb" }}
+[Script (.py)](downloads/{recipe["name"]}.py){{ download="{recipe["name"]}.py" }}
 </p>
 
 {_for_site(recipe["introduction"])}
@@ -144,13 +176,15 @@ def _gallery(recipes: list[dict]) -> str:
     )
     return f"""---
 title: Recipes
+hide:
+  - toc
 ---
 # Recipes
 
 Each recipe asks one question, answers it with a picture, and says where the picture misleads. Every number and
 picture comes from a notebook that our tests execute and compare. Read them in order, or start where your data are.
 
-<div class="grid cards" markdown>
+<div class="grid cards gallery" markdown>
 
 {cards}
 

@@ -1,0 +1,40 @@
+"""The built site: strict build, links and anchors, and the API pages against the package."""
+
+import importlib
+import re
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+API_PAGES = {"kerasfactory.layers": "api/layers"}
+
+
+def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
+    # MkDocs checks links between Markdown files; this also reads raw HTML, pictures and downloads.
+    settings = tmp_path / "linkcheckerrc"
+    settings.write_text("[checking]\nmaxrequestspersecond=1000\n[AnchorCheck]\n")
+    check = subprocess.run(
+        [sys.executable, "-m", "linkcheck", f"--config={settings}", "--no-status", "--no-robots", site_url],
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+@pytest.mark.parametrize("module", API_PAGES)
+def test_every_public_name_is_on_its_api_page(site, module):
+    html = (site / API_PAGES[module] / "index.html").read_text()
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    for name in importlib.import_module(module).__all__:
+        assert f'id="{module}.{name}"' in html, f"{name} has no anchor on {API_PAGES[module]}"
+        assert re.search(rf"^{re.escape(module)}\.(\w+\.)?{name} py:(class|function) ", inventory, re.MULTILINE), (
+            f"{name} has no entry in the API index: add `::: {module}.{name}.{name}` to docs/{API_PAGES[module]}.md"
+        )
+
+
+def test_formulas_are_mathml(site):
+    for page in site.rglob("*.html"):
+        assert "arithmatex" not in page.read_text(), f"a formula was left as source on {page}"
+    assert "<math" in (site / "api/layers/index.html").read_text()

@@ -1,0 +1,21 @@
+"""Every fenced Python block of the README and the docs, and every docstring example, runs and prints what it says."""
+
+import pytest
+from pytest_examples import find_examples
+
+EXAMPLES = [
+    example
+    for example in find_examples("README.md", "docs", "kerasfactory")
+    if "docs/recipes" not in example.path.as_posix()  # made of the notebooks, which nbval executes
+]
+
+
+def test_there_are_snippets_to_run():
+    sources = {example.path.name for example in EXAMPLES}
+    assert {"README.md", "index.md", "InterpretableMultiHeadAttention.py", "FeatureTokenizer.py"} <= sources
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_snippet(example, eval_example):
+    eval_example.set_config(line_length=120)
+    eval_example.run_print_check(example)
