@@ -26,10 +26,9 @@ def model(layer, length, width):
     return built
 
 
-def seconds(call):
-    """Wall-clock time of one call."""
+def seconds(call, *arguments):
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
 
 
@@ -37,23 +36,24 @@ def compare(length, dropout, batch=8, width=64):
     """Ratios ours : Keras, of a training step and of a prediction."""
     data = np.random.default_rng(0).normal(size=(batch, length, width)).astype("float32")
     ours = model(InterpretableMultiHeadAttention(16, 4, dropout_rate=dropout), length, width)
-    keras_own = model(keras.layers.MultiHeadAttention(4, 16, dropout=dropout), length, width)
+    plain = model(keras.layers.MultiHeadAttention(4, 16, dropout=dropout), length, width)
     row = {"length": length, "dropout": dropout, "batch": batch, "width": width}
-    for what, call in {
-        "train": lambda m: m.train_on_batch(data, data),
-        "predict": lambda m: m.predict_on_batch(data),
-    }.items():
-        for _ in range(3):
-            call(ours), call(keras_own)
-        pairs = [(seconds(lambda: call(ours)), seconds(lambda: call(keras_own))) for _ in range(ROUNDS)]
-        ratios = np.array([a / b for a, b in pairs])
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).round(2).tolist()
-        row[what] = {"ratio": middle, "quartiles": [low, high], "ms": round(float(np.median(pairs, axis=0)[0]) * 1e3, 1)}
+    for what, mine, theirs in [
+        ("train", ours.train_on_batch, plain.train_on_batch),
+        ("predict", ours.predict_on_batch, plain.predict_on_batch),
+    ]:
+        arguments = (data, data) if what == "train" else (data,)
+        pairs = [(seconds(mine, *arguments), seconds(theirs, *arguments)) for _ in range(ROUNDS + 3)][3:]
+        low, middle, high = np.quantile([a / b for a, b in pairs], [0.25, 0.5, 0.75])
+        row[what] = {
+            "ratio": round(float(middle), 2),
+            "quartiles": [round(float(low), 2), round(float(high), 2)],
+            "milliseconds": round(1e3 * float(np.median(pairs, axis=0)[0]), 1),
+        }
     return row
 
 
 def main():
-    """Measure and store."""
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "backend": keras.config.backend(),

@@ -37,6 +37,11 @@ def on_config(config):
     return config
 
 
+def on_page_markdown(markdown, **_):
+    """Numbers of a benchmark come from its result, not from somebody's keyboard."""
+    return markdown.replace("{{ benchmarks/layer.json }}", _layer_benchmark())
+
+
 def on_page_content(content, page, **_):
     """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
@@ -161,6 +166,21 @@ Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · 
 
 Next: {after}
 """
+
+
+def _layer_benchmark() -> str:
+    result = json.loads((ROOT / "benchmarks" / "layer.json").read_text())
+    lines = ["| tokens | dropout | training step | prediction |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = [
+            f"**{row[what]['ratio']:.2f}** ({row[what]['quartiles'][0]:.2f}–{row[what]['quartiles'][1]:.2f}), "
+            f"{row[what]['milliseconds']:.1f} ms"
+            for what in ("train", "predict")
+        ]
+        lines.append(f"| {row['length']} | {row['dropout']} | {cells[0]} | {cells[1]} |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines.append(f"\nMedian of {result['rounds']} paired ratios (quartiles), on {result['machine']}, with {versions}.")
+    return "\n".join(lines)
 
 
 def _gallery(recipes: list[dict]) -> str:
