@@ -1,9 +1,10 @@
 """One token per column of a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kerasfactory.layers._arguments import positive_integer
@@ -69,10 +70,15 @@ class FeatureTokenizer(keras.layers.Layer):
         self.d_token = positive_integer("d_token", d_token)
         self.feature_names = _checked_names(feature_names)
         self.cardinalities = _checked_cardinalities(cardinalities, self.feature_names)
+        # How many columns the inputs have, as soon as that is known.
+        self._columns = len(self.feature_names) if self.feature_names else None
+        if self._columns is None and isinstance(cardinalities, list | tuple):
+            self._columns = len(cardinalities)
 
     def build(self, input_shape):
         self._check_shape(input_shape)
-        columns = range(input_shape[-1])
+        self._columns = input_shape[-1]
+        columns = range(self._columns)
         counts = {self._column(key): count for key, count in self.cardinalities.items()}
         if any(column not in columns for column in counts):
             raise ValueError(
@@ -90,15 +96,22 @@ class FeatureTokenizer(keras.layers.Layer):
         if self._numerical:
             shape = (len(self._numerical), self.d_token)
             self.kernel = self.add_weight(
-                shape=shape, initializer=keras.initializers.RandomUniform(-limit, limit), name="kernel"
+                shape=shape,
+                initializer=keras.initializers.RandomUniform(-limit, limit),
+                autocast=False,
+                name="kernel",
             )
             self.bias = self.add_weight(
-                shape=shape, initializer=keras.initializers.RandomUniform(-limit, limit), name="bias"
+                shape=shape,
+                initializer=keras.initializers.RandomUniform(-limit, limit),
+                autocast=False,
+                name="bias",
             )
         if self._categorical:
             self.embeddings = self.add_weight(
                 shape=(sum(self._counts), self.d_token),
                 initializer=keras.initializers.RandomUniform(-limit, limit),
+                autocast=False,
                 name="embeddings",
             )
 
@@ -132,8 +145,8 @@ class FeatureTokenizer(keras.layers.Layer):
         return {
             **config,
             "d_token": self.d_token,
-            "feature_names": self.feature_names,
-            "cardinalities": self.cardinalities or None,
+            "feature_names": self.feature_names and list(self.feature_names),
+            "cardinalities": dict(self.cardinalities) or None,
         }
 
     def _column(self, key):
@@ -143,45 +156,54 @@ class FeatureTokenizer(keras.layers.Layer):
         shape = tuple(shape)
         if len(shape) != 2 or not shape[-1]:
             raise ValueError(f"The inputs must have shape (batch, feature). Received: shape={shape}")
-        if self.feature_names and shape[-1] != len(self.feature_names):
+        if self._columns is not None and shape[-1] != self._columns:
+            given_by = "feature name" if self.feature_names else "entry of `cardinalities`, or as many as before"
+            names = f" ({', '.join(self.feature_names)})" if self.feature_names else ""
             raise ValueError(
-                f"The inputs must have one column per feature name, {len(self.feature_names)} "
-                f"({', '.join(self.feature_names)}). Received: shape={shape}"
+                f"The inputs must have one column per {given_by}, {self._columns}{names}. Received: shape={shape}"
             )
 
 
-def _checked_names(names: Any) -> list[str] | None:
-    if names is None:
+def _checked_names(feature_names: Any) -> list[str] | None:
+    if feature_names is None:
         return None
-    given, names = names, list(names)
-    if isinstance(given, str) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"`feature_names` must be a list of strings, one per column. Received: {given!r}")
+    is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str)
+    names = list(feature_names) if is_sequence else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`feature_names` must be a list of strings, one per column. Received: {feature_names!r}")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")
-    return [str(name) for name in names]
+    return [str(name) for name in names]  # NumPy's strings are no JSON
 
 
 def _checked_cardinalities(cardinalities: Any, names: list[str] | None) -> dict[Any, int]:
-    if not isinstance(cardinalities, Mapping):
-        entries = list(cardinalities or ())
-        if names and cardinalities is not None and len(entries) != len(names):
+    if cardinalities is None:
+        return {}
+    if isinstance(cardinalities, list | tuple):
+        if names and len(cardinalities) != len(names):
             raise ValueError(
                 f"`cardinalities` as a sequence must have one entry per column, {len(names)}, with None for numerical "
                 f"ones. Received: cardinalities={cardinalities!r}"
             )
-        cardinalities = {
-            names[column] if names else column: count for column, count in enumerate(entries) if count is not None
-        }
-    checked = {}
-    for key, count in cardinalities.items():
+        cardinalities = {column: count for column, count in enumerate(cardinalities) if count is not None}
+    if not isinstance(cardinalities, Mapping):
+        raise ValueError(
+            "`cardinalities` must be a mapping from column to number of categories, or a sequence with one entry per "
+            f"column. Received: cardinalities={cardinalities!r}"
+        )
+    checked: dict[Any, int] = {}
+    for given, count in cardinalities.items():
+        key = given
         # JSON, as in `.keras` files, turns the keys of a mapping into strings.
         if names is None and isinstance(key, str) and key.isdecimal():
             key = int(key)
-        if names is not None and isinstance(key, int) and 0 <= key < len(names):
-            key = names[key]
-        if key not in names if names is not None else not isinstance(key, int) or key < 0:
+        if isinstance(key, int | np.integer) and not isinstance(key, bool):
+            key = int(key)
+            if names is not None and 0 <= key < len(names):
+                key = names[key]
+        if key not in names if names is not None else type(key) is not int or key < 0:
             expected = f"one of {names}" if names is not None else "a column index, as no `feature_names` are given"
-            raise ValueError(f"`cardinalities` has an unknown column: expected {expected}. Received: {key!r}")
-        checked[key] = positive_integer(f"cardinalities[{key!r}]", count)
+            raise ValueError(f"`cardinalities` has an unknown column: expected {expected}. Received: {given!r}")
+        checked[key] = positive_integer(f"cardinalities[{given!r}]", count)
     return checked

@@ -3,9 +3,12 @@
 import difflib
 import inspect
 import numbers
+import operator
+import weakref
 from typing import Any
 
 import keras
+from keras import ops
 
 from kerasfactory.layers import _backend
 from kerasfactory.layers._arguments import positive_integer
@@ -102,12 +105,13 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
                 f"scores to drop in training. Received: dropout_rate={dropout_rate!r}"
             )
         self.dropout_rate = float(rate)
-        if kwargs.get("value_dim") is not None:
-            kwargs["value_dim"] = positive_integer("value_dim", kwargs["value_dim"])
+        for name in ("value_dim", "sliding_window"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = positive_integer(name, kwargs[name])
         if kwargs.get("output_shape") is not None:
-            sizes = kwargs["output_shape"]
-            sizes = sizes if isinstance(sizes, list | tuple) else [sizes]
-            kwargs["output_shape"] = tuple(positive_integer("output_shape", size) for size in sizes)
+            kwargs["output_shape"] = _integers("output_shape", kwargs["output_shape"], positive=True)
+        if kwargs.get("attention_axes") is not None:
+            kwargs["attention_axes"] = _integers("attention_axes", kwargs["attention_axes"])
 
         self.mha = keras.layers.MultiHeadAttention(
             num_heads=self.n_head,
@@ -122,18 +126,21 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         self._attention_axes = kwargs.get("attention_axes")
 
         self._scores: Any = None  # of the latest call that was not compiled: a tensor, or what makes a KerasTensor
-        self._traced_scores: Any = None  # of the latest call inside a function being compiled
+        self._traced_scores: Any = None  # of the latest call inside a function being compiled, which owns them
 
     def build(self, query_shape, key_shape=None, value_shape=None):
         key_shape = key_shape or query_shape
         rank = len(query_shape)
-        for axis in self.mha.attention_axes or ():
-            if not -rank <= axis < rank or axis % rank in (0, rank - 1):
-                raise ValueError(
-                    f"`attention_axes` must name axes between the batch axis, 0, and the feature axis, {rank - 1}, of "
-                    f"a query of shape {tuple(query_shape)}. Received: attention_axes={self._attention_axes!r}"
-                )
+        axes = [axis % rank if -rank <= axis < rank else 0 for axis in self.mha.attention_axes or ()]
+        if 0 in axes or rank - 1 in axes or len(set(axes)) < len(axes):
+            raise ValueError(
+                "`attention_axes` must name different axes between the batch axis, 0, and the feature axis, "
+                f"{rank - 1}, of the query. Received: attention_axes={self._attention_axes!r}, "
+                f"query of shape {tuple(query_shape)}"
+            )
         self.mha.build(query_shape, value_shape or key_shape, key_shape)
+        if not self.trainable:  # Keras' layer hands this on only to what it had before it was built: nothing
+            self.mha.trainable = False
 
     def __call__(self, query, key=None, value=None, **kwargs):
         _check_shapes(query, key, value)
@@ -166,24 +173,26 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         value = key if value is None else value
         # Keras' layer takes the masks off its inputs. They are the caller's, who may use them again.
         attached = [(tensor, _backend.get_keras_mask(tensor)) for tensor in (query, key, value)]
-        output, scores = self.mha(
-            query,
-            value,
-            key=key,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            return_attention_scores=True,
-            training=training,
-            use_causal_mask=use_causal_mask,
-        )
-        for tensor, mask in attached:
-            _backend.set_keras_mask(tensor, mask)
+        try:
+            output, scores = self.mha(
+                query,
+                value,
+                key=key,
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=True,
+                training=training,
+                use_causal_mask=use_causal_mask,
+            )
+        finally:
+            for tensor, mask in attached:
+                _backend.set_keras_mask(tensor, mask)
 
         values = _backend.concrete(scores)
         if values is None:
-            self._traced_scores = scores
+            self._traced_scores = weakref.ref(scores)
         else:
             self._scores, self._traced_scores = values, None
         return (output, scores) if return_attention_scores else output
@@ -208,8 +217,9 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions.
         """
-        if self._traced_scores is not None and _backend.is_live(self._traced_scores):
-            return self._traced_scores
+        traced = self._traced_scores and self._traced_scores()
+        if traced is not None and _backend.is_live(traced):
+            return traced
         if self._scores is None and self._traced_scores is not None:
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
@@ -246,7 +256,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="kerasfactory.layers")
 class AttentionScores(keras.layers.Layer):
-    """The scores of an attention layer as a node of a graph. `attention_scores` makes it when it is read."""
+    """The scores of an attention layer as a node of a graph. `attention_scores` makes it when it is read.
+
+    It needs queries and keys only, and does with them what `keras.layers.MultiHeadAttention` does.
+    """
 
     def __init__(self, attention: InterpretableMultiHeadAttention, **kwargs: Any) -> None:
         super().__init__(dtype=attention.dtype_policy, **kwargs)
@@ -268,18 +281,22 @@ class AttentionScores(keras.layers.Layer):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        return self.attention(
+        key = query if key is None else key
+        value = key if value is None else value
+        mha = self.attention.mha
+        mask = mha._compute_attention_mask(
             query,
-            key,
             value,
-            query_mask=query_mask,
-            key_mask=key_mask,
-            value_mask=value_mask,
+            query_mask=_backend.get_keras_mask(query),  # Keras' layer ignores any other
+            value_mask=_backend.get_keras_mask(value) if value_mask is None else value_mask,
+            key_mask=_backend.get_keras_mask(key) if key_mask is None else key_mask,
             attention_mask=attention_mask,
             use_causal_mask=use_causal_mask,
-            return_attention_scores=True,
-            training=False,
-        )[1]
+        )
+        queries = _project(mha.query_dense, query)
+        queries = ops.multiply(queries, ops.cast(mha._inverse_sqrt_key_dim, queries.dtype))
+        logits = ops.einsum(mha._dot_product_equation, _project(mha.key_dense, key), queries)
+        return mha._masked_softmax(logits, mask)
 
     def compute_mask(self, inputs, previous_mask):
         return None
@@ -303,6 +320,23 @@ class AttentionScores(keras.layers.Layer):
         return cls(**{**config, "attention": keras.saving.deserialize_keras_object(config["attention"])})
 
 
+def _project(dense: Any, tokens: Any) -> Any:
+    # Not `dense(tokens)`: that would add its activity regularizer to the loss a second time.
+    return (dense.quantized_call if dense.quantization_mode else dense.call)(tokens)
+
+
+def _integers(name: str, value: Any, positive: bool = False) -> int | list[int] | tuple[int, ...]:
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    try:
+        checked = tuple(operator.index(number) for number in numbers if not isinstance(number, bool))
+    except TypeError:
+        checked = ()
+    if not checked or len(checked) < len(numbers) or (positive and min(checked) <= 0):
+        kind = "positive integer" if positive else "integer"
+        raise ValueError(f"`{name}` must be a {kind} or a tuple of them. Received: {name}={value!r}")
+    return type(value)(checked) if isinstance(value, list | tuple) else checked[0]
+
+
 def _unknown_argument(name: str, value: Any) -> str:
     known = ["d_model", "n_head", "dropout_rate", *_ATTENTION_ARGUMENTS, *_LAYER_ARGUMENTS]
     near = [_RENAMED[name]] if name in _RENAMED else difflib.get_close_matches(name, known, n=1)
@@ -313,6 +347,9 @@ def _unknown_argument(name: str, value: Any) -> str:
 def _check_shapes(query: Any, key: Any, value: Any) -> None:
     named = {"query": query, "key": query if key is None else key}
     named["value"] = named["key"] if value is None else value
+    for name, tensor in named.items():
+        if not hasattr(tensor, "shape"):
+            raise ValueError(f"`{name}` must be a tensor or an array. Received: {name} of type {type(tensor).__name__}")
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     received = "Received shapes: " + ", ".join(f"{name}={shape}" for name, shape in shapes.items())
     rank = len(shapes["query"])

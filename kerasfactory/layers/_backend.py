@@ -35,7 +35,10 @@ else:
 
     def concrete(tensor):
         """The tensor, detached, if it holds values; `None` if it only carries a shape."""
-        return None if tensor.device.type == "meta" else tensor.detach()
+        if tensor.device.type == "meta":
+            return None
+        tensor = tensor.detach()
+        return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor  # NumPy has no bfloat16
 
     def is_live(tensor):
         """PyTorch has no graph to live in: a tensor without values is of no use to anybody."""

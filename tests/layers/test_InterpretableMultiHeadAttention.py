@@ -959,15 +959,6 @@ def test_a_reloaded_model_of_scores_shares_its_weights_with_the_output(layer, x,
     assert np.allclose(reloaded.predict(x, verbose=0)[1], ops.convert_to_numpy(expected), atol=1e-6)
 
 
-def test_a_cloned_model_of_scores_shares_its_weights_with_the_output(layer):
-    inputs = keras.Input((5, 6))
-    model = keras.Model(inputs, [*layer(inputs, return_attention_scores=True)])
-
-    clone = keras.models.clone_model(model)
-
-    assert clone.count_params() == model.count_params()
-
-
 def test_reading_scores_does_not_change_the_loss(x):
     inputs = keras.Input((5, 6))
     layer = InterpretableMultiHeadAttention(4, 2, activity_regularizer="l2", kernel_regularizer="l1")
