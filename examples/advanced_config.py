@@ -111,8 +111,8 @@ x = keras.layers.GlobalAveragePooling1D()(x)
 model = keras.Model(inputs, keras.layers.Dense(5, activation="softmax")(x))
 scores_model = keras.Model(inputs, attention.attention_scores)
 
-model.compile(keras.optimizers.Adam(0.005), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-model.fit(data[:1500], labels[:1500], batch_size=64, epochs=8, verbose=0)
+model.compile(keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.fit(data[:1500], labels[:1500], batch_size=64, epochs=5, verbose=0)
 
 accuracy = model.evaluate(data[1500:], labels[1500:], verbose=0)[1]
 best = (data[1500:, signals].argmax(axis=1) == labels[1500:]).mean()

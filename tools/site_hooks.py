@@ -81,8 +81,10 @@ def _scrolling(name: str, content: str) -> str:
 
 def _size(url: str, picture: str) -> str:
     """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives."""
-    head = (ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))).read_bytes()[:24]
-    return 'width="{}" height="{}" '.format(*struct.unpack(">II", head[16:]))
+    path = ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))
+    if not path.is_file():
+        return ""  # MkDocs says what is missing
+    return 'width="{}" height="{}" '.format(*struct.unpack(">II", path.read_bytes()[16:24]))
 
 
 def _write(path: Path, content: str | bytes) -> Path:

@@ -1,0 +1,200 @@
+"""The site as its readers meet it: at a desk or on a phone, in the light or in the dark, with or without a mouse."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect, sync_playwright
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+VIEWPORTS = {"desktop 1280": {"width": 1280, "height": 900}, "phone 390": {"width": 390, "height": 844}}
+SCHEMES = {"light": "default", "dark": "slate"}  # the system's name of a colour scheme: the theme's
+# Chromium calls home unless told not to; it runs as root in containers, where its sandbox does not.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    if not path:
+        reason = "no chromium, chromium-browser or google-chrome here (on Debian: apt-get install chromium)"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser, site_url):
+    """Opens a page for a visitor who was never here before."""
+    contexts = []
+
+    def open_page(viewport="desktop 1280", scheme="light", **options):
+        context = browser.new_context(
+            base_url=site_url, viewport=VIEWPORTS[viewport], color_scheme=scheme, reduced_motion="reduce", **options
+        )
+        contexts.append(context)
+        return context.new_page()
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def listen(page, site_url):
+    """A list that fills with whatever goes wrong between the page, its console and the network."""
+    heard = []
+
+    def failed(request):
+        # To leave a page is to abort what it is still loading.
+        if request.failure != "net::ERR_ABORTED":
+            heard.append(f"no answer from {request.url}: {request.failure}")
+
+    def requested(request):
+        if not request.url.startswith((site_url, "data:", "blob:")):
+            heard.append(f"request to another host: {request.url}")
+
+    def said(message):
+        if message.type in ("error", "warning"):
+            heard.append(f"console {message.type}: {message.text}")
+
+    def answered(response):
+        if response.status >= 400:
+            heard.append(f"answer {response.status} from {response.url}")
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: heard.append(f"script error: {error}"))
+    page.on("request", requested)
+    page.on("requestfailed", failed)
+    page.on("response", answered)
+    return heard
+
+
+def accessibility_problems(page):
+    # The theme lets scrolling code have the focus once it was measured, in the first frame.
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    for violation in Axe().run(page).response["violations"]:
+        for node in violation["nodes"]:
+            yield f"axe {violation['id']} at {node['target']}: {node['html'][:200]}"
+
+
+def layout_problems(page):
+    width, limit = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    if width > limit:
+        yield f"scrolls sideways: {width} > {limit} pixels"
+    if (headings := page.locator("h1").count()) != 1:
+        yield f"{headings} first-level headings"
+    for image in page.locator("img").all():
+        # No alternative is one: for a picture that says nothing, and is therefore kept from screen readers.
+        if not image.get_attribute("alt") and not image.evaluate("image => image.closest('[aria-hidden=true]')"):
+            yield f"no alternative text: {image.get_attribute('src')}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("viewport", VIEWPORTS)
+def test_every_page_is_sound(site, site_url, new_page, viewport, scheme):
+    addresses = sorted(str(path.relative_to(site)).removesuffix("index.html") for path in site.rglob("*.html"))
+    assert {"", "404.html", "recipes/", "api/layers/"} < set(addresses)
+    page = new_page(viewport, scheme)
+    heard = listen(page, site_url)
+    problems = []
+    for address in addresses:
+        heard.clear()
+        page.goto(address)
+        found = [*layout_problems(page), *accessibility_problems(page), *heard]
+        if page.locator("body").get_attribute("data-md-color-scheme") != SCHEMES[scheme]:
+            found.append("does not follow the system's colour scheme")
+        problems += [f"/{address} ({viewport}, {scheme}): {problem}" for problem in found]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("viewport", VIEWPORTS)
+def test_search_finds_a_page(site_url, new_page, viewport, scheme):
+    page = new_page(viewport, scheme)
+    heard = listen(page, site_url)
+    page.goto("")
+    page.locator(".md-search__input" if "desktop" in viewport else "label.md-header__button[for=__search]").click()
+    page.locator(".md-search__input").press_sequentially("financial")
+    result = page.locator(".md-search-result__link[href*='/recipes/finance/']").first
+    expect(result).to_be_visible()
+    assert not list(accessibility_problems(page))
+    result.click()
+    expect(page).to_have_url(re.compile("/recipes/finance/"))
+    expect(page.locator("h1")).to_contain_text("Financial risk")
+    assert not heard
+
+
+def test_copy_buttons_copy_exactly_the_code(new_page):
+    notebook = nbformat.read(EXAMPLES / "finance.ipynb", as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    page = new_page(permissions=["clipboard-read", "clipboard-write"])
+    page.goto("recipes/finance/")
+    page.locator("summary", has_text="All the code").click()
+    buttons = page.get_by_title("Copy to clipboard").all()
+    copied = []
+    for button in buttons:
+        page.evaluate("navigator.clipboard.writeText('')")
+        button.click()
+        page.wait_for_function("navigator.clipboard.readText()")
+        copied.append(page.evaluate("navigator.clipboard.readText()"))
+    # The first is the whole recipe, folded; what a cell prints is not for copying.
+    assert copied == ["\n\n".join(cells), *cells]
+
+
+def test_colour_scheme_can_be_switched_and_stays(new_page):
+    page = new_page(scheme="light")
+    page.goto("")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.get_by_title("Switch to dark colours").click()
+    expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
+    assert page.evaluate(background) != light
+    page.goto("recipes/")
+    expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
+    page.get_by_title("Switch to light colours").click()
+    page.reload()
+    expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "default")
+
+
+def test_recipes_can_be_downloaded(new_page):
+    page = new_page()
+    for source in sorted(EXAMPLES.glob("*.ipynb")):
+        page.goto(f"recipes/{source.stem}/")
+        for suffix in (".ipynb", ".py"):
+            with page.expect_download() as download:
+                page.locator(f"a[download$='{suffix}']").click()
+            assert download.value.suggested_filename == source.stem + suffix
+            assert download.value.path().read_bytes() == source.with_suffix(suffix).read_bytes()
+
+
+def test_keyboard_leads_to_content_menu_and_search(new_page):
+    page = new_page("phone 390")
+    page.goto("recipes/finance/")
+    page.keyboard.press("Tab")
+    expect(page.locator(".md-skip")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("#financial-risk$"))
+
+    page.goto("recipes/")
+    page.locator("label[title=Menu]").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("link", name="Attention visualization").first).to_be_in_viewport()
+
+    page.goto("")
+    page.locator("label[title=Search]").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".md-search__input")).to_be_focused()
