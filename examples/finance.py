@@ -4,7 +4,7 @@
 # **If two factors drive default risk mainly in combination, does attention point at the pair? And does a pair that
 # stands out mean that there is an interaction?**
 #
-# The data are simulated, with a planted answer: 25 factors, of which *debt ratio* and *income volatility* matter
+# A question of finance, on simulated data with a planted answer: 25 factors, of which *debt ratio* and *income volatility* matter
 # mainly through their product. You need to know the [functional recipe](functional.ipynb).
 
 # %%
@@ -62,9 +62,9 @@ print(f"Every score is 1: {np.allclose(scores, 1)}")
 # %%
 names = ["debt ratio", "income volatility", "interest rate", "savings"] + [f"factor {n}" for n in range(5, 26)]
 rng = np.random.default_rng(0)
-factors = rng.normal(size=(6000, 25)).astype("float32")
+factors = rng.normal(size=(5000, 25)).astype("float32")
 debt, volatility, rate, savings = factors[:, :4].T
-draw = rng.random(6000)
+draw = rng.random(5000)
 
 
 def defaults(log_odds):
@@ -79,7 +79,7 @@ def train_and_explain(labels):
     keras.utils.set_random_seed(0)
     inputs = keras.Input(shape=(25,))
     tokens = FeatureTokenizer(16, feature_names=names)(inputs)
-    attention = InterpretableMultiHeadAttention(d_model=8, n_head=12)
+    attention = InterpretableMultiHeadAttention(d_model=4, n_head=12)
     x = keras.layers.Dense(32, activation="relu")(attention(tokens))
     x = keras.layers.GlobalAveragePooling1D()(x)
     model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(x))
@@ -118,7 +118,7 @@ for world, mean_scores in results.items():
     )
 
 # %% tags=["cover"] alt="Two heat maps of attention among the first eight risk factors. Left, with a planted interaction, and right, without one: in both, the columns of debt ratio and income volatility are dark."
-fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
 for ax, (world, mean_scores) in zip(axes, results.items(), strict=True):
     image = ax.imshow(mean_scores[:8, :8], cmap="Blues", vmin=0, vmax=max(r[:8, :8].max() for r in results.values()))
     ax.set_title("interaction planted" if world == "planted" else "control: no interaction")

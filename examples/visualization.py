@@ -108,10 +108,12 @@ visualize_attention(scores, feature_names=days, head_idx=best)
 # One scale for all of them: with a scale each, a head that does nothing looks as busy as one that does the work.
 
 # %% alt="Four heat maps side by side on one colour scale. The heads differ: some have a dark column at the marked day, others are pale."
-fig, axes = plt.subplots(1, 4, figsize=(11, 3.2), layout="constrained")
+fig, axes = plt.subplots(1, 4, figsize=(9, 2.8), layout="constrained", sharey=True)
 for head, ax in enumerate(axes):
     image = ax.imshow(scores[0, head], cmap="Blues", vmin=0, vmax=scores[0].max())
     ax.set_title(f"Head {head}")
+    ax.set_xticks([0, 5, 11], ["day 1", "6", "12"])
+    ax.set_yticks([0, 5, 11], ["day 1", "6", "12"])
     ax.set_xlabel("key")
 axes[0].set_ylabel("query")
 fig.colorbar(image, ax=axes, label="attention score")

@@ -11,7 +11,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-VIEWPORTS = {"desktop 1280": {"width": 1280, "height": 900}, "phone 390": {"width": 390, "height": 844}}
+DEVICES = {
+    "desktop 1280": {"viewport": {"width": 1280, "height": 900}},
+    "phone 390": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
+}
 SCHEMES = {"light": "default", "dark": "slate"}  # the system's name of a colour scheme: the theme's
 # Chromium calls home unless told not to; it runs as root in containers, where its sandbox does not.
 ARGUMENTS = [
@@ -42,10 +45,9 @@ def new_page(browser, site_url):
     """Opens a page for a visitor who was never here before."""
     contexts = []
 
-    def open_page(viewport="desktop 1280", scheme="light", **options):
-        context = browser.new_context(
-            base_url=site_url, viewport=VIEWPORTS[viewport], color_scheme=scheme, reduced_motion="reduce", **options
-        )
+    def open_page(device="desktop 1280", scheme="light", **options):
+        options |= DEVICES[device] | {"color_scheme": scheme, "reduced_motion": "reduce", "base_url": site_url}
+        context = browser.new_context(**options)
         contexts.append(context)
         return context.new_page()
 
@@ -104,11 +106,11 @@ def layout_problems(page):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("viewport", VIEWPORTS)
-def test_every_page_is_sound(site, site_url, new_page, viewport, scheme):
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_page_is_sound(site, site_url, new_page, device, scheme):
     addresses = sorted(str(path.relative_to(site)).removesuffix("index.html") for path in site.rglob("*.html"))
     assert {"", "404.html", "recipes/", "api/layers/"} < set(addresses)
-    page = new_page(viewport, scheme)
+    page = new_page(device, scheme)
     heard = listen(page, site_url)
     problems = []
     for address in addresses:
@@ -117,17 +119,17 @@ def test_every_page_is_sound(site, site_url, new_page, viewport, scheme):
         found = [*layout_problems(page), *accessibility_problems(page), *heard]
         if page.locator("body").get_attribute("data-md-color-scheme") != SCHEMES[scheme]:
             found.append("does not follow the system's colour scheme")
-        problems += [f"/{address} ({viewport}, {scheme}): {problem}" for problem in found]
+        problems += [f"/{address} ({device}, {scheme}): {problem}" for problem in found]
     assert not problems, "\n" + "\n".join(problems)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("viewport", VIEWPORTS)
-def test_search_finds_a_page(site_url, new_page, viewport, scheme):
-    page = new_page(viewport, scheme)
+@pytest.mark.parametrize("device", DEVICES)
+def test_search_finds_a_page(site_url, new_page, device, scheme):
+    page = new_page(device, scheme)
     heard = listen(page, site_url)
     page.goto("")
-    page.locator(".md-search__input" if "desktop" in viewport else "label.md-header__button[for=__search]").click()
+    page.locator(".md-search__input" if "desktop" in device else "label.md-header__button[for=__search]").click()
     page.locator(".md-search__input").press_sequentially("financial")
     result = page.locator(".md-search-result__link[href*='/recipes/finance/']").first
     expect(result).to_be_visible()

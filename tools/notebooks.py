@@ -89,7 +89,13 @@ def cover(notebook: nbformat.NotebookNode) -> bytes:
 def execute(source: Path) -> float:
     """Write the executed notebook beside `source`; return the seconds it took. Errors in a cell are raised."""
     notebook = from_source(source)
-    client = NotebookClient(notebook, timeout=120, record_timing=False, resources={"metadata": {"path": str(EXAMPLES)}})
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(EXAMPLES)}},
+    )
     start = time.perf_counter()
     client.execute()
     seconds = time.perf_counter() - start
