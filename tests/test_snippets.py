@@ -18,8 +18,11 @@ def test_there_are_snippets_to_run():
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
 def test_snippet(example, eval_example):
     eval_example.set_config(line_length=120)
+    failure = ""
     try:
         eval_example.run_print_check(example)
     except Exception as error:
-        # The example's own traceback is more than pytest 9 can format: it stops the whole run.
-        pytest.fail(f"{example} raised {type(error).__name__}: {error}", pytrace=False)
+        failure = f"{example} raised {type(error).__name__}: {error}"
+    # Outside of `except`: pytest 9 cannot format the example's own traceback, and would stop the whole run over it.
+    if failure:
+        pytest.fail(failure, pytrace=False)
