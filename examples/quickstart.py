@@ -55,7 +55,7 @@ print(attention.attention_scores.shape)  # (wine, head, query, key)
 # `fit` and `predict` run compiled and keep their tensors to themselves. The call `model(...)` is not compiled, and
 # its scores are there to read. Averaged over the wines, they make a map:
 
-# %% tags=["cover"] alt="Heat map of attention between the 13 measurements of a wine. A few columns, proline among them, are clearly darker than the others."
+# %% tags=["cover"] alt="Heat map of attention between the 13 measurements of a wine. The columns of proline and flavanoids are darker than most."
 import matplotlib.pyplot as plt
 import numpy as np
 
