@@ -144,5 +144,6 @@ plt.show()
 # **It says** that the heads together look most at the features that decide.
 #
 # **It does not say** that any one head can be trusted: the worst one misses a signal that the heads
-# together find, and the picture shows heads that look nearly evenly at everything. Nor does it say where the signals end and the noise begins; here we know, on your data
+# together find, and the picture shows heads in which the signals
+# stand out by a hair. Nor does it say where the signals end and the noise begins; here we know, on your data
 # you do not.

@@ -1,7 +1,7 @@
 # %% [markdown] level="intermediate"
 # # Financial risk
 #
-# **If two factors drive default risk mainly in combination, does attention point at the pair? And does a pair that
+# **If two factors drive default risk mainly in combination, does attention point at the pair? And does a cell that
 # stands out mean that there is an interaction?**
 #
 # A question of finance, on simulated data with a planted answer: 25 factors, of which *debt ratio* and *income volatility* matter
@@ -116,8 +116,10 @@ for world, mean_scores in results.items():
     print(
         f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, {pair * 25 / 2:.1f} times even"
     )
+    row, column = np.unravel_index(mean_scores.argmax(), mean_scores.shape)
+    print(f"    largest cell: {names[row]} looks at {names[column]}, {25 * mean_scores.max():.1f} times even")
 
-# %% tags=["cover"] alt="Two heat maps of attention among the first eight risk factors. Left, with a planted interaction, and right, without one: in both, the columns of debt ratio and income volatility are dark."
+# %% tags=["cover"] alt="Two heat maps of attention among the first eight risk factors. Left, with a planted interaction: the cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. Right, without one: nearly even."
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
 for ax, (world, mean_scores) in zip(axes, results.items(), strict=True):
     image = ax.imshow(mean_scores[:8, :8], cmap="Blues", vmin=0, vmax=max(r[:8, :8].max() for r in results.values()))
@@ -149,9 +151,9 @@ for world, labels in [("planted", planted), ("control", control)]:
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** which factors matter, and puts the planted pair first among 300.
+# **It says** where the model looks, and it puts the planted pair first among 300, well above the even share.
 #
-# **It does not say** that they interact. The control has the same pair among its first, because two factors that
-# matter each for itself also draw attention, from each other and from everybody. Its shade is paler there, but on
-# your data there is no control to compare with. A dark cell is a place to look, not evidence of an interaction; the
-# test above is.
+# **It does not say** that dark means interaction: the largest cell of the planted map is a factor that interacts with
+# nothing. Nor does a rank alone say much: in the control the same pair is still among the first, in a map that
+# is nearly even. Read the size of a score beside its rank, and take a dark cell as a place to look. The evidence is
+# the test above.

@@ -97,7 +97,7 @@ for column in np.argsort(-scores.mean(axis=(0, 1, 2)))[:3]:
     column_scores = scores[..., column]
     print(f"{names[column]:>14}: {column_scores.mean():.2f} on average (even: 0.10), at most {column_scores.max():.1f}")
 
-# %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. Most cells are of similar shade; the column of age has a few dark cells, most of them near the top."
+# %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. The column of triglycerides is a little darker throughout; the column of age has a few dark cells. Most other cells are of similar shade."
 order = np.argsort(predicted)[:: len(predicted) // 39][:40]
 fig, ax = plt.subplots(figsize=(7, 5.6))
 image = ax.imshow(scores[order, 0, 0], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
@@ -110,8 +110,8 @@ plt.show()
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** where each patient's summary comes from, and that this depends on the patient. In a few patients, most of
-# them with a mild prediction (top), age takes far more than its share.
+# **It says** where each patient's summary comes from, and that this depends on the patient: triglycerides take a little
+# more than their share throughout, age takes far more than its share in a few patients only.
 #
 # **It does not say** in which direction a measurement pushes the prediction; a high score only says that its value
 # went in. The scores are also close to even, so read small differences as noise. The [finance recipe](finance.ipynb)

@@ -127,10 +127,10 @@ plt.show()
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** that the single-head model takes its information from measurements of size and of concavity, that
-# another seed finds nearly the same order, and that a logistic regression weighs them similarly.
+# **It says** that the single-head model looks most at measurements of size, that another seed finds nearly the
+# same order, and that a logistic regression weighs the measurements similarly.
 #
 # **It does not say** that these measurements cause anything, nor that the others are not needed: the 30
-# measurements are strongly correlated, and a model can use one in place of another. Nor does it hold for
-# every architecture: more heads, or fewer epochs, can be as accurate and rank differently. Repeat the two-seed check on
-# your own model, and report a ranking only together with it.
+# measurements are strongly correlated, and a model can use one in place of another. Nor does it say
+# anything about another model than this one. Repeat the two-seed check on your own, and report a ranking only together
+# with it.

@@ -119,6 +119,5 @@ plt.show()
 # **It says** that most measurements take a good part of their new content from the same few columns, flavanoids and
 # proline above all: dark columns are what this model looks at.
 #
-# **It does not say** that the other measurements are useless, nor that another training run would agree. With another
-# seed the first places change, at the same accuracy; the [medical recipe](medical.ipynb) measures how much. And a
-# logistic regression without any attention classifies these wines just as well.
+# **It does not say** that the other measurements are useless, nor that another training run would agree; the
+# [medical recipe](medical.ipynb) shows how to find out. And a logistic regression without any attention classifies these wines just as well.

@@ -21,7 +21,8 @@ keras.utils.set_random_seed(1)
 # %% [markdown]
 # ## A function to reuse
 #
-# It takes scores as any layer or model of these recipes returns them, draws the first sample, and shows the scale.
+# It takes scores as any layer or model of these recipes returns them and draws the first sample, always on the scale from
+# 0 to 1, so that two pictures can be compared.
 
 
 # %%
@@ -36,7 +37,7 @@ def visualize_attention(attention_scores, feature_names=None, head_idx=0):
     scores = np.asarray(attention_scores)[0, head_idx]
     size = 2.5 + 0.3 * max(scores.shape)
     fig, ax = plt.subplots(figsize=(size + 1, size))
-    image = ax.imshow(scores, cmap="Blues", vmin=0)
+    image = ax.imshow(scores, cmap="Blues", vmin=0, vmax=1)
     fig.colorbar(image, label="attention score")
     ax.set_title(f"Head {head_idx}")
     ax.set_xlabel("key (looked at)")
@@ -107,10 +108,10 @@ visualize_attention(scores, feature_names=days, head_idx=best)
 #
 # One scale for all of them: with a scale each, a head that does nothing looks as busy as one that does the work.
 
-# %% alt="Four heat maps side by side on one colour scale. The heads differ: some have a dark column at the marked day, others are pale."
+# %% alt="Four heat maps side by side on one colour scale. Every head has a column at the marked day; it is darkest in head 1 and faintest in head 0."
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.8), layout="constrained", sharey=True)
 for head, ax in enumerate(axes):
-    image = ax.imshow(scores[0, head], cmap="Blues", vmin=0, vmax=scores[0].max())
+    image = ax.imshow(scores[0, head], cmap="Blues", vmin=0, vmax=1)
     ax.set_title(f"Head {head}")
     ax.set_xticks([0, 5, 11], ["day 1", "6", "12"])
     ax.set_yticks([0, 5, 11], ["day 1", "6", "12"])
@@ -125,7 +126,7 @@ plt.show()
 # The usual next step is to average over samples. Here it destroys what there is to see, because each sample marks
 # another day.
 
-# %% alt="Heat map of the attention averaged over 1000 samples: nearly the same shade everywhere."
+# %% alt="Heat map of the attention averaged over 1000 samples, on the same scale: pale everywhere."
 mean_scores = scores.mean(axis=0, keepdims=True)
 print(f"One sample's scores of head {best} range from {scores[0, best].min():.2f} to {scores[0, best].max():.2f}")
 print(f"The average's range from {mean_scores[0, best].min():.2f} to {mean_scores[0, best].max():.2f}")
@@ -136,6 +137,6 @@ visualize_attention(mean_scores, feature_names=days, head_idx=best)
 #
 # **It says** which day a head reads in this sample, and the mark confirms it: attention here is what the task asks for.
 #
-# **It does not say** that the pale heads are idle: what a head adds to the output is score times value, and the map
+# **It does not say** that the head with the faintest column does the least: what a head adds to the output is score times value, and the map
 # shows only the score. And a pale average does not mean that no sample has a strong pattern; look at single samples
 # before you average.

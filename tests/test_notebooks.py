@@ -72,7 +72,7 @@ def test_recipe_starts_with_title_question_and_level_and_ends_with_what_it_does_
 
 
 @each_example
-def test_recipe_ran_in_under_20_seconds(source):
+def test_recipe_took_under_20_seconds_when_it_was_last_executed(source):
     assert json.loads(notebooks.RUN_TIMES.read_text())[source.stem] < 20
 
 

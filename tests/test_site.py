@@ -1,14 +1,20 @@
 """The built site: strict build, links and anchors, and the API pages against the package."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 
-API_PAGES = {"kerasfactory.layers": "api/layers"}
+import kerasfactory
+
+ROOT = Path(__file__).parents[1]
+# Every public package has an API page of its name.
+PACKAGES = [package.name for package in pkgutil.iter_modules(kerasfactory.__path__) if package.ispkg]
 
 
 def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
@@ -16,21 +22,37 @@ def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
     settings = tmp_path / "linkcheckerrc"
     settings.write_text("[checking]\nmaxrequestspersecond=1000\n[AnchorCheck]\n")
     check = subprocess.run(
-        [sys.executable, "-m", "linkcheck", f"--config={settings}", "--no-status", "--no-robots", site_url],
+        [
+            sys.executable,
+            "-m",
+            "linkcheck",
+            f"--config={settings}",
+            "--no-status",
+            "--no-robots",
+            site_url,
+            site_url + "404.html",
+        ],
         capture_output=True,
         text=True,
     )
     assert check.returncode == 0, check.stdout + check.stderr
 
 
-@pytest.mark.parametrize("module", API_PAGES)
-def test_every_public_name_is_on_its_api_page(site, module):
-    html = (site / API_PAGES[module] / "index.html").read_text()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_repository_lead_to_its_files(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_on_its_api_page(site, package):
+    module, page = f"kerasfactory.{package}", f"api/{package}"
+    html = (site / page / "index.html").read_text()
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     for name in importlib.import_module(module).__all__:
-        assert f'id="{module}.{name}"' in html, f"{name} has no anchor on {API_PAGES[module]}"
+        assert f'id="{module}.{name}"' in html, f"{name} has no anchor on {page}"
         assert re.search(rf"^{re.escape(module)}\.(\w+\.)?{name} py:(class|function) ", inventory, re.MULTILINE), (
-            f"{name} has no entry in the API index: add `::: {module}.{name}.{name}` to docs/{API_PAGES[module]}.md"
+            f"{name} has no entry in the API index: add `::: {module}.{name}.{name}` to docs/{page}.md"
         )
 
 

@@ -1,11 +1,14 @@
 """Every fenced Python block of the README and the docs, and every docstring example, runs and prints what it says."""
 
+import re
+from pathlib import Path
+
 import pytest
 from pytest_examples import find_examples
 
 EXAMPLES = [
     example
-    for example in find_examples("README.md", "docs", "kerasfactory")
+    for example in find_examples("README.md", "CONTRIBUTING.md", "docs", "kerasfactory")
     if "docs/recipes" not in example.path.as_posix()  # made of the notebooks, which nbval executes
 ]
 
@@ -13,6 +16,16 @@ EXAMPLES = [
 def test_there_are_snippets_to_run():
     sources = {example.path.name for example in EXAMPLES}
     assert {"README.md", "index.md", "InterpretableMultiHeadAttention.py", "FeatureTokenizer.py"} <= sources
+
+
+def test_no_snippet_is_written_in_a_form_that_would_not_be_run():
+    texts = [
+        Path("README.md"),
+        Path("CONTRIBUTING.md"),
+        *Path("docs").rglob("*.md"),
+        *Path("kerasfactory").rglob("*.py"),
+    ]
+    assert not [path for path in texts if re.search(r"^\s*(~~~|>>> )", path.read_text(), re.MULTILINE)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)

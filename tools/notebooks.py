@@ -50,7 +50,8 @@ def from_source(source: Path) -> nbformat.NotebookNode:
 
 def versions() -> dict[str, str]:
     """What an output can depend on, besides the code."""
-    return {name: importlib.metadata.version(name) for name in ("keras", "tensorflow", "numpy", "matplotlib")}
+    names = ("keras", "tensorflow", "numpy", "scipy", "scikit-learn", "matplotlib")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:

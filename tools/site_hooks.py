@@ -203,8 +203,9 @@ hide:
 ---
 # Recipes
 
-Each recipe asks one question, answers it with a picture, and says where the picture misleads. Every number and
-picture comes from a notebook that our tests execute and compare. Read them in order, or start where your data are.
+Each recipe asks one question, answers it with a picture, and says where the picture misleads. Each is an
+executed notebook: our tests run it again and compare every printed number. Read them in order, or start where your
+data are.
 
 <div class="grid cards gallery" markdown>
 

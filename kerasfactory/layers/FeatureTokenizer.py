@@ -9,6 +9,9 @@ from keras import ops
 
 from kerasfactory.layers._arguments import positive_integer
 
+# Half precision counts no further without leaving numbers out.
+_LARGEST_COUNT = {"float16": 2049, "bfloat16": 257}
+
 
 @keras.saving.register_keras_serializable(package="kerasfactory.layers")
 class FeatureTokenizer(keras.layers.Layer):
@@ -123,6 +126,13 @@ class FeatureTokenizer(keras.layers.Layer):
             tokens.append(numbers[:, :, None] * self.kernel + self.bias)
         if self._categorical:
             values = ops.take(inputs, self._categorical, axis=1)
+            largest = _LARGEST_COUNT.get(keras.backend.standardize_dtype(values.dtype))
+            if largest is not None and max(self._counts) > largest:
+                raise ValueError(
+                    f"Inputs of dtype {values.dtype} cannot tell more than {largest} categories apart. Give the inputs "
+                    "as integers or float32, and begin a `Sequential` model with `keras.Input`, since it casts its "
+                    f"inputs otherwise. Received: cardinalities={self.cardinalities}"
+                )
             counts = ops.cast(self._counts, "int32")
             categories = ops.cast(values, "int32")
             exists = (categories >= 0) & (categories < counts) & (ops.cast(categories, values.dtype) == values)
@@ -157,17 +167,19 @@ class FeatureTokenizer(keras.layers.Layer):
         if len(shape) != 2 or not shape[-1]:
             raise ValueError(f"The inputs must have shape (batch, feature). Received: shape={shape}")
         if self._columns is not None and shape[-1] != self._columns:
-            given_by = "feature name" if self.feature_names else "entry of `cardinalities`, or as many as before"
-            names = f" ({', '.join(self.feature_names)})" if self.feature_names else ""
-            raise ValueError(
-                f"The inputs must have one column per {given_by}, {self._columns}{names}. Received: shape={shape}"
-            )
+            if self.feature_names:
+                expected = f"one column per feature name, {self._columns} ({', '.join(self.feature_names)})"
+            elif self.built:
+                expected = f"{self._columns} columns, as when the layer was built"
+            else:
+                expected = f"one column per entry of `cardinalities`, {self._columns}"
+            raise ValueError(f"The inputs must have {expected}. Received: shape={shape}")
 
 
 def _checked_names(feature_names: Any) -> list[str] | None:
     if feature_names is None:
         return None
-    is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str)
+    is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str | set | frozenset)
     names = list(feature_names) if is_sequence else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`feature_names` must be a list of strings, one per column. Received: {feature_names!r}")
@@ -205,5 +217,7 @@ def _checked_cardinalities(cardinalities: Any, names: list[str] | None) -> dict[
         if key not in names if names is not None else type(key) is not int or key < 0:
             expected = f"one of {names}" if names is not None else "a column index, as no `feature_names` are given"
             raise ValueError(f"`cardinalities` has an unknown column: expected {expected}. Received: {given!r}")
+        if key in checked:
+            raise ValueError(f"`cardinalities` gives column {key!r} twice. Received: {dict(cardinalities)!r}")
         checked[key] = positive_integer(f"cardinalities[{given!r}]", count)
     return checked

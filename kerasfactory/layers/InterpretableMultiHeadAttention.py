@@ -28,10 +28,11 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention that lets you read its attention scores.
 
     The layer wraps `keras.layers.MultiHeadAttention` (the attribute `mha`) and computes exactly what that
-    layer computes. What it adds is `attention_scores`: the weights of the latest call, in a form that fits
-    the moment. After an eager call they are a tensor; in a functional or `Sequential` model, trained or
-    reloaded, they are a `KerasTensor` from which `keras.Model(model.inputs, layer.attention_scores)` makes a
-    model that predicts scores.
+    layer computes when it returns scores. (Without scores and dropout, Keras may run a fused kernel, which gives
+    a query whose keys are all masked the mean of the values; here it gets zeros.) What is added is
+    `attention_scores`: the weights of the latest call, in a form that fits the moment. After an eager call they
+    are a tensor; in a functional or `Sequential` model, trained or reloaded, they are a `KerasTensor` from which
+    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores.
 
     For head \(h\) with projections \(W^Q_h, W^K_h, W^V_h\) of width `d_model`,
 
@@ -143,7 +144,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             self.mha.trainable = False
 
     def __call__(self, query, key=None, value=None, **kwargs):
-        _check_shapes(query, key, value)
+        _check_shapes(query, key, value, self.mha.attention_axes)
         if not any(isinstance(x, keras.KerasTensor) for x in (query, key, value)):
             return super().__call__(query, key, value, **kwargs)
 
@@ -215,7 +216,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         not compiled decides.
 
         Raises:
-            RuntimeError: If the layer has only ever been called inside compiled functions.
+            RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
+                of a subclassed model that has seen no data yet.
         """
         traced = self._traced_scores and self._traced_scores()
         if traced is not None and _backend.is_live(traced):
@@ -223,9 +225,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         if self._scores is None and self._traced_scores is not None:
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
-                "function (such as `fit`, `predict` or `evaluate`), which keeps its tensors to itself. Call the "
-                "model on some data, `model(x)`, and read `attention_scores` then; or return the scores from the "
-                "compiled function by calling the layer with `return_attention_scores=True`."
+                "function (such as `fit`, `predict` or `evaluate`), or while Keras worked out the shapes of a model "
+                "around it. Both keep their tensors to themselves. Call the model on some data, `model(x)`, and read "
+                "`attention_scores` then; or return the scores from the compiled function by calling the layer with "
+                "`return_attention_scores=True`."
             )
         if callable(self._scores):
             self._scores = self._scores()
@@ -332,8 +335,8 @@ def _integers(name: str, value: Any, positive: bool = False) -> int | list[int] 
     except TypeError:
         checked = ()
     if not checked or len(checked) < len(numbers) or (positive and min(checked) <= 0):
-        kind = "positive integer" if positive else "integer"
-        raise ValueError(f"`{name}` must be a {kind} or a tuple of them. Received: {name}={value!r}")
+        kind = "a positive integer" if positive else "an integer"
+        raise ValueError(f"`{name}` must be {kind} or a tuple of them. Received: {name}={value!r}")
     return type(value)(checked) if isinstance(value, list | tuple) else checked[0]
 
 
@@ -344,7 +347,7 @@ def _unknown_argument(name: str, value: Any) -> str:
     return f"InterpretableMultiHeadAttention has no argument `{name}`. {hint} Received: {name}={value!r}"
 
 
-def _check_shapes(query: Any, key: Any, value: Any) -> None:
+def _check_shapes(query: Any, key: Any, value: Any, attention_axes: tuple[int, ...] | None) -> None:
     named = {"query": query, "key": query if key is None else key}
     named["value"] = named["key"] if value is None else value
     for name, tensor in named.items():
@@ -365,9 +368,16 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
             raise ValueError(f"`{name}` is empty: every axis must have at least one entry. {received}")
         if None not in (shape[0], shapes["query"][0]) and shape[0] != shapes["query"][0]:
             raise ValueError(f"`{name}` must have the batch size of `query`, {shapes['query'][0]}. {received}")
-    for key_size, value_size in zip(shapes["key"][1:-1], shapes["value"][1:-1], strict=True):
+    attended = range(1, rank - 1) if attention_axes is None else [axis % rank for axis in attention_axes]
+    for axis in range(1, rank - 1):
+        query_size, key_size, value_size = (shape[axis] for shape in shapes.values())
         if None not in (key_size, value_size) and key_size != value_size:
             raise ValueError(
                 "`key` and `value` must have the same length: each key has one value. (The call order here is "
                 f"query, key, value.) {received}"
+            )
+        if axis not in attended and None not in (query_size, key_size) and query_size != key_size:
+            raise ValueError(
+                f"`query` and `key` must have the same size on axis {axis}, which is not one of `attention_axes`. "
+                f"{received}"
             )

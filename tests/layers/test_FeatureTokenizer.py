@@ -525,3 +525,22 @@ if keras.config.backend() != "jax":
 
         assert np.all(np.isnan(tokens[0]))
         assert not np.any(np.isnan(tokens[1]))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 2049), ("bfloat16", 257)])
+def test_half_precision_inputs_must_be_able_to_hold_every_category(dtype, largest):
+    column = ops.cast([[0], [largest - 1]], dtype)
+
+    assert FeatureTokenizer(8, cardinalities={0: largest})(column).shape == (2, 1, 8)
+    with pytest.raises(ValueError, match=f"more than {largest} categories"):
+        FeatureTokenizer(8, cardinalities={0: largest + 1})(column)
+
+
+def test_a_column_has_one_cardinality():
+    with pytest.raises(ValueError, match="column 'a' twice"):
+        FeatureTokenizer(8, ["a", "b"], {0: 2, "a": 3})
+
+
+def test_names_come_in_an_order():
+    with pytest.raises(ValueError, match="must be a list of strings"):
+        FeatureTokenizer(8, {"a", "b"})

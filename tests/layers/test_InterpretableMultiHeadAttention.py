@@ -1346,3 +1346,24 @@ if BACKEND == "tensorflow":
             keras.tree.flatten(exported.serve(x)), keras.tree.flatten(model.predict(x, verbose=0)), strict=True
         ):
             assert np.allclose(ours, theirs, atol=1e-6)
+
+
+def test_axes_that_are_not_attended_to_must_agree(rng):
+    layer = InterpretableMultiHeadAttention(4, 2, attention_axes=1)
+
+    with pytest.raises(ValueError, match="same size on axis 2") as error:
+        layer(rng.standard_normal((2, 6, 4, 8)), rng.standard_normal((2, 5, 3, 8)))
+
+    assert "query=(2, 6, 4, 8), key=(2, 5, 3, 8)" in str(error.value)
+
+
+def test_a_query_without_any_key_in_view_gets_zeros_before_the_output_projection(rng):
+    x = rng.standard_normal((2, 3, 6), dtype="float32")
+    layer = InterpretableMultiHeadAttention(4, 2, dropout_rate=0, bias_initializer="ones")
+    mask = np.ones((2, 3, 3), dtype="bool")
+    mask[0, 1] = False
+
+    output = ops.convert_to_numpy(layer(x, attention_mask=mask))
+
+    assert np.all(np.asarray(layer.attention_scores)[0, :, 1] == 0)
+    assert np.array_equal(output[0, 1], np.ones(6))
