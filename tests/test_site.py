@@ -20,7 +20,7 @@ PACKAGES = [package.name for package in pkgutil.iter_modules(kerasfactory.__path
 def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
     # MkDocs checks links between Markdown files; this also reads raw HTML, pictures and downloads.
     settings = tmp_path / "linkcheckerrc"
-    settings.write_text("[AnchorCheck]\n")
+    settings.write_text("[checking]\nmaxrequestspersecond=1000\n[AnchorCheck]\n")
     check = subprocess.run(
         [
             sys.executable,
