@@ -25,9 +25,8 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
     def end_headers(self):
-        self.send_header(
-            "LinkChecker", "as fast as you like"
-        )  # else it keeps to 10 requests a second, whatever it is told
+        # Else the link checker keeps to 10 requests a second, whatever it is told.
+        self.send_header("LinkChecker", "as fast as you like")
         super().end_headers()
 
 

@@ -21,20 +21,8 @@ def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
     # MkDocs checks links between Markdown files; this also reads raw HTML, pictures and downloads.
     settings = tmp_path / "linkcheckerrc"
     settings.write_text("[checking]\nmaxrequestspersecond=1000\n[AnchorCheck]\n")
-    check = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "linkcheck",
-            f"--config={settings}",
-            "--no-status",
-            "--no-robots",
-            site_url,
-            site_url + "404.html",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "linkcheck", f"--config={settings}", "--no-status", "--no-robots"]
+    check = subprocess.run([*command, site_url, f"{site_url}404.html"], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout + check.stderr
 
 

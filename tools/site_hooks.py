@@ -15,6 +15,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 RECIPES = ROOT / "docs" / "recipes"
+PUBLIC_NAMES = griffe.load("kerasfactory.layers").exports
 
 
 def on_config(config):
@@ -22,7 +23,8 @@ def on_config(config):
     names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
     names.remove("index")
     RECIPES.mkdir(exist_ok=True)
-    recipes = [_read(name) for name in names]
+    run_times = json.loads((EXAMPLES / "run_times.json").read_text())
+    recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
         written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
@@ -115,7 +117,6 @@ def _read(name: str) -> dict:
         "introduction": introduction.strip(),
         "level": head.metadata["level"],
         "versions": notebook.metadata["kerasfactory"],
-        "seconds": json.loads((EXAMPLES / "run_times.json").read_text())[name],
         "body": _for_site(body),
         "code": code,
         "pictures": pictures,
@@ -127,7 +128,7 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name in griffe.load("kerasfactory.layers").exports:
+    for name in PUBLIC_NAMES:
         text = re.sub(rf"(?<!\[)`{name}`", f"[`{name}`][kerasfactory.layers.{name}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
