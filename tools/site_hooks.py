@@ -11,9 +11,8 @@ import griffe
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
+from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover  # beside this file, where MkDocs lets a hook look
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 RECIPES = ROOT / "docs" / "recipes"
 PUBLIC_NAMES = griffe.load("kerasfactory.layers").exports
 
@@ -23,7 +22,7 @@ def on_config(config):
     names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
     names.remove("index")
     RECIPES.mkdir(exist_ok=True)
-    run_times = json.loads((EXAMPLES / "run_times.json").read_text())
+    run_times = json.loads(RUN_TIMES.read_text())
     recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
@@ -103,7 +102,7 @@ def _read(name: str) -> dict:
     exporter = MarkdownExporter(template_name="recipe", extra_template_basedirs=[str(ROOT / "tools" / "templates")])
     head = notebook.cells[0]
     title, question, introduction = (head.source.removeprefix("# ") + "\n\n").split("\n\n", 2)
-    covers = [number for number, cell in enumerate(notebook.cells) if "cover" in cell.metadata.get("tags", [])]
+    (cover_cell,) = (cell for cell in notebook.cells if "cover" in cell.metadata.get("tags", []))
     code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     body, resources = exporter.from_notebook_node(
         nbformat.from_dict({**notebook, "cells": notebook.cells[1:]}),
@@ -120,9 +119,8 @@ def _read(name: str) -> dict:
         "body": _for_site(body),
         "code": code,
         "pictures": pictures,
-        # The exporter numbers pictures by cell; the first cell is not among the body's.
-        "cover": next(path for path in pictures if f"_{covers[0] - 1}_" in path),
-        "alt": notebook.cells[covers[0]].metadata["alt"],
+        "cover": next(path for path, picture in pictures.items() if picture == cover(notebook)),
+        "alt": cover_cell.metadata["alt"],
     }
 
 
