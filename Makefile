@@ -1,10 +1,13 @@
 # Needs python3 >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip --quiet --quiet --disable-pip-version-check
+UNIT_TESTS = tests/layers tests/explain
+OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: serve site test notebooks lint lock clean
+.PHONY: serve site test test-jax test-torch keras-versions notebooks lint lock clean
 
 serve: .venv/ready ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
@@ -12,8 +15,24 @@ serve: .venv/ready ## build the site and serve it on http://localhost:8000
 site: .venv/ready ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
-test: lint ## everything that CI checks
+test: lint ## everything, on TensorFlow; then the unit tests on the other two backends
 	$(BIN)/pytest
+	$(MAKE) test-jax test-torch
+
+# The tests compile much and compute little; that is what the setting for JAX is about.
+test-jax test-torch: .venv/ready ## the unit tests on one backend
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(BIN)/pytest $(UNIT_TESTS)
+
+keras-versions: .venv/ready ## the unit tests on the oldest Keras that pyproject.toml admits, and on the newest there is
+	rm -rf .venv/keras
+	$(PIP) install --no-deps --target .venv/keras/oldest keras==$(OLDEST_KERAS)
+	PYTHONPATH=$(CURDIR)/.venv/keras/oldest $(BIN)/pytest $(UNIT_TESTS)
+	$(PIP) install --no-deps --target .venv/keras/newest keras
+	@if cmp -s .venv/keras/newest/keras/src/version.py .venv/lib/python3*/site-packages/keras/src/version.py; then \
+		echo 'The newest Keras is the one in .venv, which `make test` tries.'; \
+	else \
+		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(BIN)/pytest $(UNIT_TESTS); \
+	fi
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
@@ -30,9 +49,11 @@ lock: .venv/ready ## renew requirements.txt from pyproject.toml
 clean:
 	rm -rf .venv site docs/recipes
 
+# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "kerasfactory needs Python 3.11, 3.12 or 3.13 for its development environment (TensorFlow has no other). Found %d.%d. Choose another with: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) install torch==2.13.0
+	$(PIP) install --require-hashes -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch .venv/ready

@@ -50,8 +50,8 @@ def from_source(source: Path) -> nbformat.NotebookNode:
 
 def versions() -> dict[str, str]:
     """What an output can depend on, besides the code."""
-    names = ("keras", "tensorflow", "numpy", "scipy", "scikit-learn", "matplotlib")
-    return {name: importlib.metadata.version(name) for name in names}
+    names = ("keras", "tensorflow", "jax", "torch", "numpy", "scipy", "scikit-learn", "xarray", "matplotlib")
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:

@@ -14,7 +14,10 @@ from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover  # beside this file, where MkDocs lets a hook look
 
 RECIPES = ROOT / "docs" / "recipes"
-PUBLIC_NAMES = griffe.load("kerasfactory.layers").exports
+PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
+PUBLIC_NAMES |= {
+    f"explain.{name}": f"kerasfactory.explain.{name}" for name in griffe.load("kerasfactory.explain").exports
+}
 
 
 def on_config(config):
@@ -40,7 +43,8 @@ def on_config(config):
 
 def on_page_markdown(markdown, **_):
     """Numbers of a benchmark come from its result, not from somebody's keyboard."""
-    return markdown.replace("{{ benchmarks/layer.json }}", _layer_benchmark())
+    markdown = markdown.replace("{{ benchmarks/layer.json }}", _layer_benchmark())
+    return markdown.replace("{{ benchmarks/capture.json }}", _capture_benchmark())
 
 
 def on_page_content(content, page, **_):
@@ -126,8 +130,8 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name in PUBLIC_NAMES:
-        text = re.sub(rf"(?<!\[)`{name}`", f"[`{name}`][kerasfactory.layers.{name}]", text)
+    for name, target in PUBLIC_NAMES.items():
+        text = re.sub(rf"(?<!\[)`{re.escape(name)}`", f"[`{name}`][{target}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
@@ -181,6 +185,34 @@ def _layer_benchmark() -> str:
         lines.append(f"| {row['length']} | {row['dropout']} | {cells[0]} | {cells[1]} |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines.append(f"\nMedian of {result['rounds']} paired ratios (quartiles), on {result['machine']}, with {versions}.")
+    return "\n".join(lines)
+
+
+def _capture_benchmark() -> str:
+    result = json.loads((ROOT / "benchmarks" / "capture.json").read_text())
+    lines = [
+        "| backend | throughput, first call | later calls | peak memory, 10,000 samples | 20,000 samples |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        speeds = [
+            f"**{row[when]['throughput']:.2f}** ({row[when]['quartiles'][0]:.2f}–{row[when]['quartiles'][1]:.2f}), "
+            f"{row[when]['samples_per_second']:,}/s"
+            for when in ("first", "later")
+        ]
+        peaks = [
+            f"**{row['capture'][samples]['above'] / row['capture'][samples]['result']:.2f}** "
+            f"(by hand {row['by hand'][samples]['above'] / row['by hand'][samples]['result']:.2f})"
+            for samples in ("10000", "20000")
+        ]
+        lines.append(f"| {row['backend']} | {speeds[0]} | {speeds[1]} | {peaks[0]} | {peaks[1]} |")
+    versions = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in result["versions"].items())
+    lines.append(
+        f"\nThroughput is samples a second divided by those of the model by hand: median of paired ratios (quartiles), "
+        f"for {result['samples']:,} samples, two layers, 8 heads and 32 tokens, in batches of 256. The first call "
+        "compiles. Peak memory is in units of the result. "
+        f"On {result['machine']}, with {versions}; the script is `benchmarks/capture.py`."
+    )
     return "\n".join(lines)
 
 

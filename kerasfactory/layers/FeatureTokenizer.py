@@ -1,13 +1,13 @@
 """One token per column of a table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from kerasfactory.layers._arguments import positive_integer
+from kerasfactory._arguments import checked_names, positive_integer
 
 # Half precision counts no further without leaving numbers out.
 _LARGEST_COUNT = {"float16": 2049, "bfloat16": 257}
@@ -71,7 +71,7 @@ class FeatureTokenizer(keras.layers.Layer):
         # A half-precision input would round category 2049 to 2048; the layer converts its inputs itself.
         super().__init__(autocast=False, **kwargs)
         self.d_token = positive_integer("d_token", d_token)
-        self.feature_names = _checked_names(feature_names)
+        self.feature_names = None if feature_names is None else checked_names(feature_names)
         self.cardinalities = _checked_cardinalities(cardinalities, self.feature_names)
         # How many columns the inputs have, as soon as that is known.
         self._columns = len(self.feature_names) if self.feature_names else None
@@ -174,19 +174,6 @@ class FeatureTokenizer(keras.layers.Layer):
             else:
                 expected = f"one column per entry of `cardinalities`, {self._columns}"
             raise ValueError(f"The inputs must have {expected}. Received: shape={shape}")
-
-
-def _checked_names(feature_names: Any) -> list[str] | None:
-    if feature_names is None:
-        return None
-    is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str | set | frozenset)
-    names = list(feature_names) if is_sequence else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"`feature_names` must be a list of strings, one per column. Received: {feature_names!r}")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")
-    return [str(name) for name in names]  # NumPy's strings are no JSON
 
 
 def _checked_cardinalities(cardinalities: Any, names: list[str] | None) -> dict[Any, int]:

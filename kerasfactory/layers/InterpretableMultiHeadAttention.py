@@ -4,14 +4,13 @@ import difflib
 import inspect
 import numbers
 import operator
-import weakref
 from typing import Any
 
 import keras
 from keras import ops
 
-from kerasfactory.layers import _backend
-from kerasfactory.layers._arguments import positive_integer
+from kerasfactory import _backend
+from kerasfactory._arguments import positive_integer
 
 # Keras calls these three by other names; everything else it takes is passed on by its own name.
 _RENAMED = {"num_heads": "n_head", "key_dim": "d_model", "dropout": "dropout_rate"}
@@ -193,7 +192,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
 
         values = _backend.concrete(scores)
         if values is None:
-            self._traced_scores = weakref.ref(scores)
+            self._traced_scores = _backend.hold(scores, self)
         else:
             self._scores, self._traced_scores = values, None
         return (output, scores) if return_attention_scores else output
@@ -210,7 +209,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | – (never called) | `None` |
         | eager, as `layer(x)` or `model(x)` | a tensor with that call's scores |
         | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
-        | inside your own `tf.function` or `jax.jit` | inside it, the traced scores; outside, one of the above |
+        | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
         Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves: the latest call that was
         not compiled decides.

@@ -1,0 +1,134 @@
+"""What `explain.capture` costs beside a model of the scores: writes capture.json, which a page of the site shows.
+
+That model is made by hand, `keras.Model(inputs, scores).predict`. Times are taken in turn in one process a backend, the
+first call, which compiles, apart from later ones; peak memory in a process of its own each.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+ROUNDS = 5
+SAMPLES = 10_000
+MEMORY_SAMPLES = (10_000, 20_000)
+# Times are taken in a process that keeps freed memory: how fast a virtual machine gets new pages varies tenfold.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+def model_and_scores():
+    """A transformer of two blocks over 32 features, and the model of its scores that its author could write."""
+    import keras
+
+    from kerasfactory.layers import FeatureTokenizer
+
+    inputs = keras.Input((32,))
+    x, scores = FeatureTokenizer(64)(inputs), []
+    for _ in range(2):
+        attended, of_layer = keras.layers.MultiHeadAttention(8, 8, dropout=0.1)(x, x, return_attention_scores=True)
+        scores.append(of_layer)
+        x = keras.layers.LayerNormalization()(x + attended)
+        x = keras.layers.LayerNormalization()(x + keras.layers.Dense(64)(keras.layers.Dense(128, "gelu")(x)))
+    outputs = keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(x))
+    return keras.Model(inputs, outputs), keras.Model(inputs, scores)
+
+
+def data(samples):
+    import numpy as np
+
+    return np.random.default_rng(0).normal(size=(samples, 32)).astype("float32")
+
+
+def speed():
+    """Seconds of `capture` and of the model by hand, (first, later), in turn."""
+    import keras
+
+    from kerasfactory import explain
+
+    def seconds(call, *arguments):
+        start = time.perf_counter()
+        call(*arguments, batch_size=256, verbose=0)
+        return time.perf_counter() - start
+
+    x = data(SAMPLES)
+    result = {"first": [], "later": []}
+    for _ in range(ROUNDS):
+        keras.backend.clear_session()
+        model, by_hand = model_and_scores()
+        for when in ("first", "later", "later", "later"):
+            result[when].append([seconds(explain.capture, model, x), seconds(by_hand.predict, x)])
+    return result
+
+
+def memory(who, samples):
+    """MiB that the process held at most, above what it held before, and the size of the result (on Linux)."""
+    from kerasfactory import explain
+
+    model, by_hand = model_and_scores()
+    x = data(samples)
+    calls = {
+        "capture": lambda x: explain.capture(model, x, batch_size=256, verbose=0).values(),
+        "by hand": lambda x: by_hand.predict(x, batch_size=256, verbose=0),
+    }
+    calls[who](x[:300])  # what compiling takes is not the question
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    result = sum(array.nbytes for array in calls[who](x))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"above": round((peak - before) / 2**20), "result": round(result / 2**20)}
+
+
+def in_a_process(backend, *arguments, **environment):
+    """What this script prints when it is called with `arguments`."""
+    settings = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    child = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        env=os.environ | settings | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main():
+    import numpy as np
+
+    rows = []
+    for backend, name in BACKENDS.items():
+        row = {"backend": name}
+        for when, pairs in in_a_process(backend, "speed", **KEEP_MEMORY).items():
+            by_hand_to_ours = [by_hand / ours for ours, by_hand in pairs]
+            low, middle, high = np.quantile(by_hand_to_ours, [0.25, 0.5, 0.75])
+            row[when] = {
+                "throughput": round(float(middle), 2),
+                "quartiles": [round(float(low), 2), round(float(high), 2)],
+                "samples_per_second": round(SAMPLES / float(np.median(pairs, axis=0)[0])),
+            }
+        for who in ("capture", "by hand"):
+            row[who] = {samples: in_a_process(backend, "memory", who, samples) for samples in MEMORY_SAMPLES}
+        rows.append(row)
+        print(json.dumps(row))
+    versions = {name: importlib.metadata.version(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+        "samples": SAMPLES,
+        "rounds": ROUNDS,
+        "rows": rows,
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    elif sys.argv[1] == "speed":
+        print(json.dumps(speed()))
+    else:
+        print(json.dumps(memory(sys.argv[2], int(sys.argv[3]))))

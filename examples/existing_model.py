@@ -1,0 +1,210 @@
+# %% [markdown] level="beginner"
+# # Get attention out of a model you already have
+#
+# **The model is trained and saved, and its code throws the attention scores away. How do you see what it looks at?**
+#
+# The model is plain Keras: two transformer blocks that read scikit-learn's digits. It uses nothing of this package, not
+# even a layer.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+
+from kerasfactory import explain
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## A model as people write it
+#
+# 1780 handwritten digits of 8 × 8 pixels. Each is cut into 16 patches of 2 × 2, which are the tokens. `self.attention(x, x)`
+# returns the block's output, and nobody keeps the scores.
+
+# %%
+images, labels = load_digits(return_X_y=True)
+patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4) / 16
+x_train, x_test, y_train, y_test = train_test_split(
+    patches, labels, train_size=1280, test_size=500, random_state=0, stratify=labels
+)
+
+
+@keras.saving.register_keras_serializable()
+class Position(keras.layers.Layer):
+    def build(self, shape):
+        self.embedding = self.add_weight(shape=shape[1:], initializer="uniform", name="embedding")
+
+    def call(self, x):
+        return x + self.embedding
+
+
+@keras.saving.register_keras_serializable()
+class Block(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=16, name="attention")
+        self.dense = keras.layers.Dense(32, activation="relu")
+        self.norm = keras.layers.LayerNormalization()
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+        self.dense.build(shape)
+        self.norm.build(shape)
+
+    def call(self, x):
+        x = x + self.attention(x, x)
+        return self.norm(x + self.dense(x))
+
+
+inputs = keras.Input((16, 4))
+tokens = Position()(keras.layers.Dense(32)(inputs))
+encoder = keras.Model(inputs, Block(name="block_2")(Block(name="block_1")(tokens)), name="encoder")
+mean = keras.layers.GlobalAveragePooling1D()(encoder(inputs))
+model = keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(mean))
+
+model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy", jit_compile=False)
+model.fit(x_train, y_train, batch_size=64, epochs=15, verbose=0)
+
+
+# %% [markdown]
+# Save it and load it, to have what you would get from a colleague: a file.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    model.save(Path(folder) / "digits.keras")
+    model = keras.models.load_model(Path(folder) / "digits.keras")
+
+predicted = model.predict(x_test, verbose=0)
+weights = model.get_weights()
+print(f"Test accuracy above 0.9: {np.mean(predicted.argmax(axis=1) == y_test) > 0.9}")
+
+# %% [markdown]
+# ## One line
+#
+# `capture` finds the attention layers, wherever they are nested, and runs the model over the data. Every layer becomes one
+# labelled array. Both layers here are called `attention`, so their paths tell them apart.
+
+# %%
+names = [f"{row}{column}" for row in "ABCD" for column in "1234"]  # A1 is the patch at the top left
+scores = explain.capture(model, x_test, feature_names=names, verbose=0)
+
+for layer, of_layer in scores.items():
+    print(layer, dict(of_layer.sizes))
+
+# %% [markdown]
+# From here on it is xarray: axes have names, so you need not count them.
+
+# %%
+second = scores["encoder/block_2/attention"]
+a_zero = second.isel(sample=int(np.flatnonzero(y_test == 0)[0]))
+print("Rows sum to 1:", np.allclose(second.sum("key"), 1, atol=1e-5))
+print("One digit, head 0, patch A1 looks most at:", a_zero.sel(head=0, query="A1").idxmax("key").item())
+print("Samples, heads and queries averaged:", dict(second.mean(["sample", "head", "query"]).sizes))
+
+# %% [markdown]
+# ## Are these the model's own scores?
+#
+# Three checks. The model predicts what it predicted before; its weights are the same; and the layer's output,
+# composed again from captured scores and values, is the output that the layer really gave.
+
+# %%
+errors = explain.recomposition_error(model, x_test, verbose=0)
+
+print("Predictions unchanged:", np.array_equal(model.predict(x_test, verbose=0), predicted))
+print("Weights unchanged:", all(map(np.array_equal, model.get_weights(), weights)))
+for layer, error in errors.items():
+    print(f"{layer}: output recomposed to 1e-5: {error < 1e-5}")
+
+# %% [markdown]
+# ## What the usual ways do
+#
+# The two that people try first. Ask the attribute, or build a model up to the layer:
+
+# %%
+block = model.get_layer("encoder").get_layer("block_2")
+ways = {
+    "block.attention.attention_scores": lambda: block.attention.attention_scores,
+    "keras.Model(model.inputs, block.attention.output)": lambda: keras.Model(model.inputs, block.attention.output),
+}
+for way, attempt in ways.items():
+    try:
+        attempt()
+        print(f"{way}: works")
+    except Exception as error:
+        print(f"{way}: {type(error).__name__}")
+
+# %% [markdown]
+# Keras' layer has no such attribute, and no output in a graph, since it is called inside of `Block`. The page
+# [Scores from any model](../learn/any-model.md) lists further ways and where they end.
+#
+# ## What does it look at?
+#
+# The attention that each patch receives in the second block: the mean over the samples of a digit, heads and queries.
+# Beside it the same for a copy of the model with fresh weights, which has learned nothing.
+
+# %%
+keras.utils.set_random_seed(1)
+untrained = keras.models.clone_model(model)
+untrained_scores = explain.capture(untrained, x_test, feature_names=names, verbose=0)
+
+
+def received_by_digit(scores):
+    received = scores["encoder/block_2/attention"].mean(["head", "query"])
+    return received.assign_coords(sample=y_test).groupby("sample").mean()
+
+
+received = {"trained": received_by_digit(scores), "untrained": received_by_digit(untrained_scores)}
+ink = np.stack([x_test[y_test == digit].mean(axis=(0, 2)) for digit in range(10)])
+
+for who, attention in received.items():
+    correlation = np.mean([np.corrcoef(attention.sel(sample=digit), ink[digit])[0, 1] for digit in range(10)])
+    top_three = np.sort(attention)[:, -3:].sum(axis=1).mean()
+    print(f"{who}: the three most attended patches get {top_three:.1f} (even: {3 / 16:.1f})")
+    print(f"    correlation of attention with ink: {correlation:.1f}")
+
+# %% tags=["cover"] alt="Three rows of ten small images. On top the mean image of each digit in 4 by 4 patches. Below it the attention each patch receives: in the trained model a few dark patches stand out, different ones for each digit; in the untrained model the pattern is pale and resembles the digit."
+fig, axes = plt.subplots(3, 10, figsize=(9, 3.1), layout="constrained")
+largest = max(attention.max().item() for attention in received.values())
+for digit in range(10):
+    axes[0, digit].set_title(digit)
+    axes[0, digit].imshow(images[labels == digit].mean(axis=0).reshape(8, 8), cmap="Greys")
+    for ax, attention in zip(axes[1:, digit], received.values(), strict=True):
+        image = ax.imshow(attention.sel(sample=digit).values.reshape(4, 4), cmap="Blues", vmin=0, vmax=largest)
+for ax, label in zip(axes[:, 0], ["mean image", *received], strict=True):
+    ax.set_ylabel(label)
+for ax in axes.flat:
+    ax.set_xticks([])
+    ax.set_yticks([])
+fig.colorbar(image, ax=axes[1:], label="attention received")
+plt.show()
+
+# %% [markdown]
+# The trained model picks a few patches, and other ones for each digit. The untrained one spreads its attention, yet its map
+# follows the ink *more* closely. A map that looks like the input is no evidence that a model has learned anything:
+# before you show one, show the same map of an untrained copy beside it (Adebayo et al. 2018,
+# [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)).
+#
+# ## Where to be careful
+#
+# - Is the model worth explaining? A logistic regression on the same pixels is the yardstick:
+
+# %%
+pixels = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1)
+yardstick = LogisticRegression(max_iter=2000).fit(pixels[0], y_train).score(pixels[1], y_test)
+print(f"Logistic regression does at least as well: {yardstick >= np.mean(predicted.argmax(axis=1) == y_test)}")
+
+# %% [markdown]
+# - It is. Two small blocks, trained for seconds, do not beat it. Explain the better model, unless you are asked about this one.
+# - The tokens of the second block are no longer patches: the first has mixed them. "Looks at B3" means the token at B3.
+# - `feature_names` go onto every axis of that length. Name them in the order in which your model makes its tokens.
+#
+# **It says** which tokens the second block of this model reads for each digit, and that these are the model's own
+# scores, unchanged by looking.
+#
+# **It does not say** that a prediction depends on the patches that stand out, nor that other training would pick the same.

@@ -1,0 +1,28 @@
+"""Checks of arguments that several parts of the package share."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """The value as an `int`, or a `ValueError` that names the argument."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number <= 0:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    return number
+
+
+def checked_names(feature_names: Any) -> list[str]:
+    """The names of features as a list, or a `ValueError` that says what is wrong with them."""
+    is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str | set | frozenset)
+    names = list(feature_names) if is_sequence else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`feature_names` must be a list of strings, one per feature. Received: {feature_names!r}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")
+    return [str(name) for name in names]  # NumPy's strings are no JSON

@@ -1,0 +1,157 @@
+"""What differs between backends, and the few things that Keras' public API does not offer."""
+
+import contextlib
+import copy
+import weakref
+
+import keras
+import numpy as np
+from keras.src.backend import get_keras_mask, set_keras_mask
+
+__all__ = [
+    "as_numpy",
+    "compiled",
+    "concrete",
+    "get_keras_mask",
+    "hold",
+    "is_live",
+    "is_usable",
+    "predict_step",
+    "set_keras_mask",
+]
+
+
+def hold(tensor, owner):
+    """A weak reference to the traced `tensor`, which its graph holds, so that it cannot leak out of it."""
+    return weakref.ref(tensor)
+
+
+def is_usable(tensor):
+    """Whether the tensor can be used here: it holds values, or belongs to the function being traced here."""
+    return concrete(tensor) is not None or is_live(tensor)
+
+
+def as_numpy(tensor):
+    """The values of a tensor, not copied where that can be helped."""
+    return np.asarray(tensor)
+
+
+def predict_step(model, state, data):
+    """What `model.predict` does with a batch, on the variables' values in `state` instead of the variables.
+
+    Returns the outputs and the state after them. PyTorch and TensorFlow would write into the variables.
+    """
+    variables = model.trainable_variables + model.non_trainable_variables
+    with keras.StatelessScope(zip(variables, [*state[0], *state[1]], strict=True)) as scope:
+        outputs = model.predict_step(data)
+    return outputs, (state[0], [scope.get_current_value(variable) for variable in model.non_trainable_variables])
+
+
+if keras.config.backend() == "tensorflow":
+    import tensorflow as tf
+
+    def concrete(tensor):
+        """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
+        return tensor if hasattr(tensor, "numpy") else None
+
+    def is_live(tensor):
+        """Whether the traced `tensor` can be used here: in its own graph or one nested in it."""
+        graph = tf.compat.v1.get_default_graph()
+        while graph is not None and graph is not tensor.graph:
+            graph = getattr(graph, "outer_graph", None)
+        return graph is not None
+
+    def compiled(step, run_eagerly, jit_compile, once=False):
+        """`step(state, data)`, compiled as `model.predict` would be; if it runs but once, where that pays."""
+        if run_eagerly or once:
+            return step
+        function = tf.function(step, reduce_retracing=True, autograph=False, jit_compile=jit_compile or None)
+
+        def relaxed(tensor):
+            spec = tf.type_spec_from_value(tensor)
+            return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) if isinstance(spec, tf.TensorSpec) else spec
+
+        def call(state, data):
+            # One graph for all sizes of batch, as in `predict`. A model may need to know the size: it gets graphs then.
+            if function.experimental_get_tracing_count() == 0:
+                with contextlib.suppress(Exception):
+                    function.get_concrete_function(state, tf.nest.map_structure(relaxed, data))
+            return function(state, data)
+
+        return call
+
+elif keras.config.backend() == "jax":
+    import jax
+    from jax._src.core import trace_ctx
+
+    def concrete(tensor):
+        """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
+        return None if isinstance(tensor, jax.core.Tracer) else tensor
+
+    def is_live(tensor):
+        """Whether the traced `tensor` can be used here: in its own trace or one nested in it."""
+        trace = trace_ctx.trace
+        while trace is not None and trace != tensor._trace:  # one of them may be a weak proxy
+            trace = getattr(trace, "parent_trace", None)
+        return trace is not None
+
+    def hold(tensor, owner):
+        """A weak reference to the traced `tensor`, which lives as long as its trace, or until the owner's next one.
+
+        `jax.jit` keeps alive what it traces; `jax.grad` and `jax.vmap` do not, and are given a copy to keep. It refers
+        to its trace weakly: the two would otherwise wait for the garbage collector, with all that they refer to.
+        """
+        trace = tensor._trace
+        if hasattr(trace, "__dict__"):  # all but that of `jax.jit`
+            tensor = copy.copy(tensor)
+            tensor._trace = weakref.proxy(trace)
+            setattr(trace, f"held_for_{id(owner)}", tensor)
+        return weakref.ref(tensor)
+
+    def compiled(step, run_eagerly, jit_compile, once=False):
+        """`step(state, data)`, compiled as `model.predict` would be."""
+        return step if run_eagerly or not jit_compile else jax.jit(step)
+
+    def predict_step(model, state, data):
+        """What `model.predict` does with a batch, on the variables' values in `state`."""
+        outputs, non_trainable = model.predict_step(state, data)
+        return outputs, (state[0], non_trainable)
+
+else:
+    import torch
+
+    def concrete(tensor):
+        """The tensor, detached, if it holds values; `None` if it only carries a shape."""
+        if tensor.device.type == "meta":
+            return None
+        tensor = tensor.detach()
+        return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor  # NumPy has no bfloat16
+
+    def is_live(tensor):
+        """PyTorch has no graph to live in: a tensor without values is of no use to anybody."""
+        return False
+
+    def is_usable(tensor):
+        """Whether the tensor can be used here: it holds values, and is not from within `torch.vmap`."""
+        return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+    def as_numpy(tensor):
+        """The values of a tensor, not copied where that can be helped."""
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def compiled(step, run_eagerly, jit_compile, once=False):
+        """`step(state, data)`, without gradients. Not compiled: `torch.compile` would change nothing but the time."""
+        return torch.no_grad()(step)
+
+    stateless_predict_step = predict_step
+
+    def predict_step(model, state, data):
+        """What `model.predict` does with a batch, on the variables' values in `state`."""
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            return stateless_predict_step(model, state, data)
+        finally:
+            for module, training in modes:
+                module.training = training

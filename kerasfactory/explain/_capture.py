@@ -1,0 +1,308 @@
+"""Attention scores of any model, labelled, and the proof that they are the model's."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import xarray as xr
+from keras import ops
+
+from kerasfactory import _backend
+from kerasfactory._arguments import checked_names
+from kerasfactory.explain._observe import Call, observe
+from kerasfactory.layers import FeatureTokenizer
+
+# How far apart, relative to the largest entry, two runs of one computation may lie: rounding, not another computation.
+_ROUNDING, _HALF_PRECISION_ROUNDING = 1e-5, 2e-2
+
+
+def capture(
+    model: keras.Model,
+    x: Any,
+    layers: str | Sequence[str] | None = None,
+    feature_names: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+) -> dict[str, xr.DataArray]:
+    r"""The attention scores of a model, for every sample in `x`, as labelled arrays.
+
+    It takes any model, at any moment, and does not change it: neither its weights, seeds and compiled functions,
+    nor what its layers remember of their latest call. The model runs as `model.predict` would run it, with
+    dropout off, and next to each attention layer's own computation its scores are read,
+
+    $$
+    A_h = \operatorname{softmax}\!\left(\frac{Q_h K_h^\top}{\sqrt{d}} + M\right) ,
+    $$
+
+    with the projected queries \(Q_h\) and keys \(K_h\) of head \(h\), of width \(d\), and the mask \(M\), 0 or
+    \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
+    3.2.1). They are taken before dropout.
+
+    Captured are `InterpretableMultiHeadAttention`, `keras.layers.MultiHeadAttention`,
+    `keras.layers.GroupQueryAttention` and their subclasses that compute scores in `_compute_attention`, wherever
+    they are in the model. Of a subclass the scores are what its own `_compute_attention` returns. A layer
+    that cannot be captured is named in a warning.
+
+    Args:
+        model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
+            gets them, as from `predict`.
+        x: What `model.predict` takes: an array, a dictionary or list of arrays, a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a torch `DataLoader`, or a generator of batches that ends. Labels in it are
+            left out.
+        layers: Names of the attention layers to capture; all of them if not given. A name that several layers
+            of nested models share stands for all of them; their paths (`block_1/attention`) tell them apart.
+        feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
+            axis if it is as long. If not given, the names in the model's `FeatureTokenizer` are used where they
+            fit, provided that the model has one tokenizer and one input.
+        batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
+            logging is off.
+
+    Returns:
+        A dictionary from the layer's name to its scores, a `float32` (or `float64`) array with these dimensions:
+
+        - `sample`, `head`: with their numbers as coordinates. If the model folds another axis into the batch (as
+          windowed attention does), the first dimension holds all its sequences and is called `sequence`.
+        - `query`, `key`: with the feature names as coordinates, where they are known. With several attention axes,
+          `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
+          by their number.
+
+        Rows (over the keys) sum to 1. A masked key has weight 0, and so has every key of a query that may look at none.
+        A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, ….
+        The attributes say the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
+        `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
+        with and without observation, relative to the largest.
+
+    Raises:
+        ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
+            number of feature names is wrong; if `x` is empty or without end, or its batches differ in length.
+        RuntimeError: If a later batch calls other layers than the first.
+
+    Warns:
+        UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), or if the model
+            gives different outputs with and without observation, as a model does whose outputs are random.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+
+        inputs = keras.Input((4, 8))
+        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(attended))
+
+        x = np.random.default_rng(0).normal(size=(100, 4, 8))
+        scores = explain.capture(model, x, feature_names=["age", "pulse", "weight", "height"], verbose=0)
+
+        print(scores["attention"].sizes)
+        #> Frozen({'sample': 100, 'head': 2, 'query': 4, 'key': 4})
+        print(scores["attention"].mean(["sample", "head"]).sel(query="age").sum().round(3).item())
+        #> 1.0
+        ```
+    """
+    names = None if feature_names is None else checked_names(feature_names)
+    arrays: dict[str, np.ndarray] = {}
+    filled: dict[str, int] = {}
+    folded: set[str] = set()
+    without_value: dict[str, list[int]] = {}
+    for batch in observe(model, x, layers, batch_size, verbose, _float_scores):
+        for name, scores in batch.measured.items():
+            rows = _backend.as_numpy(scores)
+            if name not in arrays:
+                _check_axes(name, batch.found[name].layer, rows.shape, names)
+                arrays[name] = np.empty((len(rows) * (batch.expected or 1), *rows.shape[1:]), rows.dtype)
+                filled[name] = 0
+            array, start = arrays[name], filled[name]
+            if rows.shape[1:] != array.shape[1:]:
+                raise ValueError(
+                    f"The scores of layer {name!r} have shape {rows.shape} in one batch, and {array.shape[1:]} a "
+                    "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
+                    "capture each by itself."
+                )
+            filled[name] = stop = start + len(rows)
+            if stop > len(array):  # in place, so that the result never lies in memory twice
+                array.resize((stop, *array.shape[1:]), refcheck=False)
+            array[start:stop] = rows
+            if len(rows) != batch.size:
+                folded.add(name)
+            # A NaN in a query or a key makes its whole row NaN: one column tells.
+            nan = np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1)
+            without_value.setdefault(name, []).extend(start + np.flatnonzero(nan))
+
+    _warn(model, batch.difference, without_value, filled)
+    if names is None and batch.inputs == 1:
+        tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
+        names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
+    result = {}
+    for name, array in arrays.items():
+        array.resize((filled[name], *array.shape[1:]), refcheck=False)
+        call = batch.found[name]
+        dims = ["sequence" if name in folded else "sample", *_axes(call.layer, array.ndim)]
+        coordinates: dict[str, Any] = {dim: np.arange(len(array)) for dim in dims[:1]}
+        coordinates["head"] = np.arange(array.shape[dims.index("head")])
+        for dim, size in zip(dims, array.shape, strict=True):
+            if names is not None and dim.startswith(("query", "key")) and size == len(names):
+                coordinates[dim] = names
+        result[name] = xr.DataArray(
+            array,
+            coordinates,
+            dims,
+            name=name,
+            attrs={
+                "layer": call.name,
+                "class": type(call.layer).__name__,
+                "call": call.number,
+                "masks": call.masks,
+                "backend": keras.config.backend(),
+                "keras_version": keras.__version__,
+                "prediction_difference": batch.difference,
+            },
+        )
+    return result
+
+
+def recomposition_error(
+    model: keras.Model,
+    x: Any,
+    layers: str | Sequence[str] | None = None,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+) -> dict[str, float]:
+    r"""How far the output of each attention layer lies from what its captured scores make of its values.
+
+    If the scores \(A_h\) that `capture` returns are the ones that the model used, then they and the projected
+    values \(V_h\) give the layer's output again:
+
+    $$
+    \operatorname{error} = \frac{\max \left| \operatorname{concat}_h(A_h V_h)\, W^O + b^O - \text{output} \right|}
+    {\max \left| \text{output} \right|} .
+    $$
+
+    The output is the layer's real one, read while the model runs, whichever way the layer computed it (Keras may
+    use a fused kernel that never forms the scores). With a gate (`use_gate=True`), the gate is applied as the layer
+    does.
+
+    Queries that may look at no key are left out: their scores are 0, and Keras' output for them is, depending on the
+    way it took, 0 or the mean of all values.
+
+    Args:
+        model: A `keras.Model`, as for `capture`.
+        x: Inputs, as for `capture`.
+        layers: Names of the layers, as for `capture`.
+        batch_size: Samples in a batch, as for `capture`.
+        verbose: As for `capture`.
+
+    Returns:
+        A dictionary from the names that `capture` gives to errors: numbers of at least 0, without unit. Expect 1e-7
+        to 1e-5 in single precision, 1e-3 with `float16`, 1e-2 with `bfloat16`. A large number means that the output
+        is not made of these scores, as when a subclass does something else with them, or drops some at inference.
+
+    Raises:
+        ValueError: As `capture`, and if a layer calls `_compute_attention` more than once in a call.
+        RuntimeError: As `capture`.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+
+        inputs = keras.Input((4, 8))
+        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(attended))
+
+        x = np.random.default_rng(0).normal(size=(100, 4, 8))
+        print(explain.recomposition_error(model, x, verbose=0)["attention"] < 1e-5)
+        #> True
+        ```
+    """
+    errors: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for batch in observe(model, x, layers, batch_size, verbose, _recomposed):
+        for name, (error, size) in batch.measured.items():
+            errors[name] = float(np.fmax(errors.get(name, 0.0), _backend.as_numpy(error)))
+            largest[name] = float(np.fmax(largest.get(name, 0.0), _backend.as_numpy(size)))
+    return {name: error / largest[name] if error else 0.0 for name, error in errors.items()}
+
+
+def _float_scores(call: Call) -> Any:
+    # NumPy has no bfloat16 and is slow with float16.
+    return call.scores if call.layer.compute_dtype == "float64" else ops.cast(call.scores, "float32")
+
+
+def _recomposed(call: Call) -> Any:
+    """The largest difference between the output and what scores and values make, and the largest output."""
+    layer = call.layer
+    if call.output is None:
+        raise ValueError(
+            f"Layer {layer.name!r} calls its `_compute_attention` more than once: no single scores make its output."
+        )
+    heads = ops.einsum(layer._combine_equation, call.scores, call.value)
+    if getattr(layer, "_use_gate", False) or getattr(layer, "use_gate", False):
+        heads = ops.multiply(heads, layer._gate_dense(call.query))
+    recomposed = ops.cast(layer._output_dense(heads), "float32")
+    output = ops.cast(call.output, "float32")
+
+    axes = _attention_axes(layer)
+    other = [axis for axis in range(len(output.shape) - 1) if axis not in axes]
+    keys = tuple(range(-len(axes), 0))
+    looks = ops.all(ops.any(call.scores != 0, axis=keys), axis=len(other))  # (other axes, query axes)
+    looks = ops.expand_dims(ops.transpose(looks, np.argsort([*other, *axes]).tolist()), -1)
+    return (
+        ops.max(ops.where(looks, ops.abs(recomposed - output), 0.0)),
+        ops.max(ops.where(looks, ops.abs(output), 0.0)),
+    )
+
+
+def _attention_axes(layer: Any) -> Sequence[int]:
+    return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
+
+
+def _axes(layer: Any, rank: int) -> list[str]:
+    """Names of all axes of the scores but the first."""
+    axes = _attention_axes(layer)
+    if len(axes) == 1:
+        queries, keys = ["query"], ["key"]
+    else:
+        queries, keys = ([f"{kind}_{number}" for number in range(len(axes))] for kind in ("query", "key"))
+    other = [axis for axis in range(1, rank - len(axes)) if axis not in axes][: rank - 2 - 2 * len(axes)]
+    return [*(f"axis_{axis}" for axis in other), "head", *queries, *keys]
+
+
+def _check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None) -> None:
+    dims = _axes(layer, len(shape))
+    if len(dims) != len(shape) - 1:
+        raise ValueError(
+            f"The scores of layer {name!r} must have the axes (sample, {', '.join(dims)}). Its own "
+            f"`_compute_attention` returned scores of shape {shape}. Leave it out with `layers=[...]`."
+        )
+    keys = [size for dim, size in zip(dims, shape[1:], strict=True) if dim.startswith("key")]
+    if names is not None and len(names) not in keys:
+        raise ValueError(
+            f"`feature_names` must hold one name for each key. Layer {name!r} attends over "
+            f"{' x '.join(map(str, keys))} keys. Give as many names, or choose other layers with `layers=[...]`. "
+            f"Received {len(names)} names: {names}"
+        )
+
+
+def _warn(model: Any, difference: float, without_value: dict[str, list[int]], filled: dict[str, int]) -> None:
+    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+    if not difference <= (_HALF_PRECISION_ROUNDING if half else _ROUNDING):
+        warnings.warn(
+            "The model's outputs for the first batch differ when it is observed, by "
+            f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "
+            "returns. Outputs that are random, or depend on how often the model was called, do this.",
+            stacklevel=3,
+        )
+    for name, samples in without_value.items():
+        if samples:
+            warnings.warn(
+                f"The scores of layer {name!r} are NaN in {len(samples)} of {filled[name]} samples, the first of them "
+                f"number {samples[0]}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
+                stacklevel=3,
+            )
