@@ -69,7 +69,7 @@ mean = keras.layers.GlobalAveragePooling1D()(encoder(inputs))
 model = keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(mean))
 
 model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy", jit_compile=False)
-model.fit(x_train, y_train, batch_size=64, epochs=15, verbose=0)
+history = model.fit(x_train, y_train, batch_size=64, epochs=15, verbose=0)
 
 
 # %% [markdown]

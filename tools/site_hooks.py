@@ -210,7 +210,7 @@ def _capture_benchmark() -> str:
     lines.append(
         f"\nThroughput is samples a second divided by those of the model by hand: median of paired ratios (quartiles), "
         f"for {result['samples']:,} samples, two layers, 8 heads and 32 tokens, in batches of 256. The first call "
-        "compiles. Peak memory is in units of the result. "
+        "compiles. Peak memory is in units of the result; times are those of a process that keeps freed memory. "
         f"On {result['machine']}, with {versions}; the script is `benchmarks/capture.py`."
     )
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def capture(
             logging is off.
 
     Returns:
-        A dictionary from the layer's name to its scores, a `float32` (or `float64`) array with these dimensions:
+        dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions.
 
         - `sample`, `head`: with their numbers as coordinates. If the model folds another axis into the batch (as
           windowed attention does), the first dimension holds all its sequences and is called `sequence`.
@@ -197,7 +197,7 @@ def recomposition_error(
         verbose: As for `capture`.
 
     Returns:
-        A dictionary from the names that `capture` gives to errors: numbers of at least 0, without unit. Expect 1e-7
+        dict[str, float]: From the names that `capture` gives to errors, at least 0, without unit. Expect 1e-7
         to 1e-5 in single precision, 1e-3 with `float16`, 1e-2 with `bfloat16`. A large number means that the output
         is not made of these scores, as when a subclass does something else with them, or drops some at inference.
 
