@@ -67,7 +67,7 @@ def test_recipe_starts_with_title_question_and_level_and_ends_with_what_it_does_
     assert title.startswith("# ")
     assert question.startswith("**")
     assert question.endswith("?**")
-    assert cells[0].metadata["level"] in ("first steps", "beginner", "intermediate")
+    assert cells[0].metadata["level"] in ("first steps", "beginner", "intermediate", "advanced")
     assert "**It does not say**" in cells[-1].source
 
 
