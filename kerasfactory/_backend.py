@@ -6,17 +6,22 @@ import weakref
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.backend import get_keras_mask, set_keras_mask
 
 __all__ = [
     "as_numpy",
+    "as_tensor",
     "compiled",
     "concrete",
     "get_keras_mask",
     "hold",
     "is_live",
     "is_usable",
+    "on_cpu",
+    "outside",
     "predict_step",
+    "readable",
     "set_keras_mask",
 ]
 
@@ -24,6 +29,11 @@ __all__ = [
 def hold(tensor, owner):
     """A weak reference to the traced `tensor`, which its graph holds, so that it cannot leak out of it."""
     return weakref.ref(tensor)
+
+
+def readable(tensor):
+    """The tensor, in a dtype that NumPy knows."""
+    return tensor
 
 
 def is_usable(tensor):
@@ -49,6 +59,18 @@ def predict_step(model, state, data):
 
 if keras.config.backend() == "tensorflow":
     import tensorflow as tf
+
+    def as_tensor(array):
+        """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+    def outside():
+        """Out of all functions that are being traced; where there is none, gradients go on being recorded."""
+        return contextlib.nullcontext() if tf.executing_eagerly() else tf.init_scope()
+
+    def on_cpu(tensor):
+        """Whether computing with the tensor is up to the CPU."""
+        return not (tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
 
     def concrete(tensor):
         """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
@@ -84,6 +106,16 @@ elif keras.config.backend() == "jax":
     import jax
     from jax._src.core import trace_ctx
 
+    def as_tensor(array):
+        """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+        return jax.device_put(array)
+
+    outside = jax.ensure_compile_time_eval  # of all functions that are being traced
+
+    def on_cpu(tensor):
+        """Whether computing with the tensor is up to the CPU."""
+        return jax.default_backend() == "cpu"
+
     def concrete(tensor):
         """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
         return None if isinstance(tensor, jax.core.Tracer) else tensor
@@ -105,7 +137,7 @@ elif keras.config.backend() == "jax":
         if hasattr(trace, "__dict__"):  # all but that of `jax.jit`
             tensor = copy.copy(tensor)
             tensor._trace = weakref.proxy(trace)
-            setattr(trace, f"held_for_{id(owner)}", tensor)
+            setattr(trace, f"held_for_{owner}", tensor)
         return weakref.ref(tensor)
 
     def compiled(step, run_eagerly, jit_compile, once=False):
@@ -120,12 +152,23 @@ elif keras.config.backend() == "jax":
 else:
     import torch
 
+    def as_tensor(array):
+        """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+        return ops.convert_to_tensor(torch.from_numpy(array))
+
+    outside = torch.no_grad
+
+    def on_cpu(tensor):
+        """Whether computing with the tensor is up to the CPU."""
+        return tensor.device.type == "cpu"
+
     def concrete(tensor):
         """The tensor, detached, if it holds values; `None` if it only carries a shape."""
-        if tensor.device.type == "meta":
-            return None
-        tensor = tensor.detach()
-        return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor  # NumPy has no bfloat16
+        return None if tensor.device.type == "meta" else tensor.detach()
+
+    def readable(tensor):
+        """The tensor, in a dtype that NumPy knows: not bfloat16."""
+        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
     def is_live(tensor):
         """PyTorch has no graph to live in: a tensor without values is of no use to anybody."""

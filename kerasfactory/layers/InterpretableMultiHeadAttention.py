@@ -11,6 +11,7 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
+from kerasfactory.layers._attention import Attention, latest
 
 # Keras calls these three by other names; everything else it takes is passed on by its own name.
 _RENAMED = {"num_heads": "n_head", "key_dim": "d_model", "dropout": "dropout_rate"}
@@ -26,12 +27,15 @@ _ATTENTION_ARGUMENTS = tuple(
 class InterpretableMultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention that lets you read its attention scores.
 
-    The layer wraps `keras.layers.MultiHeadAttention` (the attribute `mha`) and computes exactly what that
-    layer computes when it returns scores. (Without scores and dropout, Keras may run a fused kernel, which gives
-    a query whose keys are all masked the mean of the values; here it gets zeros.) What is added is
-    `attention_scores`: the weights of the latest call, in a form that fits the moment. After an eager call they
-    are a tensor; in a functional or `Sequential` model, trained or reloaded, they are a `KerasTensor` from which
-    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores.
+    The layer wraps a `keras.layers.MultiHeadAttention` (the attribute `mha`) and gives the outputs that it gives
+    when it returns scores, in the fastest way that the backend has. What is added is `attention_scores`: the
+    weights of the latest call, in a form that fits the moment. After an eager call they are a tensor; in a
+    functional or `Sequential` model, trained or reloaded, they are a `KerasTensor` from which
+    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores. They are computed when
+    they are read, and cost nothing before.
+
+    A query whose keys are all masked gets zeros before the output projection. In half precision the scores are
+    computed in `float32` and then rounded.
 
     For head \(h\) with projections \(W^Q_h, W^K_h, W^V_h\) of width `d_model`,
 
@@ -113,7 +117,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         if kwargs.get("attention_axes") is not None:
             kwargs["attention_axes"] = _integers("attention_axes", kwargs["attention_axes"])
 
-        self.mha = keras.layers.MultiHeadAttention(
+        self.mha = Attention(
             num_heads=self.n_head,
             key_dim=self.d_model,
             dropout=self.dropout_rate,
@@ -125,8 +129,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         self._flash_attention = kwargs.get("flash_attention")
         self._attention_axes = kwargs.get("attention_axes")
 
-        self._scores: Any = None  # of the latest call that was not compiled: a tensor, or what makes a KerasTensor
-        self._traced_scores: Any = None  # of the latest call inside a function being compiled, which owns them
+        self._scores: Any = None  # of the latest call that was not compiled, or a function that makes them
+        self._traced_scores: Any = (
+            None  # of the latest call in a function being compiled: a query of its, what makes them
+        )
 
     def build(self, query_shape, key_shape=None, value_shape=None):
         key_shape = key_shape or query_shape
@@ -173,8 +179,9 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         value = key if value is None else value
         # Keras' layer takes the masks off its inputs. They are the caller's, who may use them again.
         attached = [(tensor, _backend.get_keras_mask(tensor)) for tensor in (query, key, value)]
+        latest.call = None
         try:
-            output, scores = self.mha(
+            result = self.mha(
                 query,
                 value,
                 key=key,
@@ -182,20 +189,39 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
                 value_mask=value_mask,
                 key_mask=key_mask,
                 attention_mask=attention_mask,
-                return_attention_scores=True,
+                return_attention_scores=return_attention_scores,
                 training=training,
                 use_causal_mask=use_causal_mask,
             )
+            call = latest.call
         finally:
+            latest.call = None
             for tensor, mask in attached:
                 _backend.set_keras_mask(tensor, mask)
+        if call is not None:
+            self._remember(*call)
+        return result
 
-        values = _backend.concrete(scores)
-        if values is None:
-            self._traced_scores = _backend.hold(scores, self)
+    def _remember(self, mask, *tensors):
+        """Keeps what the scores of this call can be made of, whatever becomes of the weights."""
+        parts = mask.parts if mask else ()
+        mask = mask and mask._replace(parts=())
+        held = [_held(tensor, f"{id(self)}_{number}") for number, tensor in enumerate([*tensors, *parts])]
+
+        def scores():
+            query, *others = [tensor() for tensor in held]
+            if not others:
+                return query  # several attention axes: these are the scores
+            return self.mha.scores(query, others[0], mask and mask._replace(parts=tuple(others[1:])))
+
+        def eager_scores():
+            with _backend.outside():
+                return _backend.readable(scores())
+
+        if _backend.concrete(tensors[0]) is None:
+            self._traced_scores = (held[0], scores)
         else:
-            self._scores, self._traced_scores = values, None
-        return (output, scores) if return_attention_scores else output
+            self._scores, self._traced_scores = eager_scores, None
 
     @property
     def attention_scores(self):
@@ -218,9 +244,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
                 of a subclassed model that has seen no data yet.
         """
-        traced = self._traced_scores and self._traced_scores()
-        if traced is not None and _backend.is_live(traced):
-            return traced
+        if self._traced_scores is not None:
+            query, scores = self._traced_scores
+            if query() is not None and _backend.is_live(query()):
+                return scores()
         if self._scores is None and self._traced_scores is not None:
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
@@ -295,10 +322,11 @@ class AttentionScores(keras.layers.Layer):
             attention_mask=attention_mask,
             use_causal_mask=use_causal_mask,
         )
-        queries = _project(mha.query_dense, query)
+        queries, keys = _project(mha.query_dense, query), _project(mha.key_dense, key)
+        if len(queries.shape) == 4:
+            return mha.scores(queries, keys, mask)
         queries = ops.multiply(queries, ops.cast(mha._inverse_sqrt_key_dim, queries.dtype))
-        logits = ops.einsum(mha._dot_product_equation, _project(mha.key_dense, key), queries)
-        return mha._masked_softmax(logits, mask)
+        return mha._masked_softmax(ops.einsum(mha._dot_product_equation, keys, queries), mask)
 
     def compute_mask(self, inputs, previous_mask):
         return None
@@ -320,6 +348,11 @@ class AttentionScores(keras.layers.Layer):
     @classmethod
     def from_config(cls, config):
         return cls(**{**config, "attention": keras.saving.deserialize_keras_object(config["attention"])})
+
+
+def _held(tensor: Any, name: str) -> Any:
+    values = _backend.concrete(tensor)
+    return (lambda: values) if values is not None else _backend.hold(tensor, name)
 
 
 def _project(dense: Any, tokens: Any) -> Any:
