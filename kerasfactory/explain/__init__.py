@@ -1,5 +1,6 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._summary import summarize
 
-__all__ = ["capture", "recomposition_error"]
+__all__ = ["capture", "recomposition_error", "summarize"]

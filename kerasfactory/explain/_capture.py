@@ -1,5 +1,6 @@
 """Attention scores of any model, labelled, and the proof that they are the model's."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names
-from kerasfactory.explain._observe import Call, observe
+from kerasfactory.explain._observe import Batch, Call, observe
+from kerasfactory.explain._store import Store
 from kerasfactory.layers import FeatureTokenizer
 
 # How far apart, relative to the largest entry, two runs of one computation may lie: rounding, not another computation.
@@ -25,6 +27,7 @@ def capture(
     feature_names: Sequence[str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
+    store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.DataArray]:
     r"""The attention scores of a model, for every sample in `x`, as labelled arrays.
 
@@ -59,6 +62,11 @@ def capture(
         batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
+        store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
+            batch. After a crash or a kill the same call continues where it was: batches that are stored are read
+            from `x` again, to make sure that they are the same, and the model does not run on them. It starts over
+            if what the model does with a batch depends on those before, as with random numbers. Called once more,
+            it returns what is stored. Needs `pip install 'kerasfactory[store]'`.
 
     Returns:
         dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions.
@@ -78,7 +86,9 @@ def capture(
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
             number of feature names is wrong; if `x` is empty or without end, or its batches differ in length.
-        RuntimeError: If a later batch calls other layers than the first.
+            Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments.
+        RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
+        ImportError: If `store` is given, and Zarr is not installed.
 
     Warns:
         UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), or if the model
@@ -105,24 +115,30 @@ def capture(
         ```
     """
     names = None if feature_names is None else checked_names(feature_names)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if store is not None:
+        arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
+        with Store(store, "capture", model, x, batch_size, arguments, _rounding) as stored:
+            for batch in observe(model, stored, layers, None, verbose, _float_scores):
+                datasets = {}
+                for name, rows in _checked_scores(batch, shapes, names).items():
+                    labels = _labels(model, batch, name, rows.shape, names, len(rows) != batch.size)
+                    datasets[name] = xr.Dataset({"scores": xr.DataArray(rows, **labels)})
+                stored.append(datasets)
+            stored.finish()
+        _warn(model, batch.difference, stored.nan, stored.rows)
+        return {name: dataset["scores"].rename(name) for name, dataset in stored.open().items()}
+
     arrays: dict[str, np.ndarray] = {}
     filled: dict[str, int] = {}
     folded: set[str] = set()
-    without_value: dict[str, list[int]] = {}
+    nan: dict[str, list[int]] = {}
     for batch in observe(model, x, layers, batch_size, verbose, _float_scores):
-        for name, scores in batch.measured.items():
-            rows = _backend.as_numpy(scores)
+        for name, rows in _checked_scores(batch, shapes, names).items():
             if name not in arrays:
-                _check_axes(name, batch.found[name].layer, rows.shape, names)
                 arrays[name] = np.empty((len(rows) * (batch.expected or 1), *rows.shape[1:]), rows.dtype)
                 filled[name] = 0
             array, start = arrays[name], filled[name]
-            if rows.shape[1:] != array.shape[1:]:
-                raise ValueError(
-                    f"The scores of layer {name!r} have shape {rows.shape} in one batch, and {array.shape[1:]} a "
-                    "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
-                    "capture each by itself."
-                )
             filled[name] = stop = start + len(rows)
             if stop > len(array):  # in place, so that the result never lies in memory twice
                 array.resize((stop, *array.shape[1:]), refcheck=False)
@@ -130,38 +146,18 @@ def capture(
             if len(rows) != batch.size:
                 folded.add(name)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
-            nan = np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1)
-            without_value.setdefault(name, []).extend(start + np.flatnonzero(nan))
+            found = np.flatnonzero(np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1))
+            if len(found):
+                count, first = nan.get(name, [0, start + int(found[0])])
+                nan[name] = [count + len(found), first]
 
-    _warn(model, batch.difference, without_value, filled)
-    if names is None and batch.inputs == 1:
-        tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
-        names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
+    _warn(model, batch.difference, nan, filled)
     result = {}
     for name, array in arrays.items():
         array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        call = batch.found[name]
-        dims = ["sequence" if name in folded else "sample", *_axes(call.layer, array.ndim)]
-        coordinates: dict[str, Any] = {dim: np.arange(len(array)) for dim in dims[:1]}
-        coordinates["head"] = np.arange(array.shape[dims.index("head")])
-        for dim, size in zip(dims, array.shape, strict=True):
-            if names is not None and dim.startswith(("query", "key")) and size == len(names):
-                coordinates[dim] = names
-        result[name] = xr.DataArray(
-            array,
-            coordinates,
-            dims,
-            name=name,
-            attrs={
-                "layer": call.name,
-                "class": type(call.layer).__name__,
-                "call": call.number,
-                "masks": call.masks,
-                "backend": keras.config.backend(),
-                "keras_version": keras.__version__,
-                "prediction_difference": batch.difference,
-            },
-        )
+        labels = _labels(model, batch, name, array.shape, names, name in folded)
+        labels["coords"] = {labels["dims"][0]: np.arange(len(array))} | labels["coords"]
+        result[name] = xr.DataArray(array, name=name, **labels)
     return result
 
 
@@ -230,6 +226,47 @@ def recomposition_error(
     return {name: error / largest[name] if error else 0.0 for name, error in errors.items()}
 
 
+def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: list[str] | None) -> dict[str, np.ndarray]:
+    """The scores of a batch, which have the axes that they can be labelled with, and are as long as all others."""
+    scores = {name: _backend.as_numpy(measured) for name, measured in batch.measured.items()}
+    for name, rows in scores.items():
+        if name not in shapes:
+            _check_axes(name, batch.found[name].layer, rows.shape, names)
+            shapes[name] = rows.shape[1:]
+        if rows.shape[1:] != shapes[name]:
+            raise ValueError(
+                f"The scores of layer {name!r} have shape {rows.shape} in one batch, and {shapes[name]} a "
+                "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
+                "capture each by itself."
+            )
+    return scores
+
+
+def _labels(
+    model: Any, batch: Batch, name: str, shape: tuple[int, ...], names: list[str] | None, folded: bool
+) -> dict[str, Any]:
+    """What makes a labelled array of scores: names of the axes, coordinates of all but the first, attributes."""
+    if names is None and batch.inputs == 1:
+        tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
+        names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
+    call = batch.found[name]
+    dims = ["sequence" if folded else "sample", *_axes(call.layer, len(shape))]
+    coordinates: dict[str, Any] = {"head": np.arange(shape[dims.index("head")])}
+    for dim, size in zip(dims, shape, strict=True):
+        if names is not None and dim.startswith(("query", "key")) and size == len(names):
+            coordinates[dim] = names
+    attributes = {
+        "layer": call.name,
+        "class": type(call.layer).__name__,
+        "call": call.number,
+        "masks": call.masks,
+        "backend": keras.config.backend(),
+        "keras_version": keras.__version__,
+        "prediction_difference": batch.difference,
+    }
+    return {"coords": coordinates, "dims": dims, "attrs": attributes}
+
+
 def _float_scores(call: Call) -> Any:
     # NumPy has no bfloat16 and is slow with float16.
     return call.scores if call.layer.compute_dtype == "float64" else ops.cast(call.scores, "float32")
@@ -290,19 +327,22 @@ def _check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] 
         )
 
 
-def _warn(model: Any, difference: float, without_value: dict[str, list[int]], filled: dict[str, int]) -> None:
+def _rounding(model: Any) -> float:
     half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
-    if not difference <= (_HALF_PRECISION_ROUNDING if half else _ROUNDING):
+    return _HALF_PRECISION_ROUNDING if half else _ROUNDING
+
+
+def _warn(model: Any, difference: float, nan: dict[str, list[int]], filled: dict[str, int]) -> None:
+    if not difference <= _rounding(model):
         warnings.warn(
             "The model's outputs for the first batch differ when it is observed, by "
             f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "
             "returns. Outputs that are random, or depend on how often the model was called, do this.",
             stacklevel=3,
         )
-    for name, samples in without_value.items():
-        if samples:
-            warnings.warn(
-                f"The scores of layer {name!r} are NaN in {len(samples)} of {filled[name]} samples, the first of them "
-                f"number {samples[0]}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
-                stacklevel=3,
-            )
+    for name, (count, first) in nan.items():
+        warnings.warn(
+            f"The scores of layer {name!r} are NaN in {count} of {filled[name]} samples, the first of them number "
+            f"{first}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
+            stacklevel=3,
+        )

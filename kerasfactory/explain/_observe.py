@@ -6,6 +6,7 @@ forward pass writes into layers is taken out again.
 
 import contextlib
 import difflib
+import inspect
 import threading
 import warnings
 import weakref
@@ -19,6 +20,7 @@ from keras import ops, tree
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 from kerasfactory.layers import InterpretableMultiHeadAttention
+from kerasfactory.layers._attention import Attention
 
 # While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
 _LOCK = threading.RLock()
@@ -33,6 +35,29 @@ class Call(NamedTuple):
     masks: str  # the masks in force, by the names of Keras' arguments
     query: Any  # of the layer, as it came
     output: Any  # of the layer, as it went
+    attended: Any = None  # what `attend` says of the call, where that computed it; then there are no scores
+
+
+class Mask(NamedTuple):
+    """A mask in parts. The whole is as large as the scores of a head."""
+
+    whole: Callable[[], Any]  # makes what the layer's own attention takes
+    queries: Any = None  # (batch, query): which of them look
+    keys: tuple = ()  # each (batch, key): which of them are looked at
+    explicit: Any = None  # as the model gives it, with 2 to 4 axes
+    causal: bool = False
+    window: int | None = None
+
+
+class Heads(NamedTuple):
+    """What an attention layer is about to attend with. The tensors are (batch, position, head, size of a head)."""
+
+    layer: Any
+    query: Any
+    key: Any
+    value: Any
+    mask: Any  # `None`, a `Mask`, or a tensor
+    own: Callable[[Any, Any, Any, Any], Any]  # the layer's own output, for a query, key and value, and a mask of 4 axes
 
 
 class Batch(NamedTuple):
@@ -56,9 +81,21 @@ class Found(NamedTuple):
 
 
 def observe(
-    model: Any, x: Any, layers: Any, batch_size: int | None, verbose: Any, measure: Callable[[Call], Any]
+    model: Any,
+    x: Any,
+    layers: Any,
+    batch_size: int | None,
+    verbose: Any,
+    measure: Callable[[Call], Any],
+    attend: Callable[[Heads, bool], tuple[Any, Any]] | None = None,
 ) -> Iterator[Batch]:
-    """Yields, batch by batch, what `measure` makes of each call of an attention layer."""
+    """Yields, batch by batch, what `measure` makes of each call of an attention layer.
+
+    With `attend` no scores are formed, nor masks as large as they: in place of each layer that attends as Keras' do,
+    it gets what the layer would attend with, and whether that is one of `layers`, and returns the layer's output
+    (`None`: the layer is to do it itself) and something for `measure`. The model then runs eagerly, and only so:
+    nothing is compared with a run that forms them.
+    """
     if not isinstance(model, keras.Model):
         raise ValueError(
             "`model` must be a keras.Model; `keras.Sequential([layer])` makes one of a layer. "
@@ -73,7 +110,7 @@ def observe(
     _build(model, first)
     attentions = find_attention(model)
     chosen = _choose(attentions, layers)
-    steps = _steps(model, chosen, measure)
+    steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
     state: Any = tuple(
         [ops.cast(variable.value, variable.dtype) for variable in variables]  # TensorFlow's value is the variable
         for variables in (model.trainable_variables, model.non_trainable_variables)
@@ -139,15 +176,7 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
         model = its_model()
         with _unchanged(model), _watching({name: layer() for name, layer in its_layers.items()}) as seen:
             outputs, state = _backend.predict_step(model, state, data)
-            measured = {}
-            for name, calls_of_layer in seen.items():
-                for number, call in enumerate(calls_of_layer, start=1):
-                    if call.scores is None or not _backend.is_usable(call.scores):
-                        lost.add(name)
-                        continue
-                    full_name = name if len(calls_of_layer) == 1 else f"{name}#{number}"
-                    calls[full_name], masks[full_name] = (name, number), call.masks
-                    measured[full_name] = measure(call)
+            measured = _measured(seen, measure, calls, masks, lost)
         return measured, state, outputs
 
     def compared(state, data):
@@ -168,6 +197,38 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
     )
     kept[measure] = (traced_of, steps)
     return steps
+
+
+def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, attend: Callable) -> _Steps:
+    """Not kept, for nothing is compiled: `attend` needs values."""
+    calls: dict[str, tuple[str, int]] = {}
+    masks: dict[str, str] = {}
+    lost: set[str] = set()
+
+    def watched(state, data):
+        with _unchanged(model), _watching(chosen, attend) as seen:
+            for layer in find_attention(model).values():
+                if not any(layer is other for other in chosen.values()):
+                    _watch(layer, None, attend)  # it would form what the chosen ones do not
+            _, state = _backend.predict_step(model, state, data)
+            measured = _measured(seen, measure, calls, masks, lost)
+        return measured, state
+
+    step = _backend.compiled(watched, run_eagerly=True, jit_compile=False)
+    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, calls, masks, lost)
+
+
+def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks: dict, lost: set) -> dict[str, Any]:
+    measured = {}
+    for name, calls_of_layer in seen.items():
+        for number, call in enumerate(calls_of_layer, start=1):
+            if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
+                lost.add(name)
+                continue
+            full_name = name if len(calls_of_layer) == 1 else f"{name}#{number}"
+            calls[full_name], masks[full_name] = (name, number), call.masks
+            measured[full_name] = measure(call)
+    return measured
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -300,45 +361,67 @@ def _unchanged(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watching(attentions: dict[str, Any]) -> Iterator[dict[str, list[Call]]]:
+def _watching(attentions: dict[str, Any], attend: Callable | None = None) -> Iterator[dict[str, list[Call]]]:
     """Fills a dictionary with the calls of the layers. To be used within `_unchanged`, which takes it all away."""
     calls: dict[str, list[Call]] = {name: [] for name in attentions}
     for name, layer in attentions.items():
-        _watch(layer, calls[name])
+        _watch(layer, calls[name], attend)
     yield calls
 
 
-def _watch(layer: Any, calls: list[Call]) -> None:
+def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None) -> None:
+    """Has the layer's calls noted in `calls`, if that is given, and its attention computed by `attend`, likewise."""
     call, compute_attention, compute_mask = layer.call, layer._compute_attention, layer._compute_attention_mask
     thread = threading.get_ident()  # the model may be running in another one too, which is to notice nothing
     masks: list[str] = []
+    # What a subclass computes in its own way is left to it.
+    in_place = _is_usual(compute_attention, layer._masked_softmax)
+    windows = [layer._compute_sliding_window_mask] if _window(layer) else []
+    in_parts = attend and in_place and _is_usual(call, compute_mask, layer._compute_causal_mask, *windows)
 
     def watched_mask(*args, **kwargs):
-        if threading.get_ident() == thread:
-            given = [name for name, value in kwargs.items() if value is not None and value is not False]
-            masks.extend(name for name in given if name.endswith("mask"))
-        return compute_mask(*args, **kwargs)
+        if threading.get_ident() != thread:
+            return compute_mask(*args, **kwargs)
+        given = [name for name, value in kwargs.items() if value is not None and value is not False]
+        masks.extend(name for name in given if name.endswith("mask"))
+        parts = _mask_in_parts(layer, compute_mask, args, kwargs) if in_parts else None
+        return compute_mask(*args, **kwargs) if parts is None else parts
 
     def watched_attention(*args, **kwargs):
+        if threading.get_ident() != thread:
+            return compute_attention(*args, **kwargs)
+        if kwargs.get("use_causal_mask"):
+            masks.append("use_causal_mask")
+        if _window(layer):
+            masks.append("sliding_window")
+        in_force = ", ".join(masks) or "none"
+        if attend and in_place:
+            heads = _heads(layer, compute_attention, compute_mask, args, kwargs)
+            output, attended = (None, None) if heads is None else attend(heads, calls is not None)
+            if attended is not None and calls is not None:
+                calls.append(Call(layer, None, None, in_force, None, None, attended))
+            if output is not None:
+                return output, None
+            args, kwargs = _with_whole_mask(args, kwargs)
+            if attended is not None:
+                return compute_attention(*args, **kwargs)
         output, scores = compute_attention(*args, **kwargs)
-        if threading.get_ident() == thread:
-            if kwargs.get("use_causal_mask"):
-                masks.append("use_causal_mask")
-            if getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None):
-                masks.append("sliding_window")
-            if scores is None:  # as from a fused kernel; the model goes on with what that put out
-                scores = _explicit_scores(layer, compute_attention, args, kwargs)
-            value = args[2] if len(args) > 2 else kwargs["value"]
-            calls.append(Call(layer, scores, value, ", ".join(masks) or "none", None, None))
+        if calls is None:
+            return output, scores
+        explicit = scores
+        if scores is None:  # as from a fused kernel; the model goes on with what that put out
+            explicit = _explicit_scores(layer, compute_attention, args, kwargs)
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        calls.append(Call(layer, explicit, value, in_force, None, None))
         return output, scores
 
     def watched_call(*args, **kwargs):
         if threading.get_ident() != thread:
             return call(*args, **kwargs)
         masks.clear()
-        before = len(calls)
+        before = len(calls or ())
         result = call(*args, **kwargs)
-        if len(calls) == before + 1:
+        if calls is not None and len(calls) == before + 1 and calls[before].attended is None:
             calls[before] = calls[before]._replace(
                 query=args[0] if args else kwargs["query"], output=result[0] if isinstance(result, tuple) else result
             )
@@ -348,15 +431,85 @@ def _watch(layer: Any, calls: list[Call]) -> None:
     layer.__dict__.update(call=watched_call, _compute_attention=watched_attention, _compute_attention_mask=watched_mask)
 
 
-def _explicit_scores(layer: Any, compute_attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    # Keras' layers are asked for scores by argument or, the grouped one, by attribute.
-    asking = {"_return_attention_scores": True, "_flash_attention": False}
-    before = {name: layer.__dict__[name] for name in asking if name in layer.__dict__}
-    layer.__dict__.update({name: asking[name] for name in before})
+def _is_usual(*methods: Callable) -> bool:
+    """Whether these methods of an attention layer are Keras', or ours, which do the same."""
+    return all(
+        method.__module__.startswith(("keras.src.layers.attention.", "kerasfactory.layers.")) for method in methods
+    )
+
+
+def _window(layer: Any) -> int | None:
+    return getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
+
+
+def _has_values(*tensors: Any) -> bool:
+    return all(_backend.concrete(tensor) is not None and _backend.is_usable(tensor) for tensor in tensors)
+
+
+def _mask_in_parts(layer: Any, compute_mask: Callable, args: tuple, kwargs: dict[str, Any]) -> Mask | None:
+    """`None` if there is no mask, or it is not to be taken apart."""
+    given = inspect.signature(compute_mask).bind(*args, **kwargs).arguments
+    padding = [given.get(name) for name in ("query_mask", "value_mask", "key_mask")]
+    explicit, causal = given.get("attention_mask"), bool(given.get("use_causal_mask"))
+    tensors = [part for part in [given["query"], given["value"], explicit, *padding] if part is not None]
+    if not _has_values(*filter(ops.is_tensor, tensors)):
+        return None
+    if len(tensors) == 2 and not causal and not _window(layer):
+        return None
+    of_keras = compute_mask.__module__.startswith("keras.")
+    if of_keras and explicit is not None and len(explicit.shape) == 4 and len(tensors) > 3:
+        return None  # Keras sets samples against heads then
+    keys = tuple(mask for mask in padding[1:] if mask is not None)
+    return Mask(lambda: compute_mask(*args, **kwargs), padding[0], keys, explicit, causal, _window(layer))
+
+
+def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args: tuple, kwargs: dict) -> Heads | None:
+    """`None` if the layer has to compute its attention by itself, as when it is asked for scores."""
+    given = inspect.signature(compute_attention).bind(*args, **kwargs).arguments
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    mask, training = given.get("attention_mask"), given.get("training")
+    asked = given.get("return_attention_scores") or layer.__dict__.get("_return_attention_scores")
+    dropout = training and layer.dropout > 0
+    if asked or dropout or not _has_values(query, key, value):
+        return None
+    if mask is None and given.get("use_causal_mask"):
+        mask = Mask(lambda: None, causal=True)
+
+    def own(query, key, value, allowed):
+        # The mask is whole: the layer has nothing to add to it. And not every flash attention takes one.
+        with _attributes(layer, _flash_attention=False, _sliding_window=None, sliding_window=None):
+            if allowed is not None and _is_usual(compute_mask):
+                # Brings it into its own form. It looks for lengths in the second axis, and finds them there here, too.
+                allowed = compute_mask(query[..., 0], value[..., 0], attention_mask=allowed)
+            return compute_attention(query, key, value, attention_mask=allowed, training=training)[0]
+
+    return Heads(layer, query, key, value, mask, own)
+
+
+def _with_whole_mask(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def whole(argument):
+        return argument.whole() if isinstance(argument, Mask) else argument
+
+    return tuple(map(whole, args)), {name: whole(argument) for name, argument in kwargs.items()}
+
+
+@contextlib.contextmanager
+def _attributes(layer: Any, **values: Any) -> Iterator[None]:
+    """Gives the layer other values of attributes that it has."""
+    before = {name: layer.__dict__[name] for name in values if name in layer.__dict__}
+    layer.__dict__.update({name: values[name] for name in before})
     try:
-        return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
+        yield
     finally:
         layer.__dict__.update(before)
+
+
+def _explicit_scores(layer: Any, compute_attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if type(layer) is Attention and len(args[0].shape) == 4:
+        return layer.scores(args[0], args[1], args[3])
+    # Keras' layers are asked for scores by argument or, the grouped one, by attribute.
+    with _attributes(layer, _return_attention_scores=True, _flash_attention=False):
+        return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
 
 
 def _build(model: Any, data: Any) -> None:
