@@ -7,7 +7,7 @@ OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' 
 
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: serve site test test-jax test-torch keras-versions notebooks lint lock clean
+.PHONY: serve site test test-jax test-torch keras-versions notebooks bench lint lock clean
 
 serve: .venv/ready ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
@@ -36,6 +36,13 @@ keras-versions: .venv/ready ## the unit tests on the oldest Keras that pyproject
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
+
+bench: .venv/ready ## measure the layer, capture and summarize beside their peers; about half an hour
+	$(PIP) install --no-deps --target .venv/peers kerasfactory==0.1.1 loguru pandas plotly \
+		pytorch-forecasting lightning lightning-utilities torchmetrics scikit-base tqdm
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/summary.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import griffe
 import nbformat
+from benchmark_tables import table  # beside this file, where MkDocs lets a hook look
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
-from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover  # beside this file, where MkDocs lets a hook look
+from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
 PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
@@ -43,8 +44,7 @@ def on_config(config):
 
 def on_page_markdown(markdown, **_):
     """Numbers of a benchmark come from its result, not from somebody's keyboard."""
-    markdown = markdown.replace("{{ benchmarks/layer.json }}", _layer_benchmark())
-    return markdown.replace("{{ benchmarks/capture.json }}", _capture_benchmark())
+    return re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
 
 
 def on_page_content(content, page, **_):
@@ -171,49 +171,6 @@ Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · 
 
 Next: {after}
 """
-
-
-def _layer_benchmark() -> str:
-    result = json.loads((ROOT / "benchmarks" / "layer.json").read_text())
-    lines = ["| tokens | dropout | training step | prediction |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        cells = [
-            f"**{row[what]['ratio']:.2f}** ({row[what]['quartiles'][0]:.2f}–{row[what]['quartiles'][1]:.2f}), "
-            f"{row[what]['milliseconds']:.1f} ms"
-            for what in ("train", "predict")
-        ]
-        lines.append(f"| {row['length']} | {row['dropout']} | {cells[0]} | {cells[1]} |")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines.append(f"\nMedian of {result['rounds']} paired ratios (quartiles), on {result['machine']}, with {versions}.")
-    return "\n".join(lines)
-
-
-def _capture_benchmark() -> str:
-    result = json.loads((ROOT / "benchmarks" / "capture.json").read_text())
-    lines = [
-        "| backend | throughput, first call | later calls | peak memory, 10,000 samples | 20,000 samples |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        speeds = [
-            f"**{row[when]['throughput']:.2f}** ({row[when]['quartiles'][0]:.2f}–{row[when]['quartiles'][1]:.2f}), "
-            f"{row[when]['samples_per_second']:,}/s"
-            for when in ("first", "later")
-        ]
-        peaks = [
-            f"**{row['capture'][samples]['above'] / row['capture'][samples]['result']:.2f}** "
-            f"(by hand {row['by hand'][samples]['above'] / row['by hand'][samples]['result']:.2f})"
-            for samples in ("10000", "20000")
-        ]
-        lines.append(f"| {row['backend']} | {speeds[0]} | {speeds[1]} | {peaks[0]} | {peaks[1]} |")
-    versions = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in result["versions"].items())
-    lines.append(
-        f"\nThroughput is samples a second divided by those of the model by hand: median of paired ratios (quartiles), "
-        f"for {result['samples']:,} samples, two layers, 8 heads and 32 tokens, in batches of 256. The first call "
-        "compiles. Peak memory is in units of the result; times are those of a process that keeps freed memory. "
-        f"On {result['machine']}, with {versions}; the script is `benchmarks/capture.py`."
-    )
-    return "\n".join(lines)
 
 
 def _gallery(recipes: list[dict]) -> str:
