@@ -15,6 +15,7 @@ __all__ = [
     "compiled",
     "concrete",
     "get_keras_mask",
+    "gradient",
     "hold",
     "is_live",
     "is_usable",
@@ -83,6 +84,16 @@ if keras.config.backend() == "tensorflow":
             graph = getattr(graph, "outer_graph", None)
         return graph is not None
 
+    def gradient(function, given):
+        """The gradient by `given`, tensors in dictionaries or lists, of the first that `function(given)` returns.
+
+        And the second, which is not differentiated.
+        """
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(given)
+            value, others = function(given)
+        return tape.gradient(value, given, unconnected_gradients="zero"), others
+
     def compiled(step, run_eagerly, jit_compile, once=False):
         """`step(state, data)`, compiled as `model.predict` would be; if it runs but once, where that pays."""
         if run_eagerly or once:
@@ -140,6 +151,10 @@ elif keras.config.backend() == "jax":
             setattr(trace, f"held_for_{owner}", tensor)
         return weakref.ref(tensor)
 
+    def gradient(function, given):
+        """The gradient by `given` of the first that `function(given)` returns; and the second."""
+        return jax.grad(function, has_aux=True)(given)
+
     def compiled(step, run_eagerly, jit_compile, once=False):
         """`step(state, data)`, compiled as `model.predict` would be."""
         return step if run_eagerly or not jit_compile else jax.jit(step)
@@ -182,6 +197,14 @@ else:
         """The values of a tensor, not copied where that can be helped."""
         tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def gradient(function, given):
+        """The gradient by `given` of the first that `function(given)` returns; and the second."""
+        with torch.enable_grad():
+            given = keras.tree.map_structure(lambda tensor: tensor.detach().requires_grad_(), given)
+            value, others = function(given)
+            flat = torch.autograd.grad(value, keras.tree.flatten(given), allow_unused=True, materialize_grads=True)
+        return keras.tree.pack_sequence_as(given, flat), others
 
     def compiled(step, run_eagerly, jit_compile, once=False):
         """`step(state, data)`, without gradients. Not compiled: `torch.compile` would change nothing but the time."""

@@ -124,7 +124,7 @@ def capture(
                 for name, rows in _checked_scores(batch, shapes, names).items():
                     labels = _labels(model, batch, name, rows.shape, names, len(rows) != batch.size)
                     datasets[name] = xr.Dataset({"scores": xr.DataArray(rows, **labels)})
-                stored.append(datasets)
+                stored.append(datasets, batch.changes_state)
             stored.finish()
         _warn(model, batch.difference, stored.nan, stored.rows)
         return {name: dataset["scores"].rename(name) for name, dataset in stored.open().items()}

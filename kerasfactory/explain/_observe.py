@@ -69,6 +69,7 @@ class Batch(NamedTuple):
     measured: dict[str, Any]  # by name: the layer's, or `layer#1`, `layer#2`, and so on, if it is called more than once
     found: dict[str, "Found"]  # by the same names
     difference: float  # of the first batch's outputs, watched and unwatched, relative to the largest
+    changes_state: bool  # whether what the model does with a batch depends on those before: random numbers, a state
 
 
 class Found(NamedTuple):
@@ -111,23 +112,25 @@ def observe(
     attentions = find_attention(model)
     chosen = _choose(attentions, layers)
     steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
-    state: Any = tuple(
-        [ops.cast(variable.value, variable.dtype) for variable in variables]  # TensorFlow's value is the variable
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    )
+    state = _state(model)
     if verbose == "auto":
         verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
     progress = keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
 
-    measured, state, outputs = steps.compared(state, first)
+    measured, after, outputs = steps.compared(state, first)
+    changes_state = any(
+        one is not other and not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
+        for one, other in zip(state[1], after[1], strict=True)
+    )
+    state = after
     found = {}
     for full_name in measured:
         name, number = steps.calls[full_name]
         found[full_name] = Found(name, number, chosen[name], steps.masks[full_name])
     _name_what_is_missing(model, attentions, chosen, layers, {call.name for call in found.values()}, steps.lost)
     common = (len(tree.flatten(first)), expected)
-    difference = _difference(*outputs)
-    yield Batch(_size(first), *common, measured, found, difference)
+    of_all = (found, _difference(*outputs), changes_state)
+    yield Batch(_size(first), *common, measured, *of_all)
     progress.update(1)
 
     done = 1
@@ -139,10 +142,20 @@ def observe(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
                 f"instead of {sorted(found)}. Capture such batches one by one."
             )
-        yield Batch(_size(data), *common, measured, found, difference)
+        yield Batch(_size(data), *common, measured, *of_all)
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
+
+
+def _state(model: Any) -> tuple[list, list]:
+    """The values of its variables."""
+    # TensorFlow's value is the variable itself.
+    trainable, non_trainable = (
+        [ops.cast(variable.value, variable.dtype) for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    )
+    return trainable, non_trainable
 
 
 class _Steps(NamedTuple):

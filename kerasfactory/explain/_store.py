@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from keras import ops, tree
+from keras import tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._observe import _batches, _build, _unchanged
+from kerasfactory.explain._observe import _batches, _build
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ class Store:
     ```python
     with Store(path, "capture", model, x, batch_size, arguments, tolerance) as store:
         for batch in observe(model, store, layers, None, verbose, measure):
-            store.append({name: xr.Dataset(...) for name in batch.measured})
+            store.append({name: xr.Dataset(...) for name in batch.measured}, batch.changes_state)
         store.finish()
     datasets = store.open()
     ```
@@ -152,12 +152,13 @@ class Store:
         """Of each layer that has NaN: the number of rows that hold one, and the first of them."""
         return self._record["nan"]
 
-    def append(self, results: dict[str, xr.Dataset]) -> None:
+    def append(self, results: dict[str, xr.Dataset], changes_state: bool = False) -> None:
         """Adds what was made of the batch drawn last.
 
         Args:
             results: From the layer's name to variables, all with the same first dimension, along which they grow, and
                 to coordinates of the other dimensions.
+            changes_state: For the first batch, whether what the model does with a batch depends on those before.
 
         Raises:
             ValueError: If the batch has other variables, dimensions or lengths than the first, or if the results of the
@@ -173,6 +174,7 @@ class Store:
             if self._done:
                 self._compare(results)
                 return
+            self._record["can_continue"] = not changes_state
         if layout != self._layout:
             raise ValueError(
                 "All batches in a store must have the dimensions and lengths of the first, which are "
@@ -260,10 +262,7 @@ class Store:
             self._record = self._found
             self._written = dict(self.rows)
         else:
-            can_continue = not _changes_state(self._model, data)
-            self._record = {
-                "made_by": made_by, "can_continue": can_continue, "batches": 0, "data": "", "rows": {}, "nan": {}
-            }  # fmt: skip
+            self._record = {"made_by": made_by, "batches": 0, "data": "", "rows": {}, "nan": {}}
 
     def _compare(self, results: dict[str, xr.Dataset]) -> None:
         """The model is the one whose results are stored if it gives them again; its weights are not all of it."""
@@ -371,22 +370,3 @@ def _has_nan(dataset: xr.Dataset) -> np.ndarray:
     """Which rows hold a NaN."""
     arrays = [array.values for array in dataset.data_vars.values() if array.dtype.kind == "f"]
     return np.any([np.isnan(array).reshape(len(array), -1).any(axis=1) for array in arrays], axis=0)
-
-
-def _changes_state(model: Any, data: tuple) -> bool:
-    """Whether the outputs for a batch depend on the batches before: on random numbers drawn, or a state kept."""
-    state = tuple(
-        [ops.cast(variable.value, variable.dtype) for variable in variables]
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    )
-    if not state[1]:
-        return False
-    step = _backend.compiled(
-        lambda state, data: _backend.predict_step(model, state, data)[1], run_eagerly=True, jit_compile=False
-    )
-    with _unchanged(model):
-        _, after = step(state, data)
-    return any(
-        not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
-        for one, other in zip(state[1], after, strict=True)
-    )

@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, positive_integer
 from kerasfactory.explain._capture import _attention_axes, _check_axes, _labels, _rounding
-from kerasfactory.explain._observe import Call, Heads, Mask, _difference, observe
+from kerasfactory.explain._observe import Batch, Call, Heads, Mask, _difference, observe
+from kerasfactory.explain._store import Store
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
 # slow with less, and buffers that do not stay in the processor's cache make everything slow.
@@ -46,6 +48,7 @@ def summarize(
     rows: Sequence[int] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
+    store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.Dataset]:
     r"""What people read off a model's attention scores, for sequences too long for the scores themselves.
 
@@ -87,6 +90,7 @@ def summarize(
         batch_size: Samples in a batch. Only for arrays. If not given, as many as make 16,384 positions together,
             but at least 1 and at most 32; the positions of a sample are all its axes but the last, or its one axis.
         verbose: As for `capture`.
+        store: A directory, `"summary.zarr"`, for the summaries of more samples than memory holds. As for `capture`.
 
     Returns:
         dict[str, xr.Dataset]: From the layer's name, as in `capture`, to these variables.
@@ -117,6 +121,7 @@ def summarize(
         ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer attends over
             several axes, or has axes beside the one it attends over.
         RuntimeError: As `capture`.
+        ImportError: As `capture`.
 
     Warns:
         UserWarning: If a layer cannot be captured, if scores are NaN, or if `prediction_difference` is more than
@@ -150,49 +155,75 @@ def summarize(
     buffers: dict[str, np.ndarray] = {}
     batch_size = _batch_size(x) if batch_size is None else batch_size
 
-    kept: dict[str, dict[str, np.ndarray]] = {}
-    filled: dict[str, int] = {}
-    folded: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     differences: dict[str, float] = {}
-    nan: dict[str, list[int]] = {}
 
     def attend(heads, is_chosen):
         with np.errstate(all="ignore"):  # rows that look nowhere, NaN in the inputs
-            return _attend(heads, is_chosen, wanted, buffers, checks=not kept)
+            return _attend(heads, is_chosen, wanted, buffers, checks=not shapes)
 
     def measure(call):
         with np.errstate(all="ignore"):
             return _summary(call, wanted, buffers)
 
-    for batch in observe(model, x, layers, batch_size, verbose, measure, attend):
-        for name, (summary, difference) in batch.measured.items():
+    def summaries(x: Any, batch_size: int | None) -> Iterator[tuple[Batch, dict[str, dict[str, np.ndarray]]]]:
+        for batch in observe(model, x, layers, batch_size, verbose, measure, attend):
+            for name, (summary, difference) in batch.measured.items():
+                if name not in shapes:
+                    _check(name, batch.found[name].layer, _shape(summary), names, wanted)
+                    shapes[name], differences[name] = _shape(summary)[1:], difference
+                elif _shape(summary)[1:] != shapes[name]:
+                    raise ValueError(
+                        f"The scores of layer {name!r} have shape {_shape(summary)} in one batch, and {shapes[name]} a "
+                        "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
+                        "summarize each by itself."
+                    )
+            yield batch, {name: summary for name, (summary, _) in batch.measured.items()}
+
+    if store is not None:
+        arguments = {
+            "layers": [layers] if isinstance(layers, str) else layers and list(layers),
+            "feature_names": names,
+            **wanted._asdict(),
+        }
+        with Store(store, "summarize", model, x, batch_size, arguments, _rounding) as stored:
+            for batch, of_layers in summaries(stored, None):
+                datasets = {}
+                for name, arrays in of_layers.items():
+                    folded = len(arrays["entropy"]) != batch.size
+                    labels = _labels(model, batch, name, _shape(arrays), names, folded)
+                    datasets[name] = _dataset(arrays, labels, differences[name], wanted)
+                stored.append(datasets, batch.changes_state)
+            stored.finish()
+        _warn(model, differences, stored.nan, stored.rows)
+        return {name: _with_rows_as_variable(dataset, wanted) for name, dataset in stored.open().items()}
+
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    filled: dict[str, int] = {}
+    of_sequences: set[str] = set()
+    nan: dict[str, list[int]] = {}
+    for batch, of_layers in summaries(x, batch_size):
+        for name, summary in of_layers.items():
             start = filled.setdefault(name, 0)
-            if name not in kept:
-                _check(name, batch.found[name].layer, _shape(summary), names, wanted)
-                kept[name], differences[name] = {}, difference
-            elif _shape(summary)[1:] != _shape(kept[name])[1:]:
-                raise ValueError(
-                    f"The scores of layer {name!r} have shape {_shape(summary)} in one batch, and "
-                    f"{_shape(kept[name])[1:]} a sample in those before: the batches in `x` differ in length. Pad them "
-                    "all to one length, or summarize each by itself."
-                )
             without_value = np.flatnonzero(np.isnan(summary["entropy"]).any(axis=(1, 2)))
             if len(without_value):
                 count, first = nan.get(name, [0, start + int(without_value[0])])
                 nan[name] = [count + len(without_value), first]
             filled[name] = stop = start + len(summary["entropy"])
+            of_layer = kept.setdefault(name, {})
             for variable, values in summary.items():
-                kept[name][variable] = _appended(kept[name].get(variable), values, start, batch.expected)
+                of_layer[variable] = _appended(of_layer.get(variable), values, start, batch.expected)
             if stop - start != batch.size:
-                folded.add(name)
+                of_sequences.add(name)
 
     _warn(model, differences, nan, filled)
     result = {}
     for name, arrays in kept.items():
         for array in arrays.values():
             array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        labels = _labels(model, batch, name, _shape(arrays), names, name in folded)
-        result[name] = _dataset(arrays, labels, differences[name], wanted)
+        labels = _labels(model, batch, name, _shape(arrays), names, name in of_sequences)
+        dataset = _dataset(arrays, labels, differences[name], wanted)
+        result[name] = dataset.assign_coords({labels["dims"][0]: np.arange(filled[name])})
     return result
 
 
@@ -254,7 +285,7 @@ def _dataset(arrays: dict[str, np.ndarray], labels: dict[str, Any], difference: 
         "row": (sample, head, "row", key),
     }
     units = {"entropy": {"units": "nats"}, "distance": {"units": "positions"}}
-    coordinates = {sample: np.arange(len(arrays["entropy"]))} | labels["coords"]
+    coordinates = dict(labels["coords"])
     for name, size in zip(("query_bin", "key_bin"), _shape(arrays)[2:], strict=True):
         edges = _edges(size, wanted.map_size)
         coordinates |= {name: edges[:-1], f"{name}_end": (name, edges[1:])}
@@ -262,7 +293,11 @@ def _dataset(arrays: dict[str, np.ndarray], labels: dict[str, Any], difference: 
         coordinates["position"] = ("row", wanted.rows)  # xarray has no room for a coordinate beside `row` itself
     variables = {name: (dims[name], array, units.get(name, {})) for name, array in arrays.items()}
     dataset = xr.Dataset(variables, coordinates, labels["attrs"] | {"prediction_difference": difference})
-    # What is called as one of its dimensions is a coordinate to xarray.
+    return _with_rows_as_variable(dataset, wanted)
+
+
+def _with_rows_as_variable(dataset: xr.Dataset, wanted: _Wanted) -> xr.Dataset:
+    """What is called as one of its dimensions is a coordinate to xarray."""
     return dataset.reset_coords("row") if wanted.rows else dataset
 
 

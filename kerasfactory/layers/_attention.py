@@ -10,10 +10,12 @@ from kerasfactory import _backend
 
 # Which way is fastest was measured on two CPU cores (docs/benchmarks.md). In short, beside Keras' own layer:
 #                     training, no dropout    prediction of a layer with dropout
-#   TensorFlow, JAX   heads first             heads first; block by block from this many scores for a head
-#   PyTorch           fused                   fused
+#   TensorFlow, JAX   heads first             heads first; block by block from 512 x 512 scores for a head
+#   PyTorch           heads first up to       fused
+#                     128 x 128, then fused
 # With dropout in training, all form the scores. On GPUs and TPUs, not measured, it is Keras that chooses.
 _BLOCKWISE_FROM = 512 * 512
+_NOT_FUSED_UP_TO = 128 * 128
 _BLOCK = 64  # queries
 
 # What the latest attention in this thread got, for the layer around it to take: `latest.call`.
@@ -81,13 +83,15 @@ class Attention(keras.layers.MultiHeadAttention):
 
         dropout = self._dropout > 0 and training
         if not return_attention_scores and not dropout:
-            sizes = query.shape[1], key.shape[1]
-            is_long = None not in sizes and sizes[0] * sizes[1] >= _BLOCKWISE_FROM and not training
+            lengths = query.shape[1], key.shape[1]
+            size = None if None in lengths else lengths[0] * lengths[1]  # a graph of TensorFlow may not know
+            is_long = size is not None and size >= _BLOCKWISE_FROM and not training
+            is_short = size is not None and size <= _NOT_FUSED_UP_TO
             on_cpu = _backend.on_cpu(query)
             if keras.config.backend() == "torch" and on_cpu and self.compute_dtype != "float64":
                 # A fused kernel with an error of 1e-6, in which only the mask can be as large as the scores.
                 is_long = is_long and attention_mask is not None and attention_mask.is_matrix()
-                fused = not is_long
+                fused = not (is_long or (is_short and training))
             else:
                 is_long = is_long and on_cpu
                 fused = self._dropout == 0 and not on_cpu

@@ -7,12 +7,13 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
 
 from kerasfactory import explain
-from kerasfactory.explain import _summary
+from kerasfactory.explain import _store, _summary
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 BACKEND = keras.config.backend()
@@ -258,7 +259,8 @@ def test_every_model_is_summarised_and_left_as_it_was(build, monkeypatch):
             np.testing.assert_array_equal(summary[name][dim], full[name][dim])
 
 
-def test_no_matrix_is_formed(monkeypatch):
+@pytest.mark.parametrize("store", [None, "summary.zarr"])
+def test_no_matrix_is_formed(monkeypatch, tmp_path, store):
     length = 4096
     inputs = keras.Input((length, 8))
     first = layers.MultiHeadAttention(1, 4, dropout=0.1, name="first")(inputs, inputs, use_causal_mask=True)
@@ -276,7 +278,7 @@ def test_no_matrix_is_formed(monkeypatch):
     softmax = layers.Softmax.call
     monkeypatch.setattr(layers.Softmax, "call", lambda *a, **k: asked.append(a[1].shape) or softmax(*a, **k))
     tracemalloc.start()
-    summary = explain.summarize(model, x, layers="second", verbose=0)
+    summary = explain.summarize(model, x, layers="second", verbose=0, store=store and tmp_path / store)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
@@ -298,6 +300,39 @@ def test_data_in_batches_of_their_own():
     summary = explain.summarize(model, (SEQUENCE[start : start + 2] for start in range(0, 5, 2)), verbose=0)
     for name in expected:
         np.testing.assert_allclose(summary["attention"][name], expected[name], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error::UserWarning:kerasfactory")
+@pytest.mark.parametrize("build", [called_twice, padded, nested, folded])
+def test_what_is_stored_is_what_is_summarised_in_memory(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(_store, "_WRITTEN_AT_ONCE", 1)
+    x, model = MODELS[build], build()
+    arguments = {"batch_size": 2, "top_k": 3, "map_size": 4, "rows": [3, 0], "verbose": 0}
+    expected = explain.summarize(model, x, **arguments)
+
+    class Killed(BaseException):
+        pass
+
+    write, left = _store.Store._write, iter(range(2))
+
+    def killed_at_the_third(self):
+        if next(left, None) is None:
+            raise Killed
+        return write(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_store.Store, "_write", killed_at_the_third)
+        with pytest.raises(Killed):
+            explain.summarize(model, x, store=tmp_path / "summary.zarr", **arguments)
+    for _ in range(2):  # continued; complete
+        stored = explain.summarize(model, x, store=tmp_path / "summary.zarr", **arguments)
+        assert list(stored) == list(expected)
+        for name in expected:
+            xr.testing.assert_identical(stored[name].compute(), expected[name])
+    with pytest.raises(ValueError, match="belongs to another call, which differs in: top_k"):
+        explain.summarize(model, x, store=tmp_path / "summary.zarr", **arguments | {"top_k": 2})
+    with pytest.raises(ValueError, match="belongs to another call, which differs in: function"):
+        explain.capture(model, x, batch_size=2, verbose=0, store=tmp_path / "summary.zarr")
 
 
 def test_keys_whose_weights_underflow_are_in_order():
