@@ -2,6 +2,7 @@
 
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._summary import summarize
 
-__all__ = ["attribute", "capture", "recomposition_error", "rollout", "summarize"]
+__all__ = ["attribute", "capture", "faithfulness", "recomposition_error", "rollout", "summarize"]
