@@ -1,8 +1,18 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
 from kerasfactory.explain._attribution import attribute, rollout
+from kerasfactory.explain._audit import audit, verify
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._summary import summarize
 
-__all__ = ["attribute", "capture", "faithfulness", "recomposition_error", "rollout", "summarize"]
+__all__ = [
+    "attribute",
+    "audit",
+    "capture",
+    "faithfulness",
+    "recomposition_error",
+    "rollout",
+    "summarize",
+    "verify",
+]
