@@ -29,6 +29,7 @@ from kerasfactory.explain._store import _digest
 
 _SCHEMA, _VERSION = "kerasfactory.audit", 1  # written as one string: each number in an audit is under the checksum
 _EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
+_DRAWS = 200
 # How far numbers that are computed again may lie from those that were written.
 _RELATIVE, _ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
 
@@ -282,7 +283,8 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
     progress.add(1)
     no_ranking = few or _no_ranking(x, features)
     arguments = {"background": background, "level": level, "batch_size": batch_size, "seed": seed}
-    ranking = None if no_ranking else _ranking(model, x, attribution, arguments)
+    draws = max(_DRAWS, math.ceil(count / level))  # so that one claim alone can be significant after the adjustment
+    ranking = None if no_ranking else _ranking(model, x, attribution, {**arguments, "draws": draws})
     progress.add(1)
     no_claims = no_ranking or _no_claims(model, x, y)
     of_features = None if no_claims else feature_claims(model, x, y, attribution, **arguments)
@@ -388,7 +390,7 @@ def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, An
 
 
 def _controls(model: Any, x: np.ndarray, common: dict[str, Any], level: float, seed: int) -> dict[str, Any]:
-    """What the output does when the model attends otherwise, and how sure it is that it does more than the tolerance."""
+    """What the output does when the model attends otherwise, and tests of that against the tolerance."""
     found = attention_controls(model, x, seed=seed, level=level, **common)
     tolerance, samples = found.attrs["tolerance"], found.sizes["sample"]
     controls = []
@@ -559,15 +561,16 @@ def _feature_claims(found: xr.Dataset | None, why_not: str, features: list[str])
             reason = "It cannot be tested: it is constant, or there are too few samples."
             yield _claim(claim, name, reason=reason, feature=feature)
             continue
-        margin = f"{found.attrs['margin']:.0%} of the loss of a model that knows nothing"
         if verdict == "supported":
-            reason = "The loss is larger when its values are drawn anew, given the other features."
+            reason = "The loss is larger when its values are drawn anew, given the others."
         elif verdict == "refuted":
-            reason = f"The increase is at most {margin}: the others say the same, or it says nothing."
+            reason = (
+                f"At most {found.attrs['margin']:.0%} of the base loss: the others say the same, or it says nothing."
+            )
         elif here["attribution"] <= found["attribution"].mean():
-            reason = "Its attribution is not above the mean of all features: it is not claimed to be high."
+            reason = "Its attribution is not above the mean of all: it is not claimed to be high."
         else:
-            reason = f"The test does not find an increase, and the interval does not rule out {margin}."
+            reason = "The test neither finds an increase nor rules one out."
         numbers = (effect, here["p_value"].item(), _bounds(here["interval"].values))
         yield _claim(claim, name, *numbers, verdict, reason, feature)
 

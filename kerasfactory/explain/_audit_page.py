@@ -22,11 +22,12 @@ figcaption, .note { color: var(--faint) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-td.long { min-width: 12rem }
-td.drawn { min-width: 8rem; width: 30% }
+td { font-variant-numeric: tabular-nums }
+td.long { min-width: 8rem }
+td.drawn { min-width: 5rem; width: 22% }
+small { color: var(--faint) }
 td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace }
-svg { display: block; width: 100%; height: 1.2rem }
+svg { display: block; width: 100%; height: 1.5rem }
 svg.tall { height: 8rem }
 rect { fill: var(--bar) }
 line { stroke: var(--text); stroke-width: 2; vector-effect: non-scaling-stroke }
@@ -43,46 +44,51 @@ def page(record: dict[str, Any]) -> str:
     level, captured = record["settings"]["level"], record["capture"]
     title = html.escape(f"Audit of {record['model']['name']}")
     removal = record["faithfulness"] or {}
+    of_features = [claim for claim in record["claims"] if claim["feature"] is not None]
     sections = [
         _section(
             "Claims",
-            f"{len(verdicts)} claims: {counts}. A claim is supported if its p-value, adjusted for all claims "
-            f"together (Benjamini–Hochberg), is at most {level:g}, and refuted if the data speak against it; what they "
-            f"leave open is undetermined. Intervals cover {1 - level:.0%} (bootstrap over the samples).",
+            f"{len(verdicts)} claims, of which {len(of_features)} are about single features: {counts}. A claim is "
+            f"supported if its p-value, adjusted for all claims together (Benjamini–Hochberg), is at most {level:g}, "
+            "and refuted if the data speak against it; what they leave open is undetermined. Intervals cover "
+            f"{1 - level:.0%} (bootstrap over the samples).",
             _table(
-                "Every claim, its verdict and the numbers behind it",
-                ["Claim", "Verdict", "Statistic", "p", "Adjusted p", "Interval", "Why"],
+                "The claims about the model, and the numbers behind them",
+                ["Claim", "Verdict", "Statistic", "p"],
                 [
                     [
-                        _cell(claim["claim"], "long"),
+                        _cell(claim["claim"], "long", claim["reason"]),
                         _verdict(claim["verdict"]),
-                        _cell(f"{claim['statistic']['name']}: {_number(claim['statistic']['value'])}", "long"),
-                        _cell(_number(claim["p_value"]), "number"),
-                        _cell(_number(claim["p_adjusted"]), "number"),
-                        _cell(_interval(claim["interval"]), "number"),
-                        _cell(claim["reason"], "long"),
+                        _cell(
+                            _number(claim["statistic"]["value"]),
+                            "",
+                            "; ".join(filter(None, [claim["statistic"]["name"], _interval(claim["interval"])])),
+                        ),
+                        _p_values(claim),
                     ]
                     for claim in record["claims"]
+                    if claim["feature"] is None
                 ],
             ),
         ),
         _section(
-            "Attribution",
-            "What attention says. Whether it is to be believed is what the claims are about.",
-            _attribution(record),
+            "Features",
+            f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
+            "claim is that the attribution is high and that the feature tells the model what the others do not.",
+            _features(record["attribution"]["features"], of_features),
         ),
         _section(
             "Does attention matter?",
             "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
             "out at random (permuted), and weights as far from its own as can be found without changing the output "
-            "by more than a tolerance (adversarial). That other weights give the same output does not refute attention; "
-            "that none are found proves nothing.",
+            "by more than a tolerance (adversarial). That other weights give the same output does not refute "
+            "attention; that none are found proves nothing.",
             _controls(record),
         ),
         _section(
             "Is the ranking faithful?",
-            "Comprehensiveness is the change of the output when the features that come first are removed, and should be "
-            "large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
+            "Comprehensiveness is the change of the output when the features that come first are removed, and should "
+            "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
             "several numbers of features. Each stands beside the same ranking with its features relabelled at random."
             + "".join(f" {name.capitalize()}: {removal[name]}." for name in ("removal", "background") if removal),
             _faithfulness(record),
@@ -157,23 +163,26 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
     )
 
 
-def _attribution(record: dict[str, Any]) -> str:
-    found = record["attribution"]["features"]
-    about = {claim["feature"]: claim["verdict"] for claim in record["claims"]}
+def _features(found: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> str:
     bars = _bars([(one["feature"], one["attribution"], one["interval"]) for one in found])
     rows = [
         [
-            _cell(one["feature"]),
+            _cell(one["feature"], "long"),
+            _verdict(claim["verdict"], claim["reason"]),
             bar,
-            _cell(_number(one["attribution"]), "number"),
-            _cell(_interval(one["interval"]), "number"),
-            _verdict(about[one["feature"]]),
+            _cell(_number(one["attribution"]), "", _interval(one["interval"])),
+            _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"])),
+            _p_values(claim),
         ]
-        for one, bar in zip(found, bars, strict=True)
+        for one, claim, bar in zip(found, claims, bars, strict=True)
     ]
     order = sorted(range(len(found)), key=lambda number: -found[number]["attribution"])
-    caption = f"Attribution to each feature by “{record['attribution']['method']}”: the mean over the samples"
-    return _table(caption, ["Feature", "Bar, interval", "Attribution", "Interval", "Claim"], [rows[n] for n in order])
+    name = claims[0]["statistic"]["name"].capitalize()
+    return _table(
+        "The mean attribution to each feature, the test of each, and their intervals",
+        ["Feature", "Verdict", "Attribution, drawn", "Attribution", name, "p"],
+        [rows[number] for number in order],
+    )
 
 
 def _controls(record: dict[str, Any]) -> str:
@@ -185,14 +194,13 @@ def _controls(record: dict[str, Any]) -> str:
     bars = _bars([(one["control"], one["median_change"], one["interval"]) for one in found])
     return _table(
         f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples",
-        ["Attention", "Bar, interval", "Change", "Interval", "Distance of the scores", "Claim"],
+        ["Attention", "Change, drawn", "Change", "Distance of the scores", "Claim"],
         [
             [
                 _cell(one["control"]),
                 bar,
-                _cell(_number(one["median_change"]), "number"),
-                _cell(_interval(one["interval"]), "number"),
-                _cell(_number(one["median_distance"]), "number"),
+                _cell(_number(one["median_change"]), "", _interval(one["interval"])),
+                _cell(_number(one["median_distance"])),
                 _verdict(claims[one["control"]]) if one["control"] in claims else _cell("no claim"),
             ]
             for one, bar in zip(found, bars, strict=True)
@@ -229,7 +237,7 @@ def _layers(layers: Sequence[dict[str, Any]]) -> str:
         [
             [
                 *(_cell(str(layer[key])) for key in ("layer", "class", "heads", "masks")),
-                _cell(_number(layer["recomposition_error"]), "number"),
+                _cell(_number(layer["recomposition_error"])),
             ]
             for layer in layers
         ],
@@ -241,16 +249,22 @@ def _facts(caption: str, facts: dict[str, Any]) -> str:
     return _table(caption, ["What", "Value"], rows)
 
 
-def _cell(text: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+def _cell(text: str, kind: str = "", below: str = "") -> str:
+    small = f"<br><small>{html.escape(below)}</small>" if below else ""
+    return f'<td class="{kind}">{html.escape(text)}{small}</td>' if kind else f"<td>{html.escape(text)}{small}</td>"
 
 
-def _verdict(verdict: str) -> str:
-    return f"<td>{_span(verdict)}</td>"
+def _verdict(verdict: str, reason: str = "") -> str:
+    return f"<td>{_span(verdict)}{f'<br><small>{html.escape(reason)}</small>' if reason else ''}</td>"
 
 
 def _span(verdict: str) -> str:
     return f'<span class="{verdict}">{verdict}</span>'
+
+
+def _p_values(claim: dict[str, Any]) -> str:
+    adjusted = claim["p_adjusted"]
+    return _cell(_number(claim["p_value"]), "", "" if adjusted is None else f"adjusted {_number(adjusted)}")
 
 
 def _text(value: Any) -> str:
@@ -260,11 +274,11 @@ def _text(value: Any) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:
-    return "–" if bounds is None else " to ".join(map(_number, bounds))
+    return "" if bounds is None else " to ".join(map(_number, bounds))
 
 
 def _bars(rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> list[str]:
