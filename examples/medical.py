@@ -136,9 +136,7 @@ plt.show()
 # tumours that the model has not seen.
 
 # %%
-page = explain.audit(
-    models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", batch_size=2048, verbose=0
-)
+page = explain.audit(models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", batch_size=2048, verbose=0)
 record = json.loads(page.with_suffix(".json").read_text())
 for claim in record["claims"][:5]:
     print(f"{claim['verdict']:13} {claim['claim']}")
@@ -159,7 +157,9 @@ def score(model, x, y):
     return -log_loss(y, np.asarray(model(x))[:, 0].astype("float64"))
 
 
-shuffled = permutation_importance(models[0], x_test, y_test, scoring=score, n_repeats=5, random_state=0).importances_mean
+shuffled = permutation_importance(
+    models[0], x_test, y_test, scoring=score, n_repeats=5, random_state=0
+).importances_mean
 
 rankings = {"attention": audited, "permutation importance": shuffled, "logistic regression": weight}
 first_ten = {label: set(np.argsort(-values)[:10]) for label, values in rankings.items()}

@@ -160,18 +160,15 @@ def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
     json_file, page = copied.with_suffix(".json"), copied.read_text()
     before = json_file.read_text()
     for path, number in numbers:
-        for other in (number + 1, number * (1 + 1e-12) + 1e-300):
-            text = json.dumps(changed(record, path, other), indent=1, ensure_ascii=False) + "\n"
-            if text == before:
-                continue
-            json_file.write_text(text)
-            findings = explain.verify(json_file, model, X, Y)
-            assert any("audit.json were changed" in sentence for sentence in findings), path
-            assert any("audit.html and audit.json differ" in sentence for sentence in findings), path
+        other = number + 1 if isinstance(number, int) else float(np.nextafter(number, 2))
+        json_file.write_text(json.dumps(changed(record, path, other), indent=1, ensure_ascii=False) + "\n")
+        findings = explain.verify(json_file, model, X, Y)
+        assert any("audit.json were changed" in sentence for sentence in findings), path
+        assert any("audit.html and audit.json differ" in sentence for sentence in findings), path
     json_file.write_text(before)
 
     rng = np.random.default_rng(0)
-    for position in rng.choice([match.start() for match in re.finditer(r"[0-9]", page)], 200, replace=False):
+    for position in rng.choice([match.start() for match in re.finditer(r"[0-9]", page)], 100, replace=False):
         digit = str((int(page[position]) + 1) % 10)
         copied.write_text(page[:position] + digit + page[position + 1 :])
         try:
