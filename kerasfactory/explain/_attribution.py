@@ -79,7 +79,8 @@ def attribute(
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
 
-    It runs batch by batch. No scores are kept, and memory does not grow with the number of samples except by the result.
+    It runs batch by batch, and keeps nothing but the result. Gradients are not compiled: for many samples, give a
+    `batch_size` of some hundreds.
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,
@@ -237,12 +238,10 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
         first = xr.DataArray([[[[0.5, 0.5], [0.0, 1.0]]]], dims=dims)
         second = xr.DataArray([[[[0.0, 1.0], [0.0, 1.0]]]], dims=dims)
 
-        print(explain.rollout(first).values[0])
-        #> [[0.75 0.25]
-        #>  [0.   1.  ]]
-        print(explain.rollout({"first": first, "second": second}).values[0])
-        #> [[0.375 0.625]
-        #>  [0.    1.   ]]
+        print(explain.rollout(first).values[0].tolist())
+        #> [[0.75, 0.25], [0.0, 1.0]]
+        print(explain.rollout({"first": first, "second": second}).values[0].tolist())
+        #> [[0.375, 0.625], [0.0, 1.0]]
         ```
     """
     arrays = {str(weights.name or "scores"): weights} if isinstance(weights, xr.DataArray) else dict(weights)
@@ -313,8 +312,8 @@ def _checked_axes(
     keys = {name: keys for name, (_, keys) in shapes.items()}
     if len(set(keys.values())) > 1:
         raise ValueError(
-            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose those "
-            "that do with `layers=[...]`."
+            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose "
+            "those that do, with `layers=[...]`."
         )
     for name, shape in shapes.items():
         _check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
@@ -327,20 +326,21 @@ def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
         sizes = ", ".join(f"{name}: {queries} x {keys}" for name, (queries, keys) in shapes.items())
         raise ValueError(
             "Layers can be multiplied only if all of them attend from the same positions to the same positions. These "
-            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length with `layers=[...]`."
+            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length, with "
+            "`layers=[...]`."
         )
 
 
 def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Of what was measured of a call: one matrix (sample, query, key), and which queries (sample, query) look."""
     measured = batch.measured[name]
-    parts = tree.map_structure(_backend.as_numpy, measured)
-    if isinstance(parts, tuple):
-        values, scores = parts
-        looks = scores.any(axis=(1, 3))
+    if isinstance(measured, tuple):  # the heads are merged already
+        values, scores = map(_backend.as_numpy, measured)
+        looks = np.any(scores, axis=(1, 3))
     else:
-        _check_one_axis(batch.found[name].layer, parts.shape)
-        values, looks = _heads_merged(parts)
+        scores = _backend.as_numpy(measured)
+        _check_one_axis(batch.found[name].layer, scores.shape)
+        values, looks = _heads_merged(scores)
     if len(values) != batch.size:
         raise ValueError(
             f"Layer {name!r} attends in {len(values)} sequences for {batch.size} samples: the model folds another axis "
@@ -368,8 +368,8 @@ def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
 
 def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> str:
     return (
-        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in those "
-        "before: the batches in `x` differ in length. Pad them all to one length."
+        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in "
+        "those before: the batches in `x` differ in length. Pad them all to one length."
     )
 
 
@@ -456,8 +456,8 @@ def _gradients(
     """Batches in which the measured is, for each call, the positive part of gradient times score, mean over heads."""
     batches, expected = _batches(x, batch_size)
     progress = progress_bar(expected, verbose)
-    first = next(batches, None)
-    seen = next(observe(model, iter([] if first is None else [first]), layers, None, 0, _float_scores))
+    first: tuple = next(batches, ())
+    seen = next(observe(model, iter([first] if first else []), layers, None, 0, _float_scores))
     for name, scores in seen.measured.items():
         _check_one_axis(seen.found[name].layer, scores.shape)
     edit = editor(model, first, layers)

@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     size: int
     inputs: int  # arrays in a batch
     expected: int | None  # how many batches there will be, where that is known
-    # By name: the layer's, or `layer#1`, `layer#2`, and so on, if it is called more than once. In the order of the calls.
+    # By name, in the order of the calls: the layer's, or `layer#1`, `layer#2`, …, if it is called more than once.
     measured: dict[str, Any]
     found: dict[str, "Found"]  # by the same names
     difference: float  # of the first batch's outputs, watched and unwatched, relative to the largest
@@ -128,9 +128,9 @@ def observe(
         name, number = steps.calls[full_name]
         found[full_name] = Found(name, number, chosen[name], steps.masks[full_name])
     _name_what_is_missing(model, attentions, chosen, layers, {call.name for call in found.values()}, steps.lost)
-    common = (len(tree.flatten(first)), expected)
-    of_all = (found, _difference(*outputs), changes_state)
-    yield Batch(_size(first), *common, measured, *of_all)
+    inputs = len(tree.flatten(first))
+    batch = Batch(_size(first), inputs, expected, measured, found, _difference(*outputs), changes_state)
+    yield batch
     progress.update(1)
 
     done = 1
@@ -142,7 +142,7 @@ def observe(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
                 f"instead of {sorted(found)}. Capture such batches one by one."
             )
-        yield Batch(_size(data), *common, _in_order(measured, steps.calls), *of_all)
+        yield batch._replace(size=_size(data), measured=_in_order(measured, steps.calls))
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
