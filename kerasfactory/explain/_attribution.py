@@ -289,7 +289,7 @@ def _position(query: int | str, coordinates: dict[str, Any], shapes: dict[str, t
             near = difflib.get_close_matches(query, names, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             known = (
-                f"They are: {', '.join(names)}." if names else "They have no names; give a number, or `feature_names`."
+                f"There are: {', '.join(names)}." if names else "They have no names; give a number, or `feature_names`."
             )
             raise ValueError(f"There is no query {query!r}. {hint}{known}")
         return names.index(query)
@@ -352,9 +352,9 @@ def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean over those heads in which a query looks at anything, and whether there is one."""
-    looks = scores.any(axis=-1)  # (sample, head, query); NaN too
+    looks = np.any(scores, axis=-1)  # (sample, head, query); NaN too
     values = scores.sum(axis=1) / np.maximum(looks.sum(axis=1), 1)[..., None].astype(scores.dtype)
-    return values, looks.any(axis=1)
+    return values, np.any(looks, axis=1)
 
 
 def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
@@ -458,8 +458,8 @@ def _gradients(
     progress = progress_bar(expected, verbose)
     first: tuple = next(batches, ())
     seen = next(observe(model, iter([first] if first else []), layers, None, 0, _float_scores))
-    for name, scores in seen.measured.items():
-        _check_one_axis(seen.found[name].layer, scores.shape)
+    for name in seen.measured:
+        _mean_of_heads(seen, name)  # raises where a key is not a feature
     edit = editor(model, first, layers)
 
     def chosen(outputs):
