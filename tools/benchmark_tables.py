@@ -21,7 +21,8 @@ def _rows(*header_and_rows):
 
 def _ratio(of, bold=False):
     ratio = f"{of['ratio']:.2f}"
-    return f"**{ratio}** ({of['quartiles'][0]:.2f}–{of['quartiles'][1]:.2f})" if bold else ratio
+    low, high = (f"{quartile:.2f}" for quartile in of["quartiles"])
+    return f"**{ratio}**&nbsp;<small>({low}–&NoBreak;{high})</small>" if bold else ratio  # in one line
 
 
 def _goals(result):
