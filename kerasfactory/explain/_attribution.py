@@ -150,7 +150,8 @@ def attribute(
     if method == "attention_gradient":
         seen = _gradients(model, x, layers, batch_size, verbose, target)
     else:
-        seen = observe(model, x, layers, batch_size, verbose, _value_norms if method == "value_norm" else _float_scores)
+        measure = _value_norms if method == "value_norm" else _float_scores
+        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
 
     generator = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
