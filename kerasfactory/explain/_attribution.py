@@ -37,7 +37,7 @@ def attribute(
     r"""How much each feature counts for each sample, by one of several readings of a model's attention.
 
     The readings disagree, and none of them is right by construction: compare them, and test what they say
-    ([*Reading attention honestly*](../concepts/reading-attention.md)). A feature is a position of the key axis: a
+    ([*Reading attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a
     column of the table behind a `FeatureTokenizer`, else a position of the sequence that is attended to. With
     \(A_{hij}\), the weight of key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the
     heads, the methods are
