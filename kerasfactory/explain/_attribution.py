@@ -37,7 +37,7 @@ def attribute(
     r"""How much each feature counts for each sample, by one of several readings of a model's attention.
 
     The readings disagree, and none of them is right by construction: compare them, and test what they say
-    ([*Reading attention honestly*](../concepts/reading-attention.md)). A feature is a position of the key axis: a
+    ([*Reading attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a
     column of the table behind a `FeatureTokenizer`, else a position of the sequence that is attended to. With
     \(A_{hij}\), the weight of key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the
     heads, the methods are
@@ -79,7 +79,8 @@ def attribute(
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
 
-    It runs batch by batch. No scores are kept, and memory does not grow with the number of samples except by the result.
+    It runs batch by batch, and keeps nothing but the result. Gradients are not compiled: for many samples, give a
+    `batch_size` of some hundreds.
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,
@@ -149,7 +150,8 @@ def attribute(
     if method == "attention_gradient":
         seen = _gradients(model, x, layers, batch_size, verbose, target)
     else:
-        seen = observe(model, x, layers, batch_size, verbose, _value_norms if method == "value_norm" else _float_scores)
+        measure = _value_norms if method == "value_norm" else _float_scores
+        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
 
     generator = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
@@ -237,12 +239,10 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
         first = xr.DataArray([[[[0.5, 0.5], [0.0, 1.0]]]], dims=dims)
         second = xr.DataArray([[[[0.0, 1.0], [0.0, 1.0]]]], dims=dims)
 
-        print(explain.rollout(first).values[0])
-        #> [[0.75 0.25]
-        #>  [0.   1.  ]]
-        print(explain.rollout({"first": first, "second": second}).values[0])
-        #> [[0.375 0.625]
-        #>  [0.    1.   ]]
+        print(explain.rollout(first).values[0].tolist())
+        #> [[0.75, 0.25], [0.0, 1.0]]
+        print(explain.rollout({"first": first, "second": second}).values[0].tolist())
+        #> [[0.375, 0.625], [0.0, 1.0]]
         ```
     """
     arrays = {str(weights.name or "scores"): weights} if isinstance(weights, xr.DataArray) else dict(weights)
@@ -290,7 +290,7 @@ def _position(query: int | str, coordinates: dict[str, Any], shapes: dict[str, t
             near = difflib.get_close_matches(query, names, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             known = (
-                f"They are: {', '.join(names)}." if names else "They have no names; give a number, or `feature_names`."
+                f"There are: {', '.join(names)}." if names else "They have no names; give a number, or `feature_names`."
             )
             raise ValueError(f"There is no query {query!r}. {hint}{known}")
         return names.index(query)
@@ -313,8 +313,8 @@ def _checked_axes(
     keys = {name: keys for name, (_, keys) in shapes.items()}
     if len(set(keys.values())) > 1:
         raise ValueError(
-            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose those "
-            "that do with `layers=[...]`."
+            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose "
+            "those that do, with `layers=[...]`."
         )
     for name, shape in shapes.items():
         _check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
@@ -327,20 +327,21 @@ def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
         sizes = ", ".join(f"{name}: {queries} x {keys}" for name, (queries, keys) in shapes.items())
         raise ValueError(
             "Layers can be multiplied only if all of them attend from the same positions to the same positions. These "
-            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length with `layers=[...]`."
+            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length, with "
+            "`layers=[...]`."
         )
 
 
 def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Of what was measured of a call: one matrix (sample, query, key), and which queries (sample, query) look."""
     measured = batch.measured[name]
-    parts = tree.map_structure(_backend.as_numpy, measured)
-    if isinstance(parts, tuple):
-        values, scores = parts
-        looks = scores.any(axis=(1, 3))
+    if isinstance(measured, tuple):  # the heads are merged already
+        values, scores = map(_backend.as_numpy, measured)
+        looks = np.any(scores, axis=(1, 3))
     else:
-        _check_one_axis(batch.found[name].layer, parts.shape)
-        values, looks = _heads_merged(parts)
+        scores = _backend.as_numpy(measured)
+        _check_one_axis(batch.found[name].layer, scores.shape)
+        values, looks = _heads_merged(scores)
     if len(values) != batch.size:
         raise ValueError(
             f"Layer {name!r} attends in {len(values)} sequences for {batch.size} samples: the model folds another axis "
@@ -352,9 +353,9 @@ def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean over those heads in which a query looks at anything, and whether there is one."""
-    looks = scores.any(axis=-1)  # (sample, head, query); NaN too
+    looks = np.any(scores, axis=-1)  # (sample, head, query); NaN too
     values = scores.sum(axis=1) / np.maximum(looks.sum(axis=1), 1)[..., None].astype(scores.dtype)
-    return values, looks.any(axis=1)
+    return values, np.any(looks, axis=1)
 
 
 def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
@@ -368,8 +369,8 @@ def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
 
 def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> str:
     return (
-        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in those "
-        "before: the batches in `x` differ in length. Pad them all to one length."
+        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in "
+        "those before: the batches in `x` differ in length. Pad them all to one length."
     )
 
 
@@ -456,10 +457,10 @@ def _gradients(
     """Batches in which the measured is, for each call, the positive part of gradient times score, mean over heads."""
     batches, expected = _batches(x, batch_size)
     progress = progress_bar(expected, verbose)
-    first = next(batches, None)
-    seen = next(observe(model, iter([] if first is None else [first]), layers, None, 0, _float_scores))
-    for name, scores in seen.measured.items():
-        _check_one_axis(seen.found[name].layer, scores.shape)
+    first: tuple = next(batches, ())
+    seen = next(observe(model, iter([first] if first else []), layers, None, 0, _float_scores))
+    for name in seen.measured:
+        _mean_of_heads(seen, name)  # raises where a key is not a feature
     edit = editor(model, first, layers)
 
     def chosen(outputs):
