@@ -366,7 +366,7 @@ class _Run:
         columns: list[int],
     ):
         self.edit, self.batch, self.own, self.view, self.columns = edit, batch, own, view, columns
-        self.outputs = outputs[:, columns].astype("float32")
+        self.outputs = ops.convert_to_tensor(outputs[:, columns], "float32")
         self.change = lambda outputs: change(self._chosen(outputs), self.outputs)
 
     def _chosen(self, outputs: Any) -> Any:
@@ -759,7 +759,7 @@ def _change_of(outputs: np.ndarray, columns: list[int]) -> tuple[Callable, str]:
             "The model's output is the same for all samples of `x`: there is no scale for a change. Give more "
             "samples, or other ones."
         )
-    scale = np.where(spread > 0, spread, 1).astype("float32")
+    scale = ops.convert_to_tensor(np.where(spread > 0, spread, 1), "float32")
     return lambda one, other: ops.max(ops.abs(one - other) / scale, axis=-1), "relative to the standard deviation"
 
 
