@@ -262,7 +262,8 @@ def attention_controls(
     - `permuted`: its weights are dealt out at random to the keys in its view, `draws` times; the median counts.
     - `adversarial`: scores as far as possible from the model's own while the output changes by at most `tolerance`
       (Jain & Wallace 2019, [*Attention is not Explanation*](https://arxiv.org/abs/1902.10186), section 4.2.2), found by
-      `steps` steps of gradient ascent on logits. Such scores exist or they do not; that none are found proves nothing.
+      `steps` steps of gradient ascent on logits, once from near the model's own scores and once from far away. That
+      none are found does not prove that there are none.
 
     If uniform attention leaves the output as it is, attention is not what decides, whatever it looks like. That other
     scores make the same output is weaker evidence: the adversary may alter what the model could not have learned to
@@ -386,13 +387,16 @@ class _Run:
 
         for result in known:
             keep(result)
-        # At the scores themselves the divergence has no slope.
-        logits = {
-            name: np.where(
-                view, np.log(np.maximum(self.own[name], 1e-6)) + _NOISE * rng.normal(size=view.shape), _HIDDEN
-            )
-            for name, view in self.view.items()
-        }
+        # From near its own scores, where the output is right but the divergence has no slope; and from far away.
+        for sign, least in ((1, 1e-6), (-1, 1e-2)):
+            logits = {}
+            for name, view in self.view.items():
+                start = sign * np.log(np.maximum(self.own[name], least)) + _NOISE * rng.normal(size=view.shape)
+                logits[name] = np.where(view, start, _HIDDEN)
+            self._ascend(logits, tolerance, steps, keep)
+        return best
+
+    def _ascend(self, logits: dict[str, np.ndarray], tolerance: float, steps: int, keep: Callable) -> None:
         moments = {name: (np.zeros_like(of), np.zeros_like(of)) for name, of in logits.items()}
         pressure = np.full(len(self.outputs), 10.0)
         rows = _looking_rows(self.own)
@@ -401,7 +405,7 @@ class _Run:
                 name: (special.softmax(of, axis=-1) * self.view[name].any(axis=-1, keepdims=True)).astype("float32")
                 for name, of in logits.items()
             }
-            weights = ops.convert_to_tensor(pressure.astype("float32"))
+            weights = ops.convert_to_tensor(pressure, "float32")
 
             def penalty(outputs, weights=weights):
                 return ops.sum(weights * ops.maximum(self.change(outputs) - tolerance, 0))
@@ -413,13 +417,12 @@ class _Run:
             for name, of in scores.items():
                 middle = (self.own[name] + of) / 2
                 of_divergence = np.log2(np.maximum(of, 1e-12) / np.maximum(middle, 1e-12)) / 2
-                slope = _backend.as_numpy(gradients[name]) - of_divergence / rows[:, None, None, None]
+                slope = _backend.as_numpy(gradients[name]) - of_divergence / rows.reshape(-1, *[1] * (of.ndim - 1))
                 slope = of * (slope - (of * slope).sum(axis=-1, keepdims=True))
                 mean, square = moments[name]  # Adam's (Kingma & Ba 2015)
                 mean += 0.1 * (slope - mean)
                 square += 0.01 * (slope**2 - square)
                 logits[name] -= _RATE * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.99**step)) + 1e-9)
-        return best
 
 
 def randomised_parameters(
