@@ -355,7 +355,8 @@ def test_the_adversary_finds_other_scores_where_there_are_any():
         assert ((result["jsd"] >= 0) & (result["jsd"] <= 1)).all()
     assert determined["jsd"].sel(control="adversarial").max() < 0.01
     farthest = jensenshannon(scores, np.eye(5)[scores.argmin(axis=1)], base=2, axis=1) ** 2  # all on the lightest key
-    np.testing.assert_allclose(idle["jsd"].sel(control="adversarial"), farthest, rtol=0.02)
+    reached = idle["jsd"].sel(control="adversarial") / farthest
+    assert 0.85 < reached.min() <= reached.max() < 1 + 1e-6  # it climbs one of several hills
     assert idle["median_change"].sel(control="uniform") < 0.01 < determined["median_change"].sel(control="uniform")
 
 
