@@ -16,3 +16,4 @@ __all__ = [
     "summarize",
     "verify",
 ]
+__all__ = ["attribute", "capture", "faithfulness", "recomposition_error", "rollout", "summarize"]

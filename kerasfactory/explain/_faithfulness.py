@@ -175,7 +175,7 @@ def faithfulness(
     absolute = outputs.shape[1] == 1
 
     def changes(removed, of):
-        """By how much the output falls: (set, sample), for sets of features (set, sample, feature) of the samples `of`."""
+        """By how much the outputs of the samples `of` fall, (set, sample), without (set, sample, feature)."""
         result = np.empty(removed.shape[:2])
         step = max(1, _CELLS // (x[0].size * len(removed) * len(rows)))
         for start in range(0, len(of), step):
@@ -262,7 +262,8 @@ def attention_controls(
     - `permuted`: its weights are dealt out at random to the keys in its view, `draws` times; the median counts.
     - `adversarial`: scores as far as possible from the model's own while the output changes by at most `tolerance`
       (Jain & Wallace 2019, [*Attention is not Explanation*](https://arxiv.org/abs/1902.10186), section 4.2.2), found by
-      `steps` steps of gradient ascent on logits. Such scores exist or they do not; that none are found proves nothing.
+      `steps` steps of gradient ascent on logits, once from near the model's own scores and once from far away. That
+      none are found does not prove that there are none.
 
     If uniform attention leaves the output as it is, attention is not what decides, whatever it looks like. That other
     scores make the same output is weaker evidence: the adversary may alter what the model could not have learned to
@@ -272,15 +273,15 @@ def attention_controls(
     The distance of scores is the Jensen–Shannon divergence to the base 2, from 0 to 1, the mean over queries, heads and
     layers. The change of an output is the total variation distance for probabilities (half the sum of absolute
     differences; the absolute difference for a single one, or for a `target`), else the largest absolute difference,
-    relative to the standard deviation of that output over the samples. Keys in view are those with a weight above 0.
+    relative to the standard deviation of that output over the samples. Where masks are in force, the keys in view are
+    those with a weight above 0.
 
     It takes up to 256 samples of the arrays `x`, drawn at random.
 
     Returns:
         xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`): `change`, `jsd` (control, sample),
-            `median_change` (control), and
-        its bootstrap `interval` (control, bound: `lower`, `upper`), NaN for one sample. For the adversary, `change` is
-        at most `tolerance`, and `jsd` is what it reached.
+            `median_change` (control), and its bootstrap `interval` (control, bound: `lower`, `upper`). For the
+            adversary, `change` is at most `tolerance`, and `jsd` is what it reached.
     """
     draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
     if not tolerance > 0:
@@ -289,8 +290,11 @@ def attention_controls(
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
         )
+    samples = len(tree.flatten(x)[0])
+    if samples < 2:
+        raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {samples}")
     rng = np.random.default_rng(seed)
-    chosen = _some(len(tree.flatten(x)[0]), _CONTROL_SAMPLES, rng)
+    chosen = _some(samples, _CONTROL_SAMPLES, rng)
     x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
     batch_size = _batch_size(x) if batch_size is None else batch_size
 
@@ -314,9 +318,13 @@ def attention_controls(
         edit = edit or editor(model, batch, layers)
         stop = start + _size(batch)
         own = {name: scores.values[start:stop].astype("float32") for name, scores in captured.items()}
-        run = _Run(edit, batch, own, outputs[start:stop], change, columns)
-        uniform = run({name: _uniform(scores) for name, scores in own.items()})
-        permuted = np.stack([run({name: _permuted(scores, rng) for name, scores in own.items()}) for _ in range(draws)])
+        # A weight may be 0 without a mask, by underflow.
+        view = {name: (of > 0) | (captured[name].attrs["masks"] == "none") for name, of in own.items()}
+        run = _Run(edit, batch, own, view, outputs[start:stop], change, columns)
+        uniform = run({name: _uniform(view[name]) for name in own})
+        permuted = np.stack(
+            [run({name: _permuted(scores, view[name], rng) for name, scores in own.items()}) for _ in range(draws)]
+        )
         adversarial = run.adversary([uniform, *permuted], tolerance, steps, rng)
         of_batches.append(np.stack([uniform, np.median(permuted, axis=0), adversarial]))
         start = stop
@@ -346,13 +354,20 @@ def attention_controls(
 
 
 class _Run:
-    """Runs a batch with other scores than its own, and tells (what, sample): the change of the output, and the distance."""
+    """Runs a batch with other scores than its own, and tells how far outputs and scores then are: (2, sample)."""
 
     def __init__(
-        self, edit: Editor, batch: tuple, own: dict[str, np.ndarray], outputs: np.ndarray, change: Callable, columns
+        self,
+        edit: Editor,
+        batch: tuple,
+        own: dict[str, np.ndarray],
+        view: dict[str, np.ndarray],
+        outputs: np.ndarray,
+        change: Callable,
+        columns: list[int],
     ):
-        self.edit, self.batch, self.own, self.columns = edit, batch, own, columns
-        self.outputs = outputs[:, columns].astype("float32")
+        self.edit, self.batch, self.own, self.view, self.columns = edit, batch, own, view, columns
+        self.outputs = ops.convert_to_tensor(outputs[:, columns], "float32")
         self.change = lambda outputs: change(self._chosen(outputs), self.outputs)
 
     def _chosen(self, outputs: Any) -> Any:
@@ -363,7 +378,7 @@ class _Run:
         return np.stack([_backend.as_numpy(self.change(outputs)), _distance(self.own, scores)])
 
     def adversary(self, known: list[np.ndarray], tolerance: float, steps: int, rng: np.random.Generator) -> np.ndarray:
-        """The most distant scores found, for each sample, that keep its output, among those `known` and on a way of ascent."""
+        """Of the most distant scores that keep the output, among those `known` and on a way of ascent."""
         best = np.zeros((2, len(self.outputs)))
 
         def keep(result):
@@ -372,23 +387,25 @@ class _Run:
 
         for result in known:
             keep(result)
-        view = {name: scores > 0 for name, scores in self.own.items()}
-        # At the scores themselves the divergence has no slope.
-        logits = {
-            name: np.where(
-                view[name], np.log(np.maximum(scores, 1e-6)) + _NOISE * rng.normal(size=scores.shape), _HIDDEN
-            )
-            for name, scores in self.own.items()
-        }
+        # From near its own scores, where the output is right but the divergence has no slope; and from far away.
+        for sign, least in ((1, 1e-6), (-1, 1e-2)):
+            logits = {}
+            for name, view in self.view.items():
+                start = sign * np.log(np.maximum(self.own[name], least)) + _NOISE * rng.normal(size=view.shape)
+                logits[name] = np.where(view, start, _HIDDEN)
+            self._ascend(logits, tolerance, steps, keep)
+        return best
+
+    def _ascend(self, logits: dict[str, np.ndarray], tolerance: float, steps: int, keep: Callable) -> None:
         moments = {name: (np.zeros_like(of), np.zeros_like(of)) for name, of in logits.items()}
         pressure = np.full(len(self.outputs), 10.0)
         rows = _looking_rows(self.own)
         for step in range(1, steps + 1):
             scores = {
-                name: (special.softmax(of, axis=-1) * view[name].any(axis=-1, keepdims=True)).astype("float32")
+                name: (special.softmax(of, axis=-1) * self.view[name].any(axis=-1, keepdims=True)).astype("float32")
                 for name, of in logits.items()
             }
-            weights = ops.convert_to_tensor(pressure.astype("float32"))
+            weights = ops.convert_to_tensor(pressure, "float32")
 
             def penalty(outputs, weights=weights):
                 return ops.sum(weights * ops.maximum(self.change(outputs) - tolerance, 0))
@@ -400,13 +417,12 @@ class _Run:
             for name, of in scores.items():
                 middle = (self.own[name] + of) / 2
                 of_divergence = np.log2(np.maximum(of, 1e-12) / np.maximum(middle, 1e-12)) / 2
-                slope = _backend.as_numpy(gradients[name]) - of_divergence / rows[:, None, None, None]
+                slope = _backend.as_numpy(gradients[name]) - of_divergence / rows.reshape(-1, *[1] * (of.ndim - 1))
                 slope = of * (slope - (of * slope).sum(axis=-1, keepdims=True))
                 mean, square = moments[name]  # Adam's (Kingma & Ba 2015)
                 mean += 0.1 * (slope - mean)
                 square += 0.01 * (slope**2 - square)
                 logits[name] -= _RATE * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.99**step)) + 1e-9)
-        return best
 
 
 def randomised_parameters(
@@ -746,7 +762,7 @@ def _change_of(outputs: np.ndarray, columns: list[int]) -> tuple[Callable, str]:
             "The model's output is the same for all samples of `x`: there is no scale for a change. Give more "
             "samples, or other ones."
         )
-    scale = np.where(spread > 0, spread, 1).astype("float32")
+    scale = ops.convert_to_tensor(np.where(spread > 0, spread, 1), "float32")
     return lambda one, other: ops.max(ops.abs(one - other) / scale, axis=-1), "relative to the standard deviation"
 
 
@@ -754,14 +770,13 @@ def _replaced(name: str, scores: Any, given: Any) -> Any:
     return given[name]
 
 
-def _uniform(scores: np.ndarray) -> np.ndarray:
-    view = (scores > 0).astype("float32")
-    return view / np.maximum(view.sum(axis=-1, keepdims=True), 1)
+def _uniform(view: np.ndarray) -> np.ndarray:
+    return view.astype("float32") / np.maximum(view.sum(axis=-1, keepdims=True, dtype="float32"), 1)
 
 
-def _permuted(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _permuted(scores: np.ndarray, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The weights of each row, dealt out anew to the keys in its view."""
-    view, places = scores > 0, np.arange(scores.shape[-1])
+    places = np.arange(scores.shape[-1])
     order = np.argsort(np.where(view, rng.random(scores.shape), 2), axis=-1)
     in_view_first = np.argsort(np.where(view, places, places + len(places)), axis=-1)
     result = np.empty_like(scores)
