@@ -8,7 +8,7 @@ Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another featur
 it changes nothing; a shortcut that does not hold in the data at hand makes nothing worse when it goes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -21,7 +21,6 @@ from kerasfactory._arguments import positive_integer
 from kerasfactory.explain._faithfulness import (
     _checked_attribution,
     _finite,
-    _interval,
     _table,
     _without_nan,
     predictions,
@@ -33,6 +32,7 @@ _CELL = 25  # samples among which values are drawn
 _LEVELS = 20  # distinct values up to which a column is drawn from its own values, and nothing between them
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _TERMS = 600  # of a regression
+_NUMBERS = 2**20  # resampled at a time
 _RIDGES = np.logspace(-10, 0, 11)
 _DETERMINED = 1e-5  # of a column's standard deviation: a residual as small as that is rounding
 
@@ -77,12 +77,13 @@ def feature_claims(
 
     Args:
         model: A `keras.Model` with one input, (sample, feature), and one output.
-        x: Held-out data, (sample, feature): an array. The model must not have been trained on them.
+        x: Held-out data, (sample, feature): an array. The model must not have been trained on them, and the samples are
+            taken to be independent of each other.
         y: Labels in the form that the loss takes, one for each sample.
         attribution: (sample, feature), as from `attribute`.
         loss: What `model.compile` takes as `loss`: a name, a `keras.losses.Loss`, or a function of labels and outputs
             that gives one number a sample. The model's own if not given.
-        background: Data to learn the features' distribution from, (row, feature), distributed as `x`. If not given, `x`.
+        background: Data to learn the features' distribution from, (row, feature), distributed as `x`. `x` if not given.
         level: Of the test, after Benjamini and Hochberg over all features, and 1 minus that of the intervals.
         margin: The largest effect that is none, as a share of the loss of the model's mean output, which knows nothing
             of a sample.
@@ -108,8 +109,8 @@ def feature_claims(
         Attributes: `base_loss`, `loss` (of the model), `level`, `margin`, `draws`, `samples`, `seed`.
 
     Raises:
-        ValueError: If `x` is no table, `y` is missing or does not fit, there is NaN anywhere, the model has no loss that
-            is known, or an argument is out of range.
+        ValueError: If `x` is no table, `y` is missing or does not fit, there is NaN anywhere, the model has no loss, or
+            an argument is out of range.
     """
     if not 0 < level < 0.5:
         raise ValueError(f"`level` must be a number between 0 and 0.5. Received: level={level!r}")
@@ -119,6 +120,8 @@ def feature_claims(
     x = _checked_table("x", x)
     shares = _checked_attribution(attribution, x).mean(axis=0)
     rows = x if background is None else _checked_table("background", background)
+    if np.array_equal(rows, x):  # then the regression has seen the samples, and has to leave each out
+        rows = x
     if rows.shape[1] != x.shape[1]:
         raise ValueError(f"`background` must have the columns of `x`, {x.shape[1]}. Received: {rows.shape[1]}")
     y = _checked_labels(y, len(x))
@@ -132,10 +135,10 @@ def feature_claims(
     testable = (x != x[0]).any(axis=0) & (rows != rows[0]).any(axis=0)
     if min(samples, len(rows)) < max(_FEWEST, features):
         testable[:] = False
-    losses = np.repeat(of_model[None, None], draws + 1, axis=1).repeat(features, axis=0)  # (feature, own and drawn, sample)
+    losses = np.tile(of_model, (features, 1 + draws, 1))  # own, then drawn
     generator = np.random.default_rng(seed)
-    for feature in np.flatnonzero(testable):
-        drawn = _drawn(x, None if background is None else rows, feature, draws, generator)
+    for feature in np.flatnonzero(testable).tolist():
+        drawn = _drawn(x, rows, feature, draws, generator)
         if drawn is not None:
             changed = np.tile(x, (draws, 1))
             changed[:, feature] = drawn.reshape(-1)
@@ -143,16 +146,28 @@ def feature_claims(
             losses[feature, 1:] = loss_of(np.concatenate([y] * draws), outputs).reshape(draws, samples)
 
     p_values = _exchanged(losses, level, generator)
-    differences = losses[:, 1:].mean(axis=1) - losses[:, 0]
+    differences = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
     effects = differences.mean(axis=1)
-    intervals = np.stack([_interval(of_feature, np.mean, level, seed) for of_feature in differences])
-    effects[~testable], intervals[~testable], p_values[~testable] = np.nan, np.nan, 1
+    intervals = np.full((features, 2), np.nan)
+    if testable.any():
+        of_all = stats.bootstrap(
+            (differences[testable],),
+            np.mean,
+            axis=1,
+            n_resamples=_RESAMPLES,
+            batch=max(1, _NUMBERS // differences.size),
+            confidence_level=1 - level,
+            method="percentile",
+            rng=generator,
+        )
+        intervals[testable] = np.stack(of_all.confidence_interval, axis=1)
+    effects[~testable], p_values[~testable] = np.nan, 1
     adjusted = stats.false_discovery_control(p_values)
 
     claimed = shares > shares.mean() + 1e-6 * np.abs(shares).max()
     verdicts = np.full(features, "undetermined", dtype=object)
     verdicts[claimed & (adjusted <= level) & (intervals[:, 0] > 0)] = "supported"
-    verdicts[claimed & (intervals[:, 1] <= margin * base)] = "refuted"
+    verdicts[claimed & (intervals[:, 1] <= margin * abs(base))] = "refuted"
     named = isinstance(attribution, xr.DataArray) and "feature" in attribution.coords
     return xr.Dataset(
         {
@@ -199,7 +214,7 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
             f"`y` must hold numbers, one label for each sample, {samples}. Received: shape {labels.shape}, dtype "
             f"{labels.dtype}"
         )
-    labels = labels.reshape(samples, -1)
+    labels = labels.reshape(samples, -1) * 1  # truth values are numbers to a loss
     _without_nan(labels, "`y`")
     return labels
 
@@ -210,6 +225,8 @@ def _loss(model: Any, loss: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarra
     if given is None:
         raise ValueError("The model has no loss. Compile it with one, or give `loss`, as `model.compile` takes it.")
     function = keras.losses.get(given) if isinstance(given, str) else given
+    name = getattr(function, "__name__", type(function).__name__)
+    of_keras = type(function).__module__.startswith("keras") or getattr(function, "__module__", "").startswith("keras")
     if isinstance(function, keras.losses.Loss):
         function = function.call  # before the mean over samples
     if not callable(function):
@@ -217,17 +234,10 @@ def _loss(model: Any, loss: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarra
             "The loss must be one function, of one output: the name of a Keras loss, a `keras.losses.Loss`, or a "
             f"function of labels and outputs. Received: {given!r}"
         )
-    name = str(getattr(given, "name", getattr(given, "__name__", given)))
 
     def of_samples(y, outputs):
-        if "crossentropy" in name:
-            sparse = "sparse" in name
-            largest = outputs.shape[1] - 1 if sparse else 1
-            if y.min() < 0 or y.max() > largest or (sparse and (y != np.floor(y)).any()):
-                raise ValueError(
-                    f"For the loss {name!r}, `y` must hold {'classes, integers' if sparse else 'numbers'} from 0 to "
-                    f"{largest}. Received: from {y.min()} to {y.max()}"
-                )
+        if of_keras:
+            _check_range(name, y, outputs)
         values = ops.convert_to_numpy(function(ops.convert_to_tensor(y), ops.convert_to_tensor(outputs)))
         if values.ndim == 0 or len(values) != len(y):
             raise ValueError(
@@ -235,34 +245,50 @@ def _loss(model: Any, loss: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarra
             )
         values = values.reshape(len(y), -1).mean(axis=1, dtype="float64")
         if not np.isfinite(values).all():
-            raise ValueError(f"The loss {name!r} is NaN or infinite. Look whether `y` and the outputs are what it takes.")
+            raise ValueError(f"The loss {name} is NaN or infinite. Look whether `y` and the outputs are what it takes.")
         return values
 
     return of_samples
+
+
+def _check_range(name: str, y: np.ndarray, outputs: np.ndarray) -> None:
+    """Whether the labels are such as the loss takes: for others, Keras gives numbers too."""
+    sparse = "sparse" in name.lower()
+    if y.shape[1] != (1 if sparse else outputs.shape[1]):
+        raise ValueError(
+            f"For the loss {name} and a model with {outputs.shape[1]} outputs, `y` must hold "
+            f"{1 if sparse else outputs.shape[1]} numbers for each sample. Received: {y.shape[1]}"
+        )
+    if "crossentropy" in name.lower():
+        largest = outputs.shape[1] - 1 if sparse else 1
+        if y.min() < 0 or y.max() > largest or (sparse and (y != np.floor(y)).any()):
+            raise ValueError(
+                f"For the loss {name}, `y` must hold {'integers' if sparse else 'numbers'} from 0 to {largest}. "
+                f"Received: from {y.min()} to {y.max()}"
+            )
 
 
 def _exchanged(losses: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:
     """The p-value of each feature: how often its mean loss is as small, if own and drawn values change places."""
     features, alternatives, samples = losses.shape
     resamples = max(_RESAMPLES, int(np.ceil(2 * features / level)))  # so that one feature alone can be significant
-    own, everyone = losses[:, 0].mean(axis=1), np.arange(samples)
+    own = losses[:, 0].mean(axis=1)
+    rows = np.ascontiguousarray(losses.transpose(2, 1, 0)).reshape(-1, features)  # what is taken lies together
+    starts = np.arange(samples) * alternatives
     as_small = np.zeros(features, int)
     for _ in range(resamples):
-        mean = losses[:, generator.integers(alternatives, size=samples), everyone].mean(axis=1)
+        mean = rows.take(starts + generator.integers(alternatives, size=samples), axis=0).mean(axis=0)
         as_small += mean <= own + 1e-12 * np.abs(own)
     return (1 + as_small) / (1 + resamples)
 
 
 def _drawn(
-    x: np.ndarray, background: np.ndarray | None, feature: int, draws: int, generator: np.random.Generator
+    x: np.ndarray, rows: np.ndarray, feature: int, draws: int, generator: np.random.Generator
 ) -> np.ndarray | None:
-    """Draws (draw, sample) of a column given the others; `None` if the others determine it."""
-    rows = x if background is None else background
+    """Draws (draw, sample) of a column of `x` given the others, as in `rows`; `None` if the others determine it."""
     column = rows[:, feature].astype("float64")
     location, residual, at_x = _regressed(rows, x, feature)
-    if background is None:
-        at_x = location
-    if residual.std() < _DETERMINED * column.std():
+    if max(residual.std(), (x[:, feature] - at_x).std()) < _DETERMINED * column.std():
         return None
     order = np.argsort(location, kind="stable")
     count = max(1, len(rows) // _CELL)
@@ -274,7 +300,10 @@ def _drawn(
 
 
 def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A column of `rows` by the others: fitted values and residuals, leave-one-out, and the fitted values at `x`."""
+    """A column of `rows` by the others: fitted values and residuals, leave-one-out, and the fitted values at `x`.
+
+    Those are leave-one-out, too, if `x` is `rows`.
+    """
     column = rows[:, feature].astype("float64")
     best, smallest = None, np.inf
     for terms, terms_at_x in _designs(np.delete(rows, feature, axis=1), np.delete(x, feature, axis=1)):
@@ -283,23 +312,27 @@ def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarra
         # By the eigenvectors of the normal equations all penalties cost one decomposition.
         values, vectors = np.linalg.eigh(terms.T @ terms)
         scores, values = terms @ vectors, np.maximum(values, 0)
-        for ridge in _RIDGES * max(values[-1], 1e-300):
+        squares = scores**2
+        for ridge in _RIDGES * (values[-1] or 1.0):
             weights = scores.T @ target / (values + ridge)
-            leverage = np.minimum(1 / len(rows) + scores**2 @ (1 / (values + ridge)), 1 - 1e-9)
+            leverage = np.minimum(1 / len(rows) + squares @ (1 / (values + ridge)), 1 - 1e-9)
             residual = (target - scores @ weights) / (1 - leverage)
             if residual @ residual < smallest:
                 smallest = residual @ residual
-                best = (column - residual, residual, column.mean() + terms_at_x @ (vectors @ weights))
+                at_x = column - residual if x is rows else column.mean() + terms_at_x @ (vectors @ weights)
+                best = (column - residual, residual, at_x)
     assert best is not None  # there is a linear one
     return best
 
 
-def _designs(rows: np.ndarray, x: np.ndarray):
-    """Terms of regressions, at `rows` and at `x`: linear, piecewise linear, with products; as many as there is data for."""
+def _designs(rows: np.ndarray, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Terms of regressions at `rows` and `x`: linear, piecewise linear, with products; as many as there is data for."""
     spread = rows.std(axis=0, dtype="float64")
     rows, x = ((table[:, spread > 0] - rows[:, spread > 0].mean(axis=0)) / spread[spread > 0] for table in (rows, x))
     rows, x = rows.astype("float64"), x.astype("float64")
-    yield np.ones((len(rows), 1)) if not rows.shape[1] else rows, np.ones((len(x), 1)) if not x.shape[1] else x
+    if not rows.shape[1]:  # all other columns are constant
+        rows, x = np.zeros((len(rows), 1)), np.zeros((len(x), 1))
+    yield rows, x
     hinges = []
     for number, column in enumerate(rows.T):
         distinct = np.unique(column)
@@ -316,4 +349,4 @@ def _designs(rows: np.ndarray, x: np.ndarray):
                 np.column_stack([part, *(term(table) for term in more)])
                 for part, table in zip(terms, (rows, x), strict=True)
             ]
-            yield tuple(terms)
+            yield terms[0], terms[1]
