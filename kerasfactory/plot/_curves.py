@@ -102,8 +102,8 @@ def faithfulness(result: xr.Dataset) -> Figure:
     [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples, bands percentile
     bootstrap intervals of these means, of 1,000 draws.
 
-    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones, which
-    are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
+    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones,
+    which are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
 
     $$
     p = \frac{1 + \#\{d : T^0_d \ge T\}}{1 + \text{draws}} .

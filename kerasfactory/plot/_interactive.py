@@ -28,8 +28,8 @@ _STYLE = """
 background:linear-gradient(to right,transparent,color-mix(in srgb,currentColor 45%,#1769c4))}
 """
 
-# Every fragment brings the script, and the script looks for the fragments of its data that are not alive yet: so the same
-# fragment may be on a page twice.
+# Every fragment brings the script, and the script looks for the fragments of its data that are not alive yet: so the
+# same fragment may be on a page twice.
 _SCRIPT = """
 (() => {
 const data = DATA;
@@ -61,7 +61,8 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
   }
   draw(svg, "text", {x: left + columns * size / 2, y: height - 4, "text-anchor": "middle"}, "key (looked at)");
   const middle = top + rows * size / 2;
-  draw(svg, "text", {x: 11, y: middle, "text-anchor": "middle", transform: `rotate(-90 11 ${middle})`}, "query (looking)");
+  const turned = {"text-anchor": "middle", transform: `rotate(-90 11 ${middle})`};
+  draw(svg, "text", {x: 11, y: middle, ...turned}, "query (looking)");
   let row = 0, column = 0, weights = [];
   const say = () => {
     marked.setAttribute("x", left + column * size);
