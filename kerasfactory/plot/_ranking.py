@@ -86,7 +86,7 @@ def features(
         names = _feature_names(claims["effect"])
         what = "effect, with its interval"
     else:
-        several: Mapping[str, Any] = attribution if isinstance(attribution, Mapping) else {"": attribution}
+        several: Any = attribution if isinstance(attribution, Mapping) else {"": attribution}
         if not several:
             raise ValueError("`attribution` must not be empty. Received: {}")
         checked = {method: _checked(method, values) for method, values in several.items()}

@@ -85,7 +85,7 @@ def test_heatmap_draws_the_mean_and_says_so():
     np.testing.assert_allclose(drawn(ax), scores.mean(["sample", "head"]))
     assert ax.get_title() == "attention, mean over 3 samples and 2 heads"
     assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == NAMES
-    assert ax.images[0].get_clim() == (0, drawn(ax).max())
+    assert ax.images[0].get_clim() == pytest.approx((0, drawn(ax).max()), rel=1e-5)
     assert f"from 0 to {drawn(ax).max():.2g}" in ax.images[0].colorbar.ax.get_ylabel()
 
 
@@ -167,7 +167,7 @@ def test_heads_share_one_scale_and_say_which():
     mean = scores.mean("sample").values
     for ax, values in zip(axes, mean, strict=True):
         np.testing.assert_allclose(drawn(ax), values)
-        assert ax.images[0].get_clim() == (0, mean.max())
+        assert ax.images[0].get_clim() == pytest.approx((0, mean.max()), rel=1e-5)
     assert f"from 0 to {mean.max():.2g}, the largest\nof all heads" in figure.axes[-1].get_ylabel()
     assert figure.get_suptitle() == "attention, mean over 3 samples"
 
