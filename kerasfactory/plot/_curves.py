@@ -48,7 +48,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         statistics = {"entropy": falling, "confidence": falling, "distance": falling}
         figure = plot.training({"attention": xr.Dataset(statistics, {"epoch": [0, 1, 2]})})
 
-        print([ax.get_title().partition(" ")[0] for ax in figure.axes])
+        print([ax.get_title().partition("\n")[0] for ax in figure.axes])
         #> ['entropy', 'confidence', 'distance']
         ```
     """
