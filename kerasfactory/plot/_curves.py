@@ -77,7 +77,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
             ax.grid(color="#dddddd", linewidth=0.6)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if name == "distance":
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.05 * float(np.nan_to_num(dataset[name]).max()) or 1)
                 undefined(ax, dataset[name].values)
             else:
                 ax.set_ylim(-0.03, 1.03)

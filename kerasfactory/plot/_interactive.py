@@ -189,7 +189,7 @@ def interactive(
         if len(labels) > 1
     )
     title = html.escape("; ".join(filter(None, [drawn.title, drawn.note])))
-    quantity = "attention score, sum of a bin" if drawn.keys.binned() else "attention score"
+    quantity = "attention, sum of a bin" if drawn.keys.binned() else "attention"
     pieces = [
         f'<div class="kerasfactory-map" data-map="{name}">',
         f"<style>{_one_line(_STYLE)}</style>",
@@ -198,7 +198,7 @@ def interactive(
         '<div role="application" tabindex="0" aria-label="Heat map of attention. Arrow keys move between its cells.">'
         "</div>",
         '<p role="status">Point at a cell, or tab to the map and use the arrow keys.</p>',
-        f'<p>{quantity}, {words}:<span class="scale"></span></p>',
+        f'<p>{quantity} {words}:<span class="scale"></span></p>',
         "<noscript>This map needs JavaScript.</noscript>",
         f"<script>{_one_line(script)}</script>",
         "</div>",

@@ -205,7 +205,7 @@ def _width(side: Side) -> float:
 
 
 def _quantity(drawn: Maps) -> str:
-    return "attention score, sum of a bin" if drawn.keys.binned() else "attention score"
+    return "attention, sum of a bin" if drawn.keys.binned() else "attention"
 
 
 def _label(ax: Axes, queries: Side | None, keys: Side | None) -> None:

@@ -47,7 +47,8 @@ def features(
 
     Args:
         attribution: A DataArray (sample, feature), or (feature), as from `explain.attribute`; several of them in a
-            dictionary from a method's name, which are drawn in the order of the first; or a Dataset of claims over
+            dictionary from a method's name, which are drawn in the order of the first and on one axis, so that they
+            should have one unit, as methods have whose rows sum to 1; or a Dataset of claims over
             `feature` with `effect`, `interval` (feature, bound) and `verdict`: "supported", "refuted" or
             "undetermined", which shapes and words tell apart. Without unit, of any sign.
         ax: Where to draw; a new figure, if not given.
@@ -193,7 +194,6 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         len(layers),
         4,
         squeeze=False,
-        sharex="col",
         figsize=(10, 1.1 + len(layers) * min(4, max(1.5, 0.25 * number + 0.5))),
         layout="constrained",
     )
@@ -214,9 +214,10 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         axes[3].set_xticks(rows[:: 2 * step], names[:: 2 * step])
         axes[3].set_yticks(rows[::step], names[::step])
         axes[3].set_ylabel("head")
-    for column in (0, 1):
-        grid[0, column].set_xlim(0, 1.05)
-    grid[0, 2].set_xlim(left=0)
+    farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
+    for axes in grid:
+        for ax, end in zip(axes, (1, 1, farthest or 1), strict=False):
+            ax.set_xlim(0, 1.05 * end)
     grid[-1, 3].set_xlabel("other head")
     grid[0, 3].set_title("redundancy", fontsize="medium")
     figure.colorbar(image, ax=list(grid[:, 3]), label="Jensen–Shannon distance\n(0: the same, 1: nothing shared)")

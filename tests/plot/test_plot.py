@@ -144,6 +144,26 @@ def test_a_summary_is_drawn_wherever_scores_are(draw):
     draw({"attention": summary_of(scores_of(5), 5)})
 
 
+def test_what_explain_returns_is_drawn_as_it_comes():
+    import keras  # nothing else here needs it
+
+    from kerasfactory import explain
+
+    inputs = keras.Input((None, 4))
+    attended = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs, use_causal_mask=True)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(attended))
+    x = np.random.default_rng(0).normal(size=(2, 100, 4))
+    for length, bins in ((5, 5), (100, 64)):
+        scores = explain.capture(model, x[:, :length], verbose=0)
+        summary = explain.summarize(model, x[:, :length], map_size=bins, verbose=0)
+        ax = plot.heatmap(summary)
+        assert drawn(ax).shape == (bins, bins)
+        np.testing.assert_allclose(drawn(ax), drawn(plot.heatmap(scores)), atol=1e-6)
+        assert ax.get_title().startswith("attention, mean over 2 samples and 2 heads")
+        for one, other in zip(plot.heads(summary).axes[:2], plot.heads(scores).axes[:2], strict=True):
+            np.testing.assert_allclose(drawn(one), drawn(other), atol=1e-6)
+
+
 def test_a_summary_with_as_many_bins_as_tokens_is_the_scores_with_their_names():
     scores = scores_of(3, NAMES)
     ax = plot.heatmap(summary_of(scores, 3))
@@ -327,6 +347,13 @@ def test_head_statistics_draws_each_number_of_each_layer():
     assert len(plot.head_statistics(statistics_of()).axes) == 5
 
 
+def test_layers_may_differ_in_their_heads():
+    figure = plot.head_statistics({"first": statistics_of(4), "second": statistics_of(2)})
+    for axes, heads in ((figure.axes[:4], 4), (figure.axes[4:8], 2)):
+        assert drawn(axes[3]).shape == (heads, heads)
+        assert axes[3].get_xlim() == axes[0].get_ylim()[::-1] == (-0.5, heads - 0.5)
+
+
 def test_a_distance_that_is_not_defined_is_said_to_be():
     figure = plot.head_statistics(statistics_of(distance=[np.nan, np.nan]))
     assert "not defined" in figure.axes[2].texts[0].get_text()
@@ -359,6 +386,7 @@ def test_training_has_a_line_for_each_head():
     lines = figure.axes[0].lines
     for line, head in zip(lines, range(9), strict=True):
         np.testing.assert_allclose(line.get_ydata(), history["entropy"].sel(head=head))
+    assert figure.axes[2].get_ylim()[1] > history["distance"].max()
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
 
 
