@@ -48,7 +48,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         statistics = {"entropy": falling, "confidence": falling, "distance": falling}
         figure = plot.training({"attention": xr.Dataset(statistics, {"epoch": [0, 1, 2]})})
 
-        print([ax.get_title().partition(" ")[0] for ax in figure.axes])
+        print([ax.get_title().partition("\n")[0] for ax in figure.axes])
         #> ['entropy', 'confidence', 'distance']
         ```
     """
@@ -77,7 +77,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
             ax.grid(color="#dddddd", linewidth=0.6)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if name == "distance":
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.05 * float(np.nan_to_num(dataset[name]).max()) or 1)
                 undefined(ax, dataset[name].values)
             else:
                 ax.set_ylim(-0.03, 1.03)
@@ -102,8 +102,8 @@ def faithfulness(result: xr.Dataset) -> Figure:
     [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples, bands percentile
     bootstrap intervals of these means, of 1,000 draws.
 
-    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones, which
-    are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
+    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones,
+    which are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
 
     $$
     p = \frac{1 + \#\{d : T^0_d \ge T\}}{1 + \text{draws}} .

@@ -28,8 +28,8 @@ _STYLE = """
 background:linear-gradient(to right,transparent,color-mix(in srgb,currentColor 45%,#1769c4))}
 """
 
-# Every fragment brings the script, and the script looks for the fragments of its data that are not alive yet: so the same
-# fragment may be on a page twice.
+# Every fragment brings the script, and the script looks for the fragments of its data that are not alive yet: so the
+# same fragment may be on a page twice.
 _SCRIPT = """
 (() => {
 const data = DATA;
@@ -61,7 +61,8 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
   }
   draw(svg, "text", {x: left + columns * size / 2, y: height - 4, "text-anchor": "middle"}, "key (looked at)");
   const middle = top + rows * size / 2;
-  draw(svg, "text", {x: 11, y: middle, "text-anchor": "middle", transform: `rotate(-90 11 ${middle})`}, "query (looking)");
+  const turned = {"text-anchor": "middle", transform: `rotate(-90 11 ${middle})`};
+  draw(svg, "text", {x: 11, y: middle, ...turned}, "query (looking)");
   let row = 0, column = 0, weights = [];
   const say = () => {
     marked.setAttribute("x", left + column * size);
@@ -188,7 +189,7 @@ def interactive(
         if len(labels) > 1
     )
     title = html.escape("; ".join(filter(None, [drawn.title, drawn.note])))
-    quantity = "attention score, sum of a bin" if drawn.keys.binned() else "attention score"
+    quantity = "attention, sum of a bin" if drawn.keys.binned() else "attention"
     pieces = [
         f'<div class="kerasfactory-map" data-map="{name}">',
         f"<style>{_one_line(_STYLE)}</style>",
@@ -197,7 +198,7 @@ def interactive(
         '<div role="application" tabindex="0" aria-label="Heat map of attention. Arrow keys move between its cells.">'
         "</div>",
         '<p role="status">Point at a cell, or tab to the map and use the arrow keys.</p>',
-        f'<p>{quantity}, {words}:<span class="scale"></span></p>',
+        f'<p>{quantity} {words}:<span class="scale"></span></p>',
         "<noscript>This map needs JavaScript.</noscript>",
         f"<script>{_one_line(script)}</script>",
         "</div>",

@@ -52,9 +52,8 @@ def maps(scores: Any, mean: Sequence[str], top: int, samples: int | None = None)
     if samples is not None and "sample" in array.dims:
         array = array.isel(sample=slice(samples))
     title = [str(array.name)] if array.name is not None else []
-    title += [
-        f"{dim} {array[dim].item()}" for dim in ("sample", "head") if dim in array.coords and array[dim].ndim == 0
-    ]
+    selected = [dim for dim in ("sample", "head") if dim in array.coords and not array[dim].ndim]
+    title += [f"{dim} {array[dim].item()}" for dim in selected]
     averaged = [dim for dim in mean if array.sizes.get(dim, 1) > 1]
     if averaged:
         title.append("mean over " + " and ".join(f"{array.sizes[dim]} {dim}s" for dim in averaged))
@@ -62,7 +61,7 @@ def maps(scores: Any, mean: Sequence[str], top: int, samples: int | None = None)
         array = array.sum(averaged, skipna=False) / looks.clip(1)
     array = array.expand_dims([dim for dim in ("sample", "head") if dim not in array.dims])
     array = array.transpose("sample", "head", "query", "key")
-    values = np.asarray(array.values, "float64")
+    values = array.to_numpy().astype("float64")
     _check_values(values)
 
     note = ""
@@ -81,8 +80,8 @@ def maps(scores: Any, mean: Sequence[str], top: int, samples: int | None = None)
         values, keys = np.add.reduceat(values, edges[:-1], axis=-1), Side(None, keys.edges[edges])
     if queries.names is None and values.shape[-2] > BINS:
         edges = _edges(values.shape[-2])
-        looks = np.add.reduceat(values.any(axis=-1, keepdims=True).astype(int), edges[:-1], axis=-2)
-        values = np.add.reduceat(values, edges[:-1], axis=-2) / looks.clip(1)
+        looking = np.add.reduceat(values.any(axis=-1, keepdims=True).astype(int), edges[:-1], axis=-2)
+        values = np.add.reduceat(values, edges[:-1], axis=-2) / looking.clip(1)
         queries = Side(None, queries.edges[edges])
     if keys.binned() or queries.binned():
         note = ", ".join([note] * bool(note) + ["positions in bins"])
@@ -98,7 +97,7 @@ def short(name: str) -> str:
 def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
     """The end of the colour scale, which starts at 0, and the words for it."""
     if vmax is None:
-        largest = float(values.max())
+        largest = float(f"{values.max():.6g}")  # else a sum that is a rounding below 1 has no tick at 1
         return largest or 1.0, f"from 0 to {largest:.2g}, the largest" if largest else "all 0"
     if not vmax > 0:
         raise ValueError(f"`vmax` must be a number above 0, where the colour scale ends. Received: vmax={vmax!r}")
@@ -133,8 +132,8 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
         array = array.rename(sequence="sample")
     if array.dims[-2:] != ("query", "key") or not set(array.dims[:-2]) <= {"sample", "head"}:
         raise ValueError(
-            "`scores` must have the dimensions (query, key), before these at most `sample` and `head`. Choose one entry "
-            f"of any other, as with `scores.isel(axis_1=0)`. Received the dimensions: {array.dims}"
+            "`scores` must have the dimensions (query, key), before these at most `sample` and `head`. Choose one "
+            f"entry of any other, as with `scores.isel(axis_1=0)`. Received the dimensions: {array.dims}"
         )
     if 0 in array.shape:
         raise ValueError(f"`scores` must not be empty. Received the sizes: {dict(array.sizes)}")

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory.plot._maps import Maps, Side, maps, scale, short
@@ -54,8 +55,8 @@ def heatmap(
         matplotlib.axes.Axes: The axes, with the image as `ax.images[0]`.
 
     Raises:
-        ValueError: If `scores` have other dimensions, are empty, NaN, infinite or negative, or are of several layers; if
-            `top` or `vmax` is out of range.
+        ValueError: If `scores` have other dimensions, are empty, NaN, infinite or negative, or are of several layers;
+            if `top` or `vmax` is out of range.
 
     Example:
         ```python
@@ -77,7 +78,9 @@ def heatmap(
     """
     drawn = maps(scores, ("sample", "head"), top)
     end, words = scale(drawn.values, vmax)
+    overhang = 0.0  # of the title, over the colour bar, in inches
     if ax is None:
+        overhang = 1.0
         queries, keys = (min(7.0, max(2.4, 0.2 * size)) for size in drawn.values.shape[-2:])
         size = (keys + _width(drawn.queries) + 1.9, queries + _width(drawn.keys) + 1.2)
         _, ax = plt.subplots(figsize=size, layout="compressed")
@@ -87,7 +90,7 @@ def heatmap(
     figure.colorbar(image, ax=ax).set_label(f"{_quantity(drawn)}\n{words}", fontsize="small")
     _label(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
-    letters = max(20, int(12 * ax.get_window_extent().width / figure.dpi))  # in a line of the title
+    letters = max(20, int(13 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
     lines = [line for text in (drawn.title, drawn.note) for line in textwrap.wrap(text, letters)]
     ax.set_title("\n".join(lines), fontsize="medium")
     return ax
@@ -192,7 +195,7 @@ def _draw(ax: Axes, drawn: Maps, values: np.ndarray, end: float) -> AxesImage:
         if side.names is not None:
             axis.set_ticks(range(len(side.names)), [short(name) for name in side.names])
         else:
-            axis.get_major_locator().set_params(integer=True, nbins=5, steps=[1, 2, 5, 10])
+            axis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     return image
 
 
@@ -202,7 +205,7 @@ def _width(side: Side) -> float:
 
 
 def _quantity(drawn: Maps) -> str:
-    return "attention score, sum of a bin" if drawn.keys.binned() else "attention score"
+    return "attention, sum of a bin" if drawn.keys.binned() else "attention"
 
 
 def _label(ax: Axes, queries: Side | None, keys: Side | None) -> None:
@@ -223,19 +226,19 @@ def _fit_names(figure: Figure, axes: list[Axes], drawn: Maps) -> None:
         ax.tick_params(axis="x", rotation=90 if drawn.keys.names else 0)
     figure.draw_without_rendering()  # only now the axes have their size
     box = axes[0].get_window_extent()
-    for side, direction, length in ((drawn.queries, "y", box.height), (drawn.keys, "x", box.width)):
+    for side, length in ((drawn.queries, box.height), (drawn.keys, box.width)):
+        axis_of = [ax.yaxis if side is drawn.queries else ax.xaxis for ax in axes]
         if side.names is None:
-            for ax in axes:
-                ax.tick_params(axis=direction, labelsize=_LARGEST)
+            for axis in axis_of:
+                axis.set_tick_params(labelsize=_LARGEST)
             continue
         names = [short(name) for name in side.names]
         room = 72 * length / figure.dpi / len(names)  # points for each
         size = min(_LARGEST, max(_SMALLEST, 0.75 * room))
         step = math.ceil(1.15 * size / room)
-        flat = direction == "y" or max(map(len, names)) * 0.7 * size < room * step
+        flat = side is drawn.queries or max(map(len, names)) * 0.7 * size < room * step
         angle = 0 if flat else 45 if 1.6 * size < room * step else 90
-        for ax in axes:
-            axis = ax.yaxis if direction == "y" else ax.xaxis
+        for axis in axis_of:
             axis.set_ticks(range(0, len(names), step), names[::step])
             axis.set_tick_params(labelsize=size, rotation=angle)
             if angle == 45:

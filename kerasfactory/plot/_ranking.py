@@ -1,6 +1,6 @@
 """Rankings: of features by attribution or by a claim's effect, of heads by their statistics."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = "osD^vPX"
 _VERDICTS = {"supported": ("o", "#0072b2"), "undetermined": ("s", "#6b6b6b"), "refuted": ("X", "#d55e00")}
 _DRAWS = 1000
-_REDUNDANCY = {"redundancy": ("head", "head_other")}
 STATISTICS = {
     "entropy": "entropy\n(0: one key, 1: all alike)",
     "confidence": "confidence\n(mean of the largest weight)",
@@ -42,15 +41,16 @@ def features(
     $$
 
     of 1,000 bootstrap samples (Efron 1979, [*Bootstrap Methods: Another Look at the
-    Jackknife*](https://doi.org/10.1214/aos/1176344552)). It says how far the mean would move with other samples. It does
-    not say how far it would move with another training run, nor that the model uses the feature. A single sample has no
-    interval.
+    Jackknife*](https://doi.org/10.1214/aos/1176344552)). It says how far the mean would move with other samples. It
+    does not say how far it would move with another training run, nor that the model uses the feature. A single sample
+    has no interval.
 
     Args:
         attribution: A DataArray (sample, feature), or (feature), as from `explain.attribute`; several of them in a
-            dictionary from a method's name, which are drawn in the order of the first; or a Dataset of claims over
-            `feature` with `effect`, `interval` (feature, bound) and `verdict`: "supported", "refuted" or "undetermined",
-            which shapes and words tell apart. Without unit, of any sign.
+            dictionary from a method's name, which are drawn in the order of the first and on one axis, so that they
+            should have one unit, as methods have whose rows sum to 1; or a Dataset of claims over
+            `feature` with `effect`, `interval` (feature, bound) and `verdict`: "supported", "refuted" or
+            "undetermined", which shapes and words tell apart. Without unit, of any sign.
         ax: Where to draw; a new figure, if not given.
         top: How many features to show at most, at least 1: those with the largest mean, whatever its sign.
         level: How much of the bootstrap distribution the interval holds, between 0 and 1. Claims bring their own.
@@ -60,8 +60,8 @@ def features(
         matplotlib.axes.Axes: The axes.
 
     Raises:
-        ValueError: If the dimensions are others; if there are no features or samples, or NaN or infinite numbers; if the
-            attributions in a dictionary differ in their features; if `top` or `level` is out of range.
+        ValueError: If the dimensions are others; if there are no features or samples, or NaN or infinite numbers; if
+            the attributions in a dictionary differ in their features; if `top` or `level` is out of range.
 
     Example:
         ```python
@@ -87,7 +87,7 @@ def features(
         names = _feature_names(claims["effect"])
         what = "effect, with its interval"
     else:
-        several = dict(attribution) if isinstance(attribution, Mapping) else {"": attribution}
+        several: Any = attribution if isinstance(attribution, Mapping) else {"": attribution}
         if not several:
             raise ValueError("`attribution` must not be empty. Received: {}")
         checked = {method: _checked(method, values) for method, values in several.items()}
@@ -147,8 +147,8 @@ def features(
 def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     r"""Draw what `explain.head_statistics` says about each head: one row of pictures for each layer.
 
-    Entropy, confidence and distance are points, on one axis for all layers. Redundancy is a matrix of the Jensen–Shannon
-    distances between the heads of a layer,
+    Entropy, confidence and distance are points, on one axis for all layers. Redundancy is a matrix of the
+    Jensen–Shannon distances between the heads of a layer,
 
     $$
     R_{gh} = \operatorname{mean}_i \sqrt{\operatorname{JS}_2(A_{gi}, A_{hi})} ,
@@ -159,8 +159,8 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
 
     Args:
         statistics: A Dataset with `entropy` and `confidence`, from 0 to 1, `distance`, in positions, all (head), and
-            `redundancy` (head, head_other), from 0 to 1; or a dictionary of them from names of layers. `distance` may be
-            NaN, as where there are not as many queries as keys.
+            `redundancy` (head, head_other), from 0 to 1; or a dictionary of them from names of layers. `distance` may
+            be NaN, as where there are not as many queries as keys.
 
     Returns:
         matplotlib.figure.Figure: The figure, with four axes for each layer, and one for the colour bar.
@@ -184,7 +184,8 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         #> ['entropy', 'confidence', 'distance', 'other head']
         ```
     """
-    layers = of_layers(statistics, "statistics", dict.fromkeys(STATISTICS, ("head",)) | _REDUNDANCY)
+    dims: dict[str, tuple[str, ...]] = dict.fromkeys(STATISTICS, ("head",))
+    layers = of_layers(statistics, "statistics", dims | {"redundancy": ("head", "head_other")})
     for layer, dataset in layers.items():
         for name in ("entropy", "confidence", "redundancy"):
             check_finite(f"`{name}` of {layer!r}" if layer else f"`{name}`", dataset[name].values)
@@ -193,7 +194,6 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         len(layers),
         4,
         squeeze=False,
-        sharex="col",
         figsize=(10, 1.1 + len(layers) * min(4, max(1.5, 0.25 * number + 0.5))),
         layout="constrained",
     )
@@ -211,12 +211,13 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         axes[0].set_ylabel(f"{layer}\nhead" if layer else "head")
         redundancy = dataset["redundancy"].transpose("head", "head_other")
         image = axes[3].imshow(redundancy, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes[3].set_xticks(rows[:: 2 * step], names[:: 2 * step])
+        axes[3].set_xticks(rows[:: -(-len(rows) // 8)], names[:: -(-len(rows) // 8)])
         axes[3].set_yticks(rows[::step], names[::step])
         axes[3].set_ylabel("head")
-    for column in (0, 1):
-        grid[0, column].set_xlim(0, 1.05)
-    grid[0, 2].set_xlim(left=0)
+    farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
+    for axes in grid:
+        for ax, end in zip(axes, (1, 1, farthest or 1), strict=False):
+            ax.set_xlim(0, 1.05 * end)
     grid[-1, 3].set_xlabel("other head")
     grid[0, 3].set_title("redundancy", fontsize="medium")
     figure.colorbar(image, ax=list(grid[:, 3]), label="Jensen–Shannon distance\n(0: the same, 1: nothing shared)")
@@ -264,7 +265,7 @@ def check_finite(what: str, values: np.ndarray) -> None:
         )
 
 
-def _checked(method: Hashable, attribution: Any) -> xr.DataArray:
+def _checked(method: str, attribution: Any) -> xr.DataArray:
     dims = getattr(attribution, "dims", None)
     if not isinstance(attribution, xr.DataArray) or dims not in (("sample", "feature"), ("feature",)):
         raise ValueError(
