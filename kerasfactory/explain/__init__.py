@@ -16,4 +16,3 @@ __all__ = [
     "summarize",
     "verify",
 ]
-__all__ = ["attribute", "capture", "faithfulness", "recomposition_error", "rollout", "summarize"]

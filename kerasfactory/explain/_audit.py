@@ -302,12 +302,12 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
         "settings": settings,
         "model": _model_facts(model),
         "data": {
-            "x": _digest([x]),
+            "x": _hash(x),
             "shape": list(x.shape),
             "dtype": str(x.dtype),
             "feature_names": features,
-            "labels": None if y is None else _digest([y]),
-            "background": None if background is None else _digest([background]),
+            "labels": None if y is None else _hash(y),
+            "background": None if background is None else _hash(background),
         },
         "environment": _environment(),
         "capture": captured,
@@ -365,6 +365,10 @@ def _array(name: str, given: Any) -> np.ndarray:
             f"first is number {bad[0]}. Fill them as in the training data, or leave these samples out."
         )
     return array
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.shape} {array.dtype} ".encode() + array.tobytes()).hexdigest()
 
 
 def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, Any]:
