@@ -1,5 +1,6 @@
 """An audit says what holds, and `verify` what no longer does."""
 
+import functools
 import json
 import os
 import platform
@@ -28,6 +29,14 @@ def build(names=NAMES, width=8):
     model = keras.Model(inputs, outputs, name="planted")
     model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """The adversary, whose way is tested elsewhere, goes a short one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_audit, "attention_controls", functools.partial(_audit.attention_controls, steps=3))
+        yield
 
 
 @pytest.fixture(scope="module")
