@@ -141,7 +141,8 @@ record = json.loads(page.with_suffix(".json").read_text())
 for claim in record["claims"][:5]:
     print(f"{claim['verdict']:13} {claim['claim']}")
 verdicts = [claim["verdict"] for claim in record["claims"] if claim["feature"]]
-print({verdict: verdicts.count(verdict) for verdict in ("supported", "refuted", "undetermined")})
+print("Measurements of which the claim is supported:", verdicts.count("supported"))
+print("At least 4 are refuted:", verdicts.count("refuted") >= 4)
 
 # %% [markdown]
 # ## The ranking beside two others
@@ -170,14 +171,25 @@ for label, other in [
 ]:
     common = len(first_ten[label] & first_ten[other])
     correlation = spearmanr(rankings[label], rankings[other]).statistic
-    print(f"{label} and {other}: {common} of the first 10 in common, rank correlation {correlation:.1f}")
+    print(f"{label} and {other}:")
+    print(f"    at least half of the first 10 in common: {common >= 5}, and not all: {common < 10}")
+    print(f"    rank correlation above 0.4: {correlation > 0.4}")
+
 # %% [markdown]
+# The three rankings agree in most of what they put first, and differ in the rest. The audit says how far that carries.
+# Taken together, the measurements that attention ranks first are those that the output depends on, more than random
+# ones. Taken one by one, none is needed: each is nearly told by the others, so that drawing it anew, given these, makes the
+# model no worse. And the attention weights themselves hardly matter: with the same weight for every
+# measurement, the typical prediction stays what it was. What the weights show was learned along with the values that
+# they multiply, and the values do the work.
+#
 # ## What the map says, and what it does not
 #
 # **It says** that the single-head model looks most at measurements of size, that another seed finds nearly the
-# same order, and that a logistic regression weighs the measurements similarly.
+# same order, that a logistic regression and permutation importance rank the measurements similarly, and that
+# the output depends on those ranked first, as a group.
 #
-# **It does not say** that these measurements cause anything, nor that the others are not needed: the 30
-# measurements are strongly correlated, and a model can use one in place of another. Nor does it say
-# anything about another model than this one. Repeat the two-seed check on your own, and report a ranking only together
-# with it.
+# **It does not say** that the model decides by attention: the audit refutes that. Nor that any one of these measurements is
+# needed or causes anything: the 30 are strongly correlated, and a model can use one in place of another. That the rankings
+# agree proves little, since all three see the same correlated data. Repeat the two-seed check on your own, and report a
+# ranking only together with it and with an audit.
