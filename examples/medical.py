@@ -178,8 +178,8 @@ for label, other in [
 # %% [markdown]
 # The three rankings agree in most of what they put first, and differ in the rest. The audit says how far that carries.
 # Taken together, the measurements that attention ranks first are those that the output depends on, more than random
-# ones. Taken one by one, none is needed: each is nearly told by the others, so that drawing it anew, given these, makes the
-# model no worse. And the attention weights themselves hardly matter: with the same weight for every
+# ones. Taken one by one, the test finds none that the model needs, and refutes it for some: drawn anew, given the others,
+# they make the model no worse, since the others nearly tell them. And the attention weights themselves hardly matter: with the same weight for every
 # measurement, the typical prediction stays what it was. What the weights show was learned along with the values that
 # they multiply, and the values do the work.
 #
