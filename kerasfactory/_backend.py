@@ -99,6 +99,7 @@ if keras.config.backend() == "tensorflow":
         if run_eagerly or once:
             return step
         function = tf.function(step, reduce_retracing=True, autograph=False, jit_compile=jit_compile or None)
+        function._omit_frequent_tracing_warning = True  # each model has its own functions, and TensorFlow sees a loop
 
         def relaxed(tensor):
             spec = tf.type_spec_from_value(tensor)

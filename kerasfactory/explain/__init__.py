@@ -1,6 +1,7 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
+from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._summary import summarize
 
-__all__ = ["capture", "recomposition_error", "summarize"]
+__all__ = ["attribute", "capture", "recomposition_error", "rollout", "summarize"]

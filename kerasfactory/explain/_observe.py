@@ -7,6 +7,7 @@ forward pass writes into layers is taken out again.
 import contextlib
 import difflib
 import inspect
+import itertools
 import threading
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from kerasfactory.layers._attention import Attention
 
 # While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
 _LOCK = threading.RLock()
+_ORDER = itertools.count()
 
 
 class Call(NamedTuple):
@@ -36,6 +38,7 @@ class Call(NamedTuple):
     query: Any  # of the layer, as it came
     output: Any  # of the layer, as it went
     attended: Any = None  # what `attend` says of the call, where that computed it; then there are no scores
+    order: int = 0  # grows from call to call, of whichever layer
 
 
 class Mask(NamedTuple):
@@ -66,7 +69,8 @@ class Batch(NamedTuple):
     size: int
     inputs: int  # arrays in a batch
     expected: int | None  # how many batches there will be, where that is known
-    measured: dict[str, Any]  # by name: the layer's, or `layer#1`, `layer#2`, and so on, if it is called more than once
+    # By name, in the order of the calls: the layer's, or `layer#1`, `layer#2`, …, if it is called more than once.
+    measured: dict[str, Any]
     found: dict[str, "Found"]  # by the same names
     difference: float  # of the first batch's outputs, watched and unwatched, relative to the largest
     changes_state: bool  # whether what the model does with a batch depends on those before: random numbers, a state
@@ -105,9 +109,8 @@ def observe(
             "`model` must be a keras.Model; `keras.Sequential([layer])` makes one of a layer. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
-    if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(f'`verbose` must be "auto", 0, 1 or 2. Received: verbose={verbose!r}')
     batches, expected = _batches(x, batch_size)
+    progress = progress_bar(expected, verbose)
     first = next(batches, None)
     if first is None or _size(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
@@ -116,11 +119,8 @@ def observe(
     chosen = _choose(attentions, layers)
     steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
     state = _state(model)
-    if verbose == "auto":
-        verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
-    progress = keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
-
     measured, after, outputs = steps.compared(state, first)
+    measured = _in_order(measured, steps.calls)
     changes_state = any(
         one is not other and not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
         for one, other in zip(state[1], after[1], strict=True)
@@ -131,9 +131,9 @@ def observe(
         name, number = steps.calls[full_name]
         found[full_name] = Found(name, number, chosen[name], steps.masks[full_name])
     _name_what_is_missing(model, attentions, chosen, layers, {call.name for call in found.values()}, steps.lost)
-    common = (len(tree.flatten(first)), expected)
-    of_all = (found, _difference(*outputs), changes_state)
-    yield Batch(_size(first), *common, measured, *of_all)
+    inputs = len(tree.flatten(first))
+    batch = Batch(_size(first), inputs, expected, measured, found, _difference(*outputs), changes_state)
+    yield batch
     progress.update(1)
 
     can_stop = only_scores and not changes_state and not steps.lost and _always_calls_the_same(model)
@@ -147,10 +147,19 @@ def observe(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
                 f"instead of {sorted(found)}. Capture such batches one by one."
             )
-        yield Batch(_size(data), *common, measured, *of_all)
+        yield batch._replace(size=_size(data), measured=_in_order(measured, steps.calls))
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
+
+
+def progress_bar(expected: int | None, verbose: Any) -> Any:
+    """Keras', for so many batches."""
+    if verbose not in ("auto", 0, 1, 2):
+        raise ValueError(f'`verbose` must be "auto", 0, 1 or 2. Received: verbose={verbose!r}')
+    if verbose == "auto":
+        verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
+    return keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
 
 
 def _state(model: Any) -> tuple[list, list]:
@@ -253,15 +262,23 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, atten
 
 def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks: dict, lost: set) -> dict[str, Any]:
     measured = {}
-    for name, calls_of_layer in seen.items():
-        for number, call in enumerate(calls_of_layer, start=1):
-            if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
-                lost.add(name)
-                continue
-            full_name = name if len(calls_of_layer) == 1 else f"{name}#{number}"
-            calls[full_name], masks[full_name] = (name, number), call.masks
-            measured[full_name] = measure(call)
+    numbered = [
+        (call, name, number, name if len(calls_of_layer) == 1 else f"{name}#{number}")
+        for name, calls_of_layer in seen.items()
+        for number, call in enumerate(calls_of_layer, start=1)
+    ]
+    for call, name, number, full_name in sorted(numbered, key=lambda entry: entry[0].order):
+        if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
+            lost.add(name)
+            continue
+        calls[full_name], masks[full_name] = (name, number), call.masks
+        measured[full_name] = measure(call)
     return measured
+
+
+def _in_order(measured: dict[str, Any], calls: dict[str, tuple[str, int]]) -> dict[str, Any]:
+    """What JAX returns from a compiled function is in the order of the alphabet."""
+    return {name: measured[name] for name in calls if name in measured}
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -457,7 +474,7 @@ def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None, stop: 
             heads = _heads(layer, compute_attention, compute_mask, args, kwargs)
             output, attended = (None, None) if heads is None else attend(heads, calls is not None)
             if attended is not None and calls is not None:
-                calls.append(Call(layer, None, None, in_force, None, None, attended))
+                calls.append(Call(layer, None, None, in_force, None, None, attended, next(_ORDER)))
             if output is not None:
                 return output, None
             args, kwargs = _with_whole_mask(args, kwargs)
@@ -465,7 +482,7 @@ def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None, stop: 
                 return compute_attention(*args, **kwargs)
         if stop is not None and calls is not None and type(layer) is Attention and len(args[0].shape) == 4:
             scores = _explicit_scores(layer, compute_attention, args, kwargs)
-            calls.append(Call(layer, scores, None, in_force, None, None))
+            calls.append(Call(layer, scores, None, in_force, None, None, order=next(_ORDER)))
             stop()
             return compute_attention(*args, **kwargs)
         output, scores = compute_attention(*args, **kwargs)
@@ -475,7 +492,7 @@ def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None, stop: 
         if scores is None:  # as from a fused kernel; the model goes on with what that put out
             explicit = _explicit_scores(layer, compute_attention, args, kwargs)
         value = args[2] if len(args) > 2 else kwargs["value"]
-        calls.append(Call(layer, explicit, value, in_force, None, None))
+        calls.append(Call(layer, explicit, value, in_force, None, None, order=next(_ORDER)))
         if stop is not None:
             stop()
         return output, scores

@@ -1,0 +1,181 @@
+# %% [markdown] level="intermediate"
+# # Attention across several layers: rollout
+#
+# **When a model has several attention layers, which layer's map shows what the answer depends on?**
+#
+# Planted truth: in each sample one day is marked, and the answer is the reading of that day. Each layer may look four days
+# back and no further. A reading from further back has to travel: one layer carries it part of the way, the next one the
+# rest. So we know what the answer depends on, and that no single map can show it.
+
+# %%
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kerasfactory import explain
+from kerasfactory.layers import InterpretableMultiHeadAttention
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## Two layers, each with a short reach
+#
+# Nine days; the model answers from the last one. `sliding_window=5` lets a day look at itself and at four days on
+# either side.
+
+# %%
+DAYS = 9
+rng = np.random.default_rng(0)
+
+
+def samples(number):
+    readings, marked = rng.normal(size=(number, DAYS)), rng.integers(0, DAYS, number)
+    x = np.stack([readings, np.eye(DAYS)[marked]], axis=-1).astype("float32")  # (sample, day, reading and mark)
+    return x, readings[np.arange(number), marked], marked
+
+
+inputs = keras.Input((DAYS, 2))
+x = keras.layers.Dense(16)(inputs)
+for name in ("first", "second"):
+    attention = InterpretableMultiHeadAttention(d_model=16, n_head=2, dropout_rate=0.0, sliding_window=5, name=name)
+    x = x + attention(x)  # a residual connection: what a day knew stays
+model = keras.Model(inputs, keras.layers.Dense(1)(x[:, -1]))
+model.compile(keras.optimizers.Adam(0.01), "mse")
+
+x_train, y_train, _ = samples(4000)
+model.fit(x_train, y_train, batch_size=64, epochs=8, verbose=0)
+x_test, y_test, marked = samples(1000)
+error = model.evaluate(x_test, y_test, batch_size=250, verbose=0)
+print(f"Mean squared error: {error:.2f} (always predicting the mean: {y_test.var():.1f})")
+
+far = marked < DAYS - 5  # out of reach of the last day's own look
+print(f"The marked day is out of reach of the last day in {far.sum()} of {len(far)} samples")
+
+# %% [markdown]
+# The model solves the task for near and far days. It must have carried the far readings through the days between.
+#
+# ## Layer by layer
+#
+# [`explain.capture`](../api/explain.md) returns the maps of both layers, [`explain.rollout`](../api/explain.md) multiplies them: half
+# of each day is taken to come through the layer, half past it through the residual connection. With the mean \(\bar A_l\)
+# over the heads of layer \(l\),
+#
+# $$
+# \tilde A = \tfrac{1}{2}(\bar A_2 + I) \cdot \tfrac{1}{2}(\bar A_1 + I)
+# $$
+#
+# (Abnar and Zuidema 2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928)).
+
+# %%
+days = [f"day {day}" for day in range(1, DAYS + 1)]
+scores = explain.capture(model, x_test, feature_names=days, batch_size=250, verbose=0)
+rolled = explain.rollout(scores)
+print("Rollout:", dict(rolled.sizes), "| every row sums to 1:", np.allclose(rolled.sum("key"), 1))
+
+# %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the last day's row has nothing at day 2. In the rollout that cell is filled."
+sample = int(np.flatnonzero(marked == 1)[0])
+maps = {name: array.sel(sample=sample).mean("head") for name, array in scores.items()} | {
+    "rollout": rolled.sel(sample=sample)
+}
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharey=True)
+for (name, values), ax in zip(maps.items(), axes, strict=True):
+    image = ax.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    ax.add_patch(plt.Rectangle((0.5, DAYS - 1.5), 1, 1, fill=False, edgecolor="#d55e00", linewidth=2))
+    ax.set_title(name if name == "rollout" else f"{name} layer")
+    ax.set_xlabel("key (looked at)")
+    ax.set_xticks(range(DAYS), range(1, DAYS + 1))
+    ax.set_yticks(range(DAYS), range(1, DAYS + 1))
+axes[0].set_ylabel("query (looking)")
+fig.colorbar(image, ax=axes, label="weight", shrink=0.8)
+plt.show()
+for name, values in maps.items():
+    print(f"{name:8} weight of day 2 for day 9: {values[-1, 1].item():.2f}")
+
+# %% [markdown]
+# The frame marks the cell in question: what day 9, which answers, takes from day 2, which is marked. Both layers have exactly 0
+# there, for they cannot look that far. The rollout has not.
+#
+# ## Over all samples
+#
+# [`explain.attribute`](../api/explain.md) gives one number for each feature; `query=-1` takes the row of the last day, from which
+# the model answers. How often is the number of a far marked day more than 0? And how often is it the largest?
+
+# %%
+attributions = {
+    "last layer": scores["second"].mean("head").isel(query=-1),
+    "mean of layers": explain.attribute(model, x_test, query=-1, batch_size=250, verbose=0),
+    "value norms": explain.attribute(model, x_test, "value_norm", query=-1, batch_size=250, verbose=0),
+    "rollout": explain.attribute(model, x_test, "rollout", query=-1, batch_size=250, verbose=0),  # rolled's last row
+}
+
+
+def report(name, values):
+    of_marked = values[np.arange(len(marked)), marked]
+    seen, first = of_marked > 0, values.argmax(axis=1) == marked
+    print(
+        f"{name:25} near: largest in {first[~far].mean():4.0%}   far: above 0 in {seen[far].mean():4.0%}, "
+        f"largest in {first[far].mean():4.0%}"
+    )
+
+
+for name, attribution in attributions.items():
+    report(name, attribution.values)
+
+# %% [markdown]
+# Near days: all but the last layer's map find the marked day. Far days: only the rollout gives it anything at all. Yet it is
+# hardly ever the largest there. What is?
+#
+# ## The ladder that rollout leans on
+#
+# Rollout has a shape of its own, whatever the sample: the last day gets at least a quarter through the two residual connections,
+# and days within reach get more than days that need two steps. The mean over all samples shows that shape. What
+# stands out **against it** is what this sample is about.
+
+# %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. Left, the rollout of this sample and the mean rollout of all samples: both are high at days 5 to 9 and low at days 1 to 4. Right, the difference: day 2 stands out above all other days."
+rollout = attributions["rollout"].values
+usual = rollout.mean(axis=0)
+against_usual = rollout - usual
+fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+axes[0].bar(np.arange(DAYS) - 0.2, rollout[sample], 0.4, label="this sample")
+axes[0].bar(np.arange(DAYS) + 0.2, usual, 0.4, label="mean of all samples", color="0.7")
+axes[0].set_ylabel("rollout")
+axes[0].legend()
+axes[1].bar(np.arange(DAYS), against_usual[sample], color=["#d55e00" if day == 1 else "C0" for day in range(DAYS)])
+axes[1].axhline(0, color="0.5", linewidth=0.8)
+axes[1].set_ylabel("difference")
+for ax in axes:
+    ax.set_xticks(range(DAYS), range(1, DAYS + 1))
+    ax.set_xlabel("day")
+plt.show()
+report("rollout", rollout)
+report("rollout, against its mean", against_usual)
+
+# %% [markdown]
+# ## A second opinion
+#
+# The truth is planted, so the answer can be tested without any map: change the marked reading, and another one, and see what
+# the model does. With your own data you have no mark. Then test what a map names, by taking it away:
+# [reading attention honestly](../concepts/reading-attention.md) says how.
+
+# %%
+answers = model.predict(x_test, batch_size=250, verbose=0)[:, 0]
+other = (marked + rng.integers(1, DAYS, len(marked))) % DAYS
+for name, changed in [("the marked day", marked), ("another day", other)]:
+    x_changed = x_test.copy()
+    x_changed[np.arange(len(marked)), changed, 0] += 1
+    change = np.abs(model.predict(x_changed, batch_size=250, verbose=0)[:, 0] - answers)
+    print(f"1 more on {name:14}: the answer for far days changes by {change[far].mean():.1f}")
+
+# %% [markdown]
+# ## What it says, and what it does not
+#
+# - Half through the layer, half past it, is an assumption. A layer that replaces what was there, or that adds hardly anything, is
+#   treated the same.
+# - Rollout knows no values. A day may be looked at and contribute nothing.
+# - Layers must be one behind the other, over the same positions. After cross-attention or pooling there is nothing to multiply.
+#
+# **It says** through which days information can have reached the answer: the day that decides gets weight in the rollout though each
+# single layer's map has 0 there, and against the rollout of the other samples it stands out.
+#
+# **It does not say** how much the answer depends on a day. By size alone, the days on the way got more than the day at the end of
+# it, in almost every sample.

@@ -1,0 +1,509 @@
+"""From attention scores to one number for each feature."""
+
+import difflib
+import itertools
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import xarray as xr
+from keras import ops, tree
+
+from kerasfactory import _backend
+from kerasfactory._arguments import checked_names
+from kerasfactory.explain._capture import _attention_axes, _check_axes, _float_scores, _labels, _warn
+from kerasfactory.explain._edit import editor
+from kerasfactory.explain._observe import Batch, Call, _batches, _size, observe, progress_bar
+
+_METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "uniform", "random")
+_NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is rounding in half precision
+
+
+def attribute(
+    model: keras.Model,
+    x: Any,
+    method: str = "attention",
+    target: int | None = None,
+    query: int | str | None = None,
+    layers: str | Sequence[str] | None = None,
+    feature_names: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+    seed: int = 0,
+) -> xr.DataArray:
+    r"""How much each feature counts for each sample, by one of several readings of a model's attention.
+
+    The readings disagree, and none of them is right by construction: compare them, and test what they say
+    ([*Reading attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a
+    column of the table behind a `FeatureTokenizer`, else a position of the sequence that is attended to. With
+    \(A_{hij}\), the weight of key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the
+    heads, the methods are
+
+    - `"attention"`: \(\bar A_{ij}\), the mean over the layers. **Rows of the result sum to 1.**
+    - `"rollout"`: the attention of all layers multiplied, as `rollout` does it. **Rows sum to 1.** (Abnar & Zuidema
+      2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928))
+    - `"attention_gradient"`: with the gradient of the output \(y\) of the `target` by the weights, and from the first
+      layer to the last,
+
+        $$
+        R \leftarrow R + \frac{1}{H} \sum_h \left(\frac{\partial y}{\partial A_h} \odot A_h\right)^{\!+} R,
+        \qquad R_0 = I ,
+        $$
+
+        of which \(R - I\) is returned. Rows do not sum to 1; entries are 0 or more, and in the unit of the output as
+        long as there is one layer. (Chefer et al. 2021, [*Generic Attention-model
+        Explainability*](https://arxiv.org/abs/2103.15679), equations 5 and 6: the form without relevance
+        propagation.)
+    - `"value_norm"`: the length of what the key adds to the layer's output,
+
+        $$
+        \left\lVert \sum_h A_{hij}\, \left(x_j W^V_h + b^V_h\right) W^O_h \right\rVert_2 ,
+        $$
+
+        the mean over the layers. Rows do not sum to 1; entries are 0 or more, in the unit of the layer's output. The
+        vectors themselves, summed over the keys, with the output's bias, are that output. (Kobayashi et al. 2020,
+        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102), section 3.)
+    - `"uniform"`: a control that knows nothing, 1 divided by the number of features in view. **Rows sum to 1.**
+    - `"random"`: another, drawn evenly from all distributions over the features in view. **Rows sum to 1.**
+
+    Each is then the mean over the queries, as suits a model that pools them, or that of one `query`, as suits a model
+    that decides by one position. Queries that look nowhere, such as padding, are left out of the mean.
+
+    Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers, in
+    `"attention_gradient"`, a masked position that looks at others itself passes on what it holds. A sample without
+    anything to look at gets zeros.
+
+    The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
+    sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
+
+    It runs batch by batch, and keeps nothing but the result. Gradients are not compiled: for many samples, give a
+    `batch_size` of some hundreds.
+
+    Args:
+        model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,
+            and for `"attention_gradient"` with several layers, they must also be one behind the other, each with its
+            queries at the positions of its keys.
+        x: Inputs, as for `capture`.
+        method: One of the above.
+        target: Which of the model's outputs to take the gradient of, from 0; if not given, the largest of each sample
+            (the predicted class), or the only one. The methods without a gradient say the same for every output.
+        query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
+            given.
+        layers: Names of the layers, as for `capture`.
+        feature_names: Names of the features, as for `capture`. A class token that stands before the features needs a
+            name as well.
+        batch_size: Samples in a batch, as for `capture`.
+        verbose: As for `capture`.
+        seed: Of `"random"`.
+
+    Returns:
+        xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
+        coordinates, and so are feature names where they are known. The attributes say the `method`, the `target`
+        (a number, `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`), the `layers` in the
+        order in which they are called, the `backend` and the `keras_version`.
+
+    Raises:
+        ValueError: As `capture`; if the `method`, `target` or `query` does not exist; if layers attend over several
+            axes, or over sequences of different lengths, or fold another axis into the batch. Of
+            `"attention_gradient"`: if the model has several outputs of its own, or an output that is not (sample,) or
+            (sample, class); and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not
+            sum to 1. Of `"value_norm"`: if an output kernel is quantized.
+        RuntimeError: As `capture`.
+
+    Warns:
+        UserWarning: As `capture`.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+        from kerasfactory.layers import FeatureTokenizer
+
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        tokens = FeatureTokenizer(8, feature_names=["age", "pulse", "weight"])(inputs)
+        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(tokens, tokens)
+        model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(attended)))
+
+        x = np.random.default_rng(0).normal(size=(100, 3))
+        weights = explain.attribute(model, x, verbose=0)
+        print(weights.sizes, weights.sum("feature").values.round(3).max())
+        #> Frozen({'sample': 100, 'feature': 3}) 1.0
+
+        relevance = explain.attribute(model, x, "attention_gradient", target=1, verbose=0)
+        print(relevance.coords["feature"].values, bool((relevance >= 0).all()))
+        #> ['age' 'pulse' 'weight'] True
+        ```
+    """
+    if method not in _METHODS:
+        near = difflib.get_close_matches(str(method), _METHODS, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
+    names = None if feature_names is None else checked_names(feature_names)
+    if target is not None:
+        target = _integer("target", target)
+    if method == "attention_gradient":
+        seen = _gradients(model, x, layers, batch_size, verbose, target)
+    else:
+        measure = _value_norms if method == "value_norm" else _float_scores
+        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
+
+    generator = np.random.default_rng(seed)
+    rows: list[np.ndarray] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for batch in seen:
+        parts = {name: _mean_of_heads(batch, name) for name in batch.measured}
+        if not shapes:
+            shapes = {name: values.shape[1:] for name, (values, _) in parts.items()}
+            coordinates = _checked_axes(model, batch, shapes, method, names)
+            position = None if query is None else _position(query, coordinates, shapes)
+        for name, (values, _) in parts.items():
+            if values.shape[1:] != shapes[name]:
+                raise ValueError(_differing(name, values.shape[1:], shapes[name]))
+        rows.append(_attributed(method, list(parts.values()), position, generator))
+
+    _warn(model, batch.difference, {}, {})
+    result = np.concatenate(rows)
+    bad = np.flatnonzero(np.isnan(result).any(axis=1))
+    if len(bad):
+        warnings.warn(
+            f"The attribution is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}. "
+            "Look for NaN or infinite numbers in these samples, and in the model's weights.",
+            stacklevel=2,
+        )
+    coordinates = {"feature": coordinates["key"]} if "key" in coordinates else {}
+    return xr.DataArray(
+        result,
+        dims=("sample", "feature"),
+        coords={"sample": np.arange(len(result))} | coordinates,
+        name=method,
+        attrs={
+            "method": method,
+            "target": "any" if method != "attention_gradient" else "predicted" if target is None else target,
+            "query": "mean" if query is None else query,
+            "layers": ", ".join(shapes),
+            "backend": keras.config.backend(),
+            "keras_version": keras.__version__,
+        },
+    )
+
+
+def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
+    r"""The attention of several layers as that of one: how much of each position arrives in each.
+
+    From the second layer on, a position holds a mixture of those before it, and a weight says little about the input.
+    Rollout multiplies the mixtures. Half of each position is taken to come from the layer, half past it through the
+    residual connection:
+
+    $$
+    \tilde A_l = \tfrac{1}{2} \left( \tfrac{1}{H} \sum_h A_{lh} + I \right) \tilde A_{l-1}, \qquad \tilde A_0 = I
+    $$
+
+    (Abnar & Zuidema 2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928), section 3).
+    One layer's rollout is half its attention and half the identity.
+
+    It knows neither the values that are mixed nor how much of a position the layer really replaces: ½ is an assumption.
+
+    Args:
+        weights: Scores as `capture` returns them: a dictionary of arrays (sample, head, query, key), first layer
+            first, or the array of one layer. The layers must be one behind the other, each attending from as many
+            positions to the same ones.
+
+    Returns:
+        xr.DataArray: `float32` (or `float64`) with the dimensions (sample, query, key) and the coordinates of the
+        scores: the share of the input at `key` in what the last layer puts out at `query`. Shares are from 0 to 1; each
+        row sums to 1. Where a query looks nowhere, as padding does, its layer leaves the position as it is, so that its
+        row is one of the identity. The attribute `layers` names them in their order.
+
+    Raises:
+        ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1; if
+            layers differ in their samples or lengths, or look at other positions than they look from
+            (cross-attention).
+
+    Warns:
+        UserWarning: If scores are NaN. They make the whole sample NaN.
+
+    Example:
+        ```python
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import explain
+
+        dims = ("sample", "head", "query", "key")
+        first = xr.DataArray([[[[0.5, 0.5], [0.0, 1.0]]]], dims=dims)
+        second = xr.DataArray([[[[0.0, 1.0], [0.0, 1.0]]]], dims=dims)
+
+        print(explain.rollout(first).values[0].tolist())
+        #> [[0.75, 0.25], [0.0, 1.0]]
+        print(explain.rollout({"first": first, "second": second}).values[0].tolist())
+        #> [[0.375, 0.625], [0.0, 1.0]]
+        ```
+    """
+    arrays = {str(weights.name or "scores"): weights} if isinstance(weights, xr.DataArray) else dict(weights)
+    if not arrays:
+        raise ValueError("`weights` is empty: give at least one layer's scores, as `explain.capture` returns them.")
+    dims = ("sample", "head", "query", "key")
+    for name, array in arrays.items():
+        if set(array.dims) != set(dims):
+            raise ValueError(
+                f"Rollout needs scores with the dimensions {dims}. Those of layer {name!r} have {array.dims}. Leave it "
+                "out: `explain.capture(..., layers=[...])`."
+            )
+    arrays = {name: array.transpose(*dims) for name, array in arrays.items()}
+    _check_square({name: array.shape[2:] for name, array in arrays.items()})
+    samples = {name: array.sizes["sample"] for name, array in arrays.items()}
+    if len(set(samples.values())) > 1:
+        raise ValueError(f"All layers must have scores of the same samples. Received: {samples}")
+
+    result = _rolled_out([_heads_merged(array.values) for array in arrays.values()])
+    bad = np.flatnonzero(np.isnan(result).any(axis=(1, 2)))
+    if len(bad):
+        warnings.warn(
+            f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.",
+            stacklevel=2,
+        )
+    last = next(reversed(arrays.values()))
+    coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
+    attributes = {"layers": ", ".join(arrays)}
+    return xr.DataArray(result, coordinates, ("sample", "query", "key"), name="rollout", attrs=attributes)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}") from None
+
+
+def _position(query: int | str, coordinates: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> int:
+    if isinstance(query, str):
+        names = [str(name) for name in coordinates.get("query", ())]
+        if query not in names:
+            near = difflib.get_close_matches(query, names, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            known = (
+                f"There are: {', '.join(names)}." if names else "They have no names; give a number, or `feature_names`."
+            )
+            raise ValueError(f"There is no query {query!r}. {hint}{known}")
+        return names.index(query)
+    position = _integer("query", query)
+    for name, (queries, _) in shapes.items():
+        if not -queries <= position < queries:
+            raise ValueError(
+                f"`query` must be a position from 0 to {queries - 1}, or a name: layer {name!r} has {queries} queries. "
+                f"Received: query={query!r}"
+            )
+    return position
+
+
+def _checked_axes(
+    model: Any, batch: Batch, shapes: dict[str, tuple[int, ...]], method: str, names: list[str] | None
+) -> dict[str, Any]:
+    """The names along `query` and `key` of the first layer, as `capture` gives them, if the layers go together."""
+    if method == "rollout" or (method == "attention_gradient" and len(shapes) > 1):
+        _check_square(shapes)
+    keys = {name: keys for name, (_, keys) in shapes.items()}
+    if len(set(keys.values())) > 1:
+        raise ValueError(
+            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose "
+            "those that do, with `layers=[...]`."
+        )
+    for name, shape in shapes.items():
+        _check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
+    first = next(iter(shapes))
+    return _labels(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
+
+
+def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if len({size for shape in shapes.values() for size in shape}) > 1:
+        sizes = ", ".join(f"{name}: {queries} x {keys}" for name, (queries, keys) in shapes.items())
+        raise ValueError(
+            "Layers can be multiplied only if all of them attend from the same positions to the same positions. These "
+            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length, with "
+            "`layers=[...]`."
+        )
+
+
+def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of what was measured of a call: one matrix (sample, query, key), and which queries (sample, query) look."""
+    measured = batch.measured[name]
+    if isinstance(measured, tuple):  # the heads are merged already
+        values, scores = map(_backend.as_numpy, measured)
+        looks = np.any(scores, axis=(1, 3))
+    else:
+        scores = _backend.as_numpy(measured)
+        _check_one_axis(batch.found[name].layer, scores.shape)
+        values, looks = _heads_merged(scores)
+    if len(values) != batch.size:
+        raise ValueError(
+            f"Layer {name!r} attends in {len(values)} sequences for {batch.size} samples: the model folds another axis "
+            "into the batch, and a key is not a feature of a sample. Choose other layers with `layers=[...]`, or read "
+            "its scores with `explain.capture`."
+        )
+    return values, looks
+
+
+def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over those heads in which a query looks at anything, and whether there is one."""
+    looks = np.any(scores, axis=-1)  # (sample, head, query); NaN too
+    values = scores.sum(axis=1) / np.maximum(looks.sum(axis=1), 1)[..., None].astype(scores.dtype)
+    return values, np.any(looks, axis=1)
+
+
+def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
+    if len(shape) != 4 or len(_attention_axes(layer)) != 1:
+        raise ValueError(
+            f"Layer {layer.name!r} attends over several axes, or has one beside that: its scores have shape "
+            f"{tuple(shape)}, and a key is not a feature. Choose other layers with `layers=[...]`, or read its scores "
+            "with `explain.capture`."
+        )
+
+
+def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> str:
+    return (
+        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in "
+        "those before: the batches in `x` differ in length. Pad them all to one length."
+    )
+
+
+def _attributed(
+    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, generator: np.random.Generator
+) -> np.ndarray:
+    """(sample, feature), of what was measured of each layer: (sample, query, key), and who looks: (sample, query)."""
+    if method == "rollout":
+        return _pooled(_rolled_out(parts), parts[-1][1], position)
+    if method == "attention_gradient":
+        relevance = parts[0][0]  # without the identity
+        for values, _ in parts[1:]:
+            relevance = relevance + values + values @ relevance
+        return _pooled(relevance, parts[-1][1], position)
+    mean = np.mean([_pooled(values, looks, position) for values, looks in parts], axis=0)
+    if method in ("attention", "value_norm"):
+        return mean
+    shares = np.where(np.isnan(mean), mean, mean > 0).astype(mean.dtype)
+    if method == "random":
+        shares *= generator.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
+    total = shares.sum(axis=1, keepdims=True)
+    return shares / np.where(total == 0, 1, total)
+
+
+def _pooled(values: np.ndarray, looks: np.ndarray, position: int | None) -> np.ndarray:
+    if position is not None:
+        return values[:, position]
+    weights = looks / np.maximum(looks.sum(axis=1, keepdims=True), 1)
+    return np.einsum("sqk,sq->sk", values, weights.astype(values.dtype))
+
+
+def _rolled_out(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    result: Any = None
+    for values, looks in parts:
+        sums = values.sum(axis=-1, keepdims=True)
+        if (np.abs(sums[looks] - 1) > _NO_DISTRIBUTION).any():
+            raise ValueError(
+                "Rollout needs rows of scores that sum to 1, as those of a softmax. Here are some that sum to "
+                f"{np.nanmin(sums[looks]):.2f} and to {np.nanmax(sums[looks]):.2f}. Choose other layers."
+            )
+        identity = np.eye(values.shape[-1], dtype=values.dtype)
+        mixed = np.where(looks[..., None], (values / np.where(sums == 0, 1, sums) + identity) / 2, identity)
+        result = mixed if result is None else mixed @ result
+    return result
+
+
+def _projected(call: Call, value: Any) -> Any:
+    """What each head makes of its values in the layer's output, without its bias: (batch, key, head, output)."""
+    dense = call.layer._output_dense
+    if getattr(dense, "quantization_mode", None):
+        raise ValueError(
+            f"The output kernel of layer {call.layer.name!r} is quantized, {dense.quantization_mode!r}: take the norms "
+            "of the model before it was, or another method."
+        )
+    heads, size = value.shape[2:]
+    kernel = ops.reshape(ops.cast(dense.kernel, value.dtype), (heads, size, -1))
+    return ops.einsum("bkhd,hdo->bkho", value, kernel)
+
+
+def _value_norms(call: Call) -> tuple[Any, Any]:
+    """How long the vectors are that keys add to queries, (batch, query, key), and the scores."""
+    layer, scores = call.layer, _float_scores(call)
+    _check_one_axis(layer, scores.shape)
+    value = ops.cast(call.value, scores.dtype)
+    of_queries = {"scores": ops.transpose(scores, (2, 0, 1, 3))}
+    projected: Any = None
+    if getattr(layer, "_use_gate", False) or getattr(layer, "use_gate", False):
+        gate = ops.cast(layer._gate_dense(call.query), scores.dtype)  # (batch, query, head, size of a head)
+        of_queries["gate"] = ops.transpose(gate, (1, 0, 2, 3))
+    else:
+        projected = _projected(call, value)
+
+    def norms(query):  # one at a time, for all vectors together are many times the scores
+        contributions = _projected(call, value * query["gate"][:, None]) if projected is None else projected
+        vectors = ops.einsum("bhk,bkho->bko", query["scores"], contributions)
+        return ops.sqrt(ops.sum(ops.square(vectors), axis=-1))
+
+    return ops.transpose(ops.map(norms, of_queries), (1, 0, 2)), scores
+
+
+def _gradients(
+    model: Any, x: Any, layers: Any, batch_size: int | None, verbose: Any, target: int | None
+) -> Iterator[Batch]:
+    """Batches in which the measured is, for each call, the positive part of gradient times score, mean over heads."""
+    batches, expected = _batches(x, batch_size)
+    progress = progress_bar(expected, verbose)
+    first: tuple = next(batches, ())
+    seen = next(observe(model, iter([first] if first else []), layers, None, 0, _float_scores))
+    for name in seen.measured:
+        _mean_of_heads(seen, name)  # raises where a key is not a feature
+    edit = editor(model, first, layers)
+
+    def chosen(outputs):
+        return _chosen_output(outputs, target)
+
+    done = 0
+    for data in itertools.chain([first], batches):
+        deltas = {name: np.zeros((_size(data), *shape), "float32") for name, shape in edit.shapes.items()}
+        gradients, _, scores = edit.gradient(data, _added, deltas, chosen)
+        measured = {}
+        for name in edit.shapes:
+            weights = ops.cast(scores[name], "float32")
+            measured[name] = ops.mean(ops.maximum(gradients[name] * weights, 0), axis=1), weights
+        yield seen._replace(size=_size(data), measured=measured)
+        done += 1
+        progress.update(done)
+    if expected is None:
+        progress.update(done, finalize=True)
+
+
+def _added(name: str, scores: Any, given: Any) -> Any:
+    if tuple(scores.shape) != tuple(given[name].shape):
+        raise ValueError(_differing(name, scores.shape[2:], given[name].shape[2:]))
+    return ops.add(scores, given[name])
+
+
+def _chosen_output(outputs: Any, target: int | None) -> Any:
+    """The sum over the samples of the output that is asked for."""
+    flat = tree.flatten(outputs)
+    if len(flat) != 1 or len(flat[0].shape) > 2:
+        shapes = [tuple(output.shape) for output in flat]
+        raise ValueError(
+            "Gradients need one output for each sample and class, (sample,) or (sample, class). Make a model of the "
+            "output you want: `keras.Model(model.inputs, model.outputs[0])`, of one position if it has several. "
+            f"Received outputs of shape: {', '.join(map(str, shapes))}"
+        )
+    output = ops.reshape(flat[0], (flat[0].shape[0], -1))
+    classes = output.shape[1]
+    if target is None:
+        return ops.sum(ops.take_along_axis(output, ops.argmax(output, axis=1)[:, None], axis=1))
+    if not 0 <= target < classes:
+        raise ValueError(
+            f"`target` must be the number of an output, from 0 to {classes - 1}: the model has {classes}. Received: "
+            f"target={target}"
+        )
+    return ops.sum(output[:, target])
