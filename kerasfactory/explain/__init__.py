@@ -1,6 +1,15 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._heads import head_importance, head_statistics
+from kerasfactory.explain._monitor import AttentionMonitor
 from kerasfactory.explain._summary import summarize
 
-__all__ = ["capture", "recomposition_error", "summarize"]
+__all__ = [
+    "AttentionMonitor",
+    "capture",
+    "head_importance",
+    "head_statistics",
+    "recomposition_error",
+    "summarize",
+]
