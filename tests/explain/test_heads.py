@@ -189,7 +189,7 @@ def test_the_gradient_is_that_of_finite_differences_and_absolute_sample_by_sampl
     for head in importance["head"].values:
         slopes = (losses(head, 1.01) - losses(head, 0.99)) / 0.02
         np.testing.assert_allclose(importance["gradient"][head], np.abs(slopes).mean(), rtol=2e-3)
-        assert np.abs(slopes.mean()) < 0.9 * np.abs(slopes).mean()  # so that it matters that they are absolute first
+        assert np.abs(slopes.mean()) < 0.98 * np.abs(slopes).mean()  # so that it matters that they are absolute first
 
 
 def test_a_mask_acts_on_one_call_of_a_layer_that_is_called_twice():
