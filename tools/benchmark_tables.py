@@ -21,7 +21,72 @@ def _rows(*header_and_rows):
 
 def _ratio(of, bold=False):
     ratio = f"{of['ratio']:.2f}"
-    return f"**{ratio}** ({of['quartiles'][0]:.2f}–{of['quartiles'][1]:.2f})" if bold else ratio
+    low, high = (f"{quartile:.2f}" for quartile in of["quartiles"])
+    return f"**{ratio}**&nbsp;<small>({low}–&NoBreak;{high})</small>" if bold else ratio  # in one line
+
+
+def _goals(result):
+    """What the layer and its tools must not exceed, and the worst that was measured."""
+    speed, summaries = result["rows"], json.loads((FOLDER / "summary.json").read_text())["rows"]
+
+    def by_backend(rows, number):
+        """From each backend's name to its numbers."""
+        return {
+            backend: [number(row) for row in rows if row["backend"] == backend]
+            for backend in dict.fromkeys(row["backend"] for row in rows)
+        }
+
+    long = [row for row in speed if row["length"] >= 512 and row["dropout"]]
+    torch = [row["train"] for row in result["memory"] if row["backend"] == "PyTorch"]
+    goals = [
+        ("training step ÷ Keras without scores", 1.05, by_backend(speed, lambda row: row["train"]["ours"]["ratio"])),
+        (
+            "prediction ÷ Keras, dropout 0.1, 512 tokens or more",
+            1.0,
+            by_backend(long, lambda row: row["predict"]["ours"]["ratio"]),
+        ),
+        (
+            "peak memory of a prediction at 8,192 tokens ÷ Keras",
+            0.08,
+            by_backend(result["memory"], lambda row: row["predict"]["ours"] / row["predict"]["plain"]),
+        ),
+        (
+            "peak memory of a training step at 2,048 tokens, dropout 0 ÷ 0.1.1",
+            1 / 8,
+            {"PyTorch": [train["ours"] / train["original"] for train in torch]},
+        ),
+        (
+            "`capture` of 10,000 samples ÷ 0.1.1",
+            0.5,
+            by_backend(result["capture"], lambda row: row["ours"]["seconds"] / row["original"]["seconds"]),
+        ),
+        (
+            "its peak memory ÷ the result",
+            1.7,
+            by_backend(result["capture"], lambda row: row["ours"]["peak"] / row["ours"]["result"]),
+        ),
+        *[
+            (
+                f"`summarize` at {length:,} tokens: MiB above the model",
+                limit,
+                by_backend([row for row in summaries if row["length"] == length], lambda row: row["extra_mib"]),
+            )
+            for length, limit in ((16_384, 100), (65_536, 300))
+        ],
+        (
+            "`summarize` at 16,384 tokens ÷ floor",
+            4,
+            by_backend([row for row in summaries if row["length"] == 16_384], lambda row: row["ratio"]),
+        ),
+        ("`import kerasfactory.layers` ÷ `import keras`", 1.03, _imports(result, "ours")),
+    ]
+    rows = []
+    for what, limit, measured in goals:
+        worst = {backend: max(numbers) for backend, numbers in measured.items()}
+        holds = all(number <= limit for number in worst.values())
+        numbers = ", ".join(f"{backend} {number:.3g}" for backend, number in worst.items())
+        rows.append([what, f"{limit:.3g}", numbers, "yes" if holds else "**no**"])
+    return _rows(["what", "at most", "worst measured", "holds"], *rows)
 
 
 def _layer_speed(result):
@@ -41,6 +106,37 @@ def _layer_speed(result):
         "*0.1.1*: the release of that number on PyPI, which always forms scores. *Keras, scores*: "
         "`return_attention_scores=True`. For scale, the products and exponentials of one sample take NumPy "
         f"{floor} tokens.",
+    ]
+
+
+def _layer_picture(result):
+    """The same, drawn: an SVG without colours of its own, small enough for a phone."""
+    left, scale, step = 128, 105, 19  # pixels: before the axis, for a ratio of 1, between two lines
+    panels = {("train", 0.0): "Training step, dropout 0", ("predict", 0.1): "Prediction, dropout 0.1"}
+    top, marks = 0, []
+    for (what, dropout), title in panels.items():
+        rows = [row for row in result["rows"] if row["dropout"] == dropout]
+        bottom = top + 30 + step * len(rows)
+        marks.append(f'<text class="title" x="0" y="{top + 14}">{title}</text>')
+        for ratio in (0, 0.5, 1, 1.5, 2):
+            x, kind = left + ratio * scale, "one" if ratio == 1 else "grid"
+            marks.append(f'<path class="{kind}" d="M{x} {top + 24}V{bottom}"/>')
+            marks.append(f'<text class="tick" x="{x}" y="{bottom + 15}">{ratio:g}</text>')
+        for number, row in enumerate(rows):
+            y = top + 38 + step * number
+            marks.append(f'<text x="0" y="{y + 4}">{row["backend"]} {row["length"]}</text>')
+            for who, kind, radius in (("original", "original", 4), ("ours", "ours", 5)):
+                x = left + row[what][who]["ratio"] * scale
+                marks.append(f'<circle class="{kind}" cx="{x:.0f}" cy="{y}" r="{radius}"/>')
+        top = bottom + 34
+    label = "Ratios to Keras of this layer and of release 0.1.1, by backend and tokens, as in the table."
+    key = (
+        f'<circle class="ours" cx="6" cy="{top}" r="5"/><text x="18" y="{top + 4}">this layer</text>'
+        f'<circle class="original" cx="116" cy="{top}" r="4"/><text x="128" y="{top + 4}">0.1.1</text>'
+        f'<path class="one" d="M200 {top - 7}V{top + 7}"/><text x="210" y="{top + 4}">Keras, no scores</text>'
+    )
+    return [
+        f'<svg class="chart" viewBox="0 0 350 {top + 12}" role="img" aria-label="{label}">{"".join(marks)}{key}</svg>'
     ]
 
 
@@ -89,12 +185,20 @@ def _layer_capture(result):
     return _rows(["backend", "time of `capture` : original", "peak memory in results"], *rows)
 
 
+def _imports(result, who):
+    """From each backend's name to the median ratio, alone in a list."""
+    return {
+        backend: [statistics.median(row[who] / row["keras"] for row in result["import"] if row["backend"] == backend)]
+        for backend in dict.fromkeys(row["backend"] for row in result["import"])
+    }
+
+
 def _layer_import(result):
-    rows = []
-    for backend in dict.fromkeys(row["backend"] for row in result["import"]):
-        of_backend = [row for row in result["import"] if row["backend"] == backend]
-        ratios = {who: statistics.median(row[who] / row["keras"] for row in of_backend) for who in ("ours", "original")}
-        rows.append([backend, f"**{ratios['ours']:.2f}**", f"{ratios['original']:.2f}"])
+    original = _imports(result, "original")
+    rows = [
+        [backend, f"**{ratio:.2f}**", f"{original[backend][0]:.2f}"]
+        for backend, (ratio,) in _imports(result, "ours").items()
+    ]
     header = ["backend", "`import kerasfactory.layers` ÷ `import keras`", "0.1.1"]
     return [*_rows(header, *rows), "", "Medians of five processes each."]
 
@@ -139,6 +243,8 @@ def _summary(result):
 
 
 TABLES = {
+    "layer.json goals": _goals,
+    "layer.json picture": _layer_picture,
     "layer.json speed": _layer_speed,
     "layer.json torch": _layer_torch,
     "layer.json memory": _layer_memory,

@@ -119,7 +119,7 @@ def capture(
     if store is not None:
         arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
         with Store(store, "capture", model, x, batch_size, arguments, _rounding) as stored:
-            for batch in observe(model, stored, layers, None, verbose, _float_scores):
+            for batch in observe(model, stored, layers, None, verbose, _float_scores, only_scores=True):
                 datasets = {}
                 for name, rows in _checked_scores(batch, shapes, names).items():
                     labels = _labels(model, batch, name, rows.shape, names, len(rows) != batch.size)
@@ -133,7 +133,7 @@ def capture(
     filled: dict[str, int] = {}
     folded: set[str] = set()
     nan: dict[str, list[int]] = {}
-    for batch in observe(model, x, layers, batch_size, verbose, _float_scores):
+    for batch in observe(model, x, layers, batch_size, verbose, _float_scores, only_scores=True):
         for name, rows in _checked_scores(batch, shapes, names).items():
             if name not in arrays:
                 arrays[name] = np.empty((len(rows) * (batch.expected or 1), *rows.shape[1:]), rows.dtype)

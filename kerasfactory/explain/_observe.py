@@ -89,8 +89,11 @@ def observe(
     verbose: Any,
     measure: Callable[[Call], Any],
     attend: Callable[[Heads, bool], tuple[Any, Any]] | None = None,
+    only_scores: bool = False,
 ) -> Iterator[Batch]:
     """Yields, batch by batch, what `measure` makes of each call of an attention layer.
+
+    With `only_scores`, `measure` looks at nothing else, and a model that is not compiled need not run to its end.
 
     With `attend` no scores are formed, nor masks as large as they: in place of each layer that attends as Keras' do,
     it gets what the layer would attend with, and whether that is one of `layers`, and returns the layer's output
@@ -133,9 +136,11 @@ def observe(
     yield Batch(_size(first), *common, measured, *of_all)
     progress.update(1)
 
+    can_stop = only_scores and not changes_state and not steps.lost and _always_calls_the_same(model)
+    watched = steps.watched_until(len(found)) if can_stop else steps.watched
     done = 1
     for data in batches:
-        measured, state = steps.watched(state, data)
+        measured, state = watched(state, data)
         done += 1
         if set(measured) != set(found):
             raise RuntimeError(
@@ -163,6 +168,7 @@ class _Steps(NamedTuple):
 
     compared: Callable  # to what is measured, the state afterwards, and the outputs, unwatched and watched
     watched: Callable  # to what is measured and the state afterwards: a compiled function leaves out the rest
+    watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
     calls: dict[str, tuple[str, int]]
     masks: dict[str, str]
     lost: set[str]
@@ -199,11 +205,25 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
         measured, state, watched_outputs = watched(state, data)
         return measured, state, (outputs, watched_outputs)
 
+    def stopping(number):
+        def until(state, data):
+            model = its_model()
+            layers = {name: layer() for name, layer in its_layers.items()}
+            with _unchanged(model), _watching(layers, stop_after=number) as seen:
+                with contextlib.suppress(_Enough):
+                    _backend.predict_step(model, state, data)
+                return _measured(seen, measure, calls, masks, lost), state
+
+        return _backend.compiled(until, run_eagerly=True, jit_compile=False)
+
     with _unchanged(model):  # Keras works this out when it is asked, and writes the answer into the model
         how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+    compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **how)
+    is_eager = how["run_eagerly"] or keras.config.backend() == "torch"
     steps = _Steps(
         _backend.compiled(compared, **how, once=True),
-        _backend.compiled(lambda state, data: watched(state, data)[:2], **how),
+        compiled,
+        stopping if is_eager else lambda number: compiled,
         calls,
         masks,
         lost,
@@ -228,7 +248,7 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, atten
         return measured, state
 
     step = _backend.compiled(watched, run_eagerly=True, jit_compile=False)
-    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, calls, masks, lost)
+    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, calls, masks, lost)
 
 
 def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks: dict, lost: set) -> dict[str, Any]:
@@ -374,17 +394,42 @@ def _unchanged(model: Any) -> Iterator[None]:
                 layer._loss_ids.update(loss_ids)
 
 
+class _Enough(BaseException):
+    """Everything is known that is wanted. Keras takes hold of an `Exception` on its way."""
+
+
+def _always_calls_the_same(model: Any) -> bool:
+    """Whether the model is a graph that calls its attention layers, the same ones for all data."""
+    of_keras = type(model).call.__module__ in ("keras.src.models.functional", "keras.src.models.sequential")
+    return of_keras and all(
+        _is_usual(layer.call)
+        or not find_attention(layer)
+        or (isinstance(layer, keras.Model) and _always_calls_the_same(layer))
+        for layer in model.layers
+    )
+
+
 @contextlib.contextmanager
-def _watching(attentions: dict[str, Any], attend: Callable | None = None) -> Iterator[dict[str, list[Call]]]:
+def _watching(
+    attentions: dict[str, Any], attend: Callable | None = None, stop_after: int | None = None
+) -> Iterator[dict[str, list[Call]]]:
     """Fills a dictionary with the calls of the layers. To be used within `_unchanged`, which takes it all away."""
     calls: dict[str, list[Call]] = {name: [] for name in attentions}
+
+    def stop():
+        if sum(map(len, calls.values())) == stop_after:
+            raise _Enough
+
     for name, layer in attentions.items():
-        _watch(layer, calls[name], attend)
+        _watch(layer, calls[name], attend, stop if stop_after else None)
     yield calls
 
 
-def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None) -> None:
-    """Has the layer's calls noted in `calls`, if that is given, and its attention computed by `attend`, likewise."""
+def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None, stop: Callable | None = None) -> None:
+    """Has the layer's calls noted in `calls`, if that is given, and its attention computed by `attend`, likewise.
+
+    With `stop`, which is called after each, only the scores are noted.
+    """
     call, compute_attention, compute_mask = layer.call, layer._compute_attention, layer._compute_attention_mask
     thread = threading.get_ident()  # the model may be running in another one too, which is to notice nothing
     masks: list[str] = []
@@ -419,6 +464,11 @@ def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None) -> Non
             args, kwargs = _with_whole_mask(args, kwargs)
             if attended is not None:
                 return compute_attention(*args, **kwargs)
+        if stop is not None and calls is not None and type(layer) is Attention and len(args[0].shape) == 4:
+            scores = _explicit_scores(layer, compute_attention, args, kwargs)
+            calls.append(Call(layer, scores, None, in_force, None, None))
+            stop()
+            return compute_attention(*args, **kwargs)
         output, scores = compute_attention(*args, **kwargs)
         if calls is None:
             return output, scores
@@ -427,6 +477,8 @@ def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None) -> Non
             explicit = _explicit_scores(layer, compute_attention, args, kwargs)
         value = args[2] if len(args) > 2 else kwargs["value"]
         calls.append(Call(layer, explicit, value, in_force, None, None))
+        if stop is not None:
+            stop()
         return output, scores
 
     def watched_call(*args, **kwargs):

@@ -223,7 +223,8 @@ def summarize(
             array.resize((filled[name], *array.shape[1:]), refcheck=False)
         labels = _labels(model, batch, name, _shape(arrays), names, name in of_sequences)
         dataset = _dataset(arrays, labels, differences[name], wanted)
-        result[name] = dataset.assign_coords({labels["dims"][0]: np.arange(filled[name])})
+        numbered = dataset.assign_coords({labels["dims"][0]: np.arange(filled[name])})
+        result[name] = _with_rows_as_variable(numbered, wanted)
     return result
 
 

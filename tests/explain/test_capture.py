@@ -778,3 +778,65 @@ def test_the_layers_import_nothing_that_keras_does_not():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "{'kerasfactory'}"
+
+
+class Counted(layers.Layer):
+    """Counts how often Python runs it."""
+
+    calls = 0
+
+    def call(self, x):
+        type(self).calls += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    "build", [InterpretableMultiHeadAttention, lambda d, n, name: layers.MultiHeadAttention(n, d, name=name)]
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_model_that_is_not_compiled_stops_after_its_last_scores(build, is_nested):
+    inputs = keras.Input((6, 8))
+    first, second = build(4, 2, name="first"), build(4, 2, name="second")
+    attended = second(first(inputs, inputs), inputs)
+    if is_nested:
+        attended = keras.Model(inputs, attended)(inputs)
+    model = keras.Model(inputs, Counted()(attended))
+    x = RNG.normal(size=(10, 6, 8)).astype("float32")
+    expected = explain.capture(model, x, batch_size=10, verbose=0)
+    model.compile(run_eagerly=True)
+
+    Counted.calls = 0
+    scores = explain.capture(model, x, batch_size=2, verbose=0)
+    assert Counted.calls == 2  # the first batch, watched and not
+    for name in expected:
+        np.testing.assert_allclose(scores[name], expected[name], atol=1e-6)
+
+    Counted.calls = 0
+    explain.recomposition_error(model, x, batch_size=2, verbose=0)
+    assert Counted.calls == 6  # it needs the layers' output
+
+
+def test_a_model_that_may_call_more_layers_for_other_data_runs_to_its_end():
+    class Deeper(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (
+                layers.MultiHeadAttention(2, 4, name="a"),
+                layers.MultiHeadAttention(2, 4, name="b"),
+            )
+
+        def call(self, x):
+            x = self.first(x, x)
+            return self.second(x, x) if x.shape[0] < 4 else x
+
+    model = Deeper()
+    model.compile(run_eagerly=True)
+    model(SEQUENCE[:2])
+    wrapped = keras.Sequential([model])
+    wrapped.compile(run_eagerly=True)
+    for one in (model, wrapped):
+        with (
+            pytest.warns(UserWarning, match="the model did not call it"),
+            pytest.raises(RuntimeError, match="In batch 2 the model called other attention layers than in the first"),
+        ):
+            explain.capture(one, SEQUENCE[:6], batch_size=4, verbose=0)

@@ -111,7 +111,7 @@ def test_only_the_named_layers_are_edited_and_the_model_stays_as_it_was():
 class Twisted(layers.MultiHeadAttention):
     def _compute_attention(self, *args, **kwargs):
         output, scores = super()._compute_attention(*args[:5], return_attention_scores=True)
-        return output[:, ::-1], scores
+        return ops.flip(output, axis=-1), scores
 
 
 def test_outputs_that_are_not_made_of_scores_are_refused():

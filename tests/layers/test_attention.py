@@ -184,16 +184,20 @@ def work(model, x):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("length", [64, 192])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_scores_that_nobody_reads_are_no_work(dropout):
-    x = np.ones((BATCH, 64, 32), "float32")
+def test_scores_that_nobody_reads_are_no_work(dropout, length):
+    x = np.ones((BATCH, length, 32), "float32")
+    # PyTorch does not count what is inside its fused kernel, which is not used for short sequences.
+    with_scores = BACKEND == "torch" and length == 64
     done = []
-    for attention in (
-        InterpretableMultiHeadAttention(16, 2, dropout),
-        keras.layers.MultiHeadAttention(2, 16, dropout=dropout),
+    for attention, arguments in (
+        (InterpretableMultiHeadAttention(16, 2, dropout), {}),
+        (keras.layers.MultiHeadAttention(2, 16, dropout=dropout), {"return_attention_scores": with_scores}),
     ):
-        inputs = keras.Input((64, 32))
-        model = keras.Model(inputs, attention(inputs, inputs))
+        inputs = keras.Input((length, 32))
+        output = attention(inputs, inputs, **arguments)
+        model = keras.Model(inputs, output[0] if isinstance(output, tuple) else output)
         model.compile("sgd", "mse", jit_compile=False)
         done.append(work(model, x))
     assert 0 < done[0] <= done[1]
