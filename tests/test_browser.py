@@ -157,6 +157,35 @@ def test_copy_buttons_copy_exactly_the_code(new_page):
     assert copied == ["\n\n".join(cells), *cells]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_page, device):
+    page = new_page(device)
+    heard = listen(page, site_url)
+    page.goto("recipes/visualization/")
+    interactive = page.locator(".kerasfactory-map")
+    heads, cells = interactive.get_by_label("head"), interactive.get_by_role("application")
+    status = interactive.get_by_role("status")
+
+    heads.focus()
+    page.keyboard.press("ArrowRight")
+    expect(heads).to_have_attribute("aria-valuetext", "1")
+    page.keyboard.press("Tab")
+    expect(cells).to_be_focused()
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+    expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[5-9]\d\d$"))  # the marked day
+    before = status.text_content()
+    interactive.get_by_label("sample").focus()
+    page.keyboard.press("ArrowRight")
+    expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[0-4]\d\d$"))  # in the next sample it is not
+
+    page.keyboard.press("ArrowLeft")
+    expect(status).to_have_text(before)
+    interactive.locator("rect").nth(12 * 4 + 7).hover()
+    expect(status).to_have_text(re.compile(r"^query day 5, key day 8: 0\.\d\d\d$"))
+    assert not heard
+
+
 def test_colour_scheme_can_be_switched_and_stays(new_page):
     page = new_page(scheme="light")
     page.goto("")

@@ -8,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import kerasfactory
@@ -42,6 +43,22 @@ def test_every_public_name_is_on_its_api_page(site, package):
         assert re.search(rf"^{re.escape(module)}\.(\w+\.)?{name} py:(class|function) ", inventory, re.MULTILINE), (
             f"{name} has no entry in the API index: add `::: {module}.{name}.{name}` to docs/{page}.md"
         )
+
+
+def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):
+    fragments = {}
+    for path in (ROOT / "examples").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
+            html = [data["text/html"] for data in outputs if "text/html" in data]
+            if "interactive" in cell.metadata.get("tags", []):
+                assert html, f"nothing to embed in {path.name}:\n{cell.source}"
+                fragments.setdefault(path.stem, []).extend(html)
+    assert "visualization" in fragments
+    for recipe, pieces in fragments.items():
+        page = (site / "recipes" / recipe / "index.html").read_text()
+        for piece in pieces:
+            assert piece in page
 
 
 def test_formulas_are_mathml(site):

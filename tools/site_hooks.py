@@ -17,7 +17,9 @@ from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 RECIPES = ROOT / "docs" / "recipes"
 PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
 PUBLIC_NAMES |= {
-    f"explain.{name}": f"kerasfactory.explain.{name}" for name in griffe.load("kerasfactory.explain").exports
+    f"{package}.{name}": f"kerasfactory.{package}.{name}"
+    for package in ("explain", "plot")
+    for name in griffe.load(f"kerasfactory.{package}").exports
 }
 
 

@@ -1,0 +1,193 @@
+"""Curves: statistics of heads over the epochs, outputs over the fraction of features removed."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kerasfactory.plot._ranking import COLOURS, MARKERS, STATISTICS, bootstrap, check_finite, of_layers, undefined
+
+_LINES = ["-", "--", ":", "-."]
+
+
+def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
+    r"""Draw how the heads change while a model trains: entropy, confidence and distance over the epochs.
+
+    One row for each layer, one line for each head, told apart by colour, marker and stroke. The formulas are those
+    of `explain.head_statistics`. A head whose entropy
+
+    $$
+    H_h = \operatorname{mean}_i \frac{-\sum_j A_{hij} \ln A_{hij}}{\ln n_i} ,
+    $$
+
+    with \(n_i\) keys in view of query \(i\), stays at 1 looks at all keys alike, still.
+
+    Args:
+        history: From the layer's name to a Dataset with `entropy` and `confidence`, from 0 to 1, and `distance`, in
+            positions, all (epoch, head), as `explain.AttentionMonitor` records in its `history`; or one such Dataset.
+            NaN, as after a training that diverged, are gaps, and the title says from which epoch on.
+
+    Returns:
+        matplotlib.figure.Figure: The figure, with three axes for each layer.
+
+    Raises:
+        ValueError: If `history` is empty, as before training; if a variable is missing, has other dimensions, or no
+            finite number (but for `distance`, which not every layer has).
+
+    Example:
+        ```python
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import plot
+
+        falling = (("epoch", "head"), np.array([[1, 1], [0.9, 0.6], [0.9, 0.2]]))
+        statistics = {"entropy": falling, "confidence": falling, "distance": falling}
+        figure = plot.training({"attention": xr.Dataset(statistics, {"epoch": [0, 1, 2]})})
+
+        print([ax.get_title().partition("\n")[0] for ax in figure.axes])
+        #> ['entropy', 'confidence', 'distance']
+        ```
+    """
+    layers = of_layers(history, "history", dict.fromkeys(STATISTICS, ("epoch", "head")))
+    figure, grid = plt.subplots(
+        len(layers), 3, squeeze=False, sharex=True, figsize=(10, 1.0 + 2.2 * len(layers)), layout="constrained"
+    )
+    for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
+        epochs = dataset["epoch"].values
+        for (name, what), ax in zip(STATISTICS.items(), axes, strict=True):
+            for number, head in enumerate(dataset["head"].values):
+                ax.plot(
+                    epochs,
+                    dataset[name].transpose("epoch", "head").values[:, number],
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markevery=max(1, len(epochs) // 10),
+                    markersize=4,
+                    linestyle=_LINES[number // len(COLOURS) % len(_LINES)],
+                    label=f"head {head}",
+                )
+            if ax in grid[0]:
+                ax.set_title(what, fontsize="medium")
+            if ax in grid[-1]:
+                ax.set_xlabel("epoch")
+            ax.grid(color="#dddddd", linewidth=0.6)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if name == "distance":
+                ax.set_ylim(bottom=0)
+                undefined(ax, dataset[name].values)
+            else:
+                ax.set_ylim(-0.03, 1.03)
+        missing = np.flatnonzero(np.isnan(dataset["entropy"].transpose("epoch", "head").values).any(axis=1))
+        gap = f"\nNaN from epoch {epochs[missing[0]]} on" if len(missing) else ""
+        axes[0].set_ylabel(layer + gap if layer else gap.strip())
+        axes[-1].legend(
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            fontsize="small",
+            frameon=False,
+            ncols=-(-dataset.sizes["head"] // 12),
+        )
+    return figure
+
+
+def faithfulness(result: xr.Dataset) -> Figure:
+    r"""Draw whether an attribution names the features that the model needs, and whether chance would do as well.
+
+    Left, the change of the output over the fraction of features: with those of highest attribution removed
+    (comprehensiveness: high is good), and with only those kept (sufficiency: low is good; DeYoung et al. 2020,
+    [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples, bands percentile
+    bootstrap intervals of these means, of 1,000 draws.
+
+    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones,
+    which are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
+
+    $$
+    p = \frac{1 + \#\{d : T^0_d \ge T\}}{1 + \text{draws}} .
+    $$
+
+    Args:
+        result: A Dataset as from `explain.faithfulness`: `comprehensiveness`, `sufficiency` (sample, fraction), in the
+            unit of the model's output, `aopc_comprehensiveness`, `null` (draw) and `p_value`. The intervals are of its
+            attribute `level` (0.05 gives 95%), and the observed value is its attribute `observed` if it has one.
+
+    Returns:
+        matplotlib.figure.Figure: The figure, with two axes.
+
+    Raises:
+        ValueError: If a variable is missing, has other dimensions, or is empty, NaN or infinite.
+
+    Example:
+        ```python
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import plot
+
+        rng = np.random.default_rng(0)
+        curves = {
+            "comprehensiveness": (("sample", "fraction"), rng.normal([0.2, 0.5], 0.1, (50, 2))),
+            "sufficiency": (("sample", "fraction"), rng.normal([0.3, 0.1], 0.1, (50, 2))),
+        }
+        numbers = {"aopc_comprehensiveness": 0.35, "p_value": 1 / 201, "null": ("draw", rng.normal(0.1, 0.05, 200))}
+        figure = plot.faithfulness(xr.Dataset(curves | numbers, {"fraction": [0.1, 0.5]}, {"level": 0.05}))
+
+        print(figure.axes[1].get_title())
+        #> p = 0.005, of 200 random attributions
+        ```
+    """
+    needed = {
+        "comprehensiveness": ("sample", "fraction"),
+        "sufficiency": ("sample", "fraction"),
+        "aopc_comprehensiveness": (),
+        "null": ("draw",),
+        "p_value": (),
+    }
+    for name, dims in needed.items():
+        if not isinstance(result, xr.Dataset) or name not in result or set(result[name].dims) != set(dims):
+            received = (
+                {str(key): value.dims for key, value in result.items()} if isinstance(result, xr.Dataset) else result
+            )
+            raise ValueError(
+                f"`result` must be a Dataset as from `explain.faithfulness`, with `{name}` {dims}. Received: {received}"
+            )
+        check_finite(f"`{name}`", result[name].values)
+    level = 1 - float(result.attrs.get("level", 0.05))
+    samples = result.sizes["sample"]
+    removal = f'\nremoved: "{result.attrs["removal"]}"' if "removal" in result.attrs else ""
+
+    figure, (curves, chance) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    fractions = result["fraction"].values
+    labels = {"comprehensiveness": "comprehensiveness (top removed)", "sufficiency": "sufficiency (only top kept)"}
+    for number, (name, label) in enumerate(labels.items()):
+        values = result[name].transpose("sample", "fraction").values
+        curves.plot(
+            fractions,
+            values.mean(axis=0),
+            color=COLOURS[number],
+            marker=MARKERS[number],
+            ls=_LINES[number],
+            label=label,
+        )
+        if samples > 1:
+            curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=COLOURS[number], alpha=0.2, lw=0)
+    curves.axhline(0, color="#6b6b6b", linewidth=0.8)
+    curves.set_xlabel("fraction of the features" + removal)
+    curves.set_ylabel("change of the output")
+    band = f"mean over {samples} samples, {level:.0%} band" if samples > 1 else "one sample: no band"
+    curves.set_title(band, fontsize="medium")
+    curves.legend(fontsize="small")
+
+    null, p_value = result["null"].values, float(result["p_value"])
+    observed = float(result.attrs.get("observed", result["aopc_comprehensiveness"]))
+    chance.hist(null, bins=min(30, max(5, len(null) // 8)), color="#b0b0b0", label="random attributions")
+    chance.axvline(observed, color=COLOURS[0], linewidth=2, label=f"this attribution: {observed:.2g}")
+    chance.set_xlabel("comprehensiveness, mean over the fractions")
+    chance.set_ylabel("draws")
+    chance.set_title(f"p = {p_value:.2g}, of {len(null)} random attributions", fontsize="medium")
+    chance.margins(y=0.3)
+    chance.legend(fontsize="small", loc="upper center")
+    return figure

@@ -1,0 +1,460 @@
+"""Pictures say what the numbers say: what is drawn, in which order, on which scale, and what is refused."""
+
+import itertools
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from kerasfactory import plot
+
+DIMS = ["sample", "head", "query", "key"]
+NAMES = ["age", "pulse", "weight"]
+
+
+@pytest.fixture(autouse=True)
+def headless():
+    """No window, no figure left over, and no setting changed."""
+    with mpl.rc_context():
+        plt.switch_backend("agg")
+        before = dict(mpl.rcParams)
+        yield
+        assert dict(mpl.rcParams) == before
+    plt.close("all")
+
+
+def scores_of(keys, names=None, samples=3, heads=2, seed=0):
+    values = np.random.default_rng(seed).dirichlet(np.full(keys, 0.3), size=(samples, heads, keys))
+    coords = {"sample": range(samples), "head": range(heads)}
+    coords |= {"query": names, "key": names} if names else {}
+    return xr.DataArray(values, coords, DIMS, "attention")
+
+
+def summary_of(scores, bins):
+    """As `explain.summarize` makes it of scores without masked queries."""
+    size = scores.sizes["key"]
+    edges = np.arange(bins + 1) * size // bins
+    values = np.add.reduceat(np.add.reduceat(scores.values, edges[:-1], axis=3), edges[:-1], axis=2)
+    dims = ("sample", "head", "query_bin", "key_bin")
+    coords = {name: scores[name].values for name in scores.coords}
+    for dim in ("query_bin", "key_bin"):
+        coords |= {dim: edges[:-1], f"{dim}_end": (dim, edges[1:])}
+    received = (("sample", "head", "key"), scores.mean("query").values)
+    entropy = (("sample", "head", "query"), -(scores * np.log(scores)).sum("key").values)
+    means = (dims, values / np.diff(edges)[:, None])
+    return xr.Dataset({"map": means, "received": received, "entropy": entropy}, coords, {"layer": "attention"})
+
+
+def drawn(ax):
+    return np.asarray(ax.images[0].get_array())
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def overlaps(ax):
+    """Whether any two names along an axis touch, as drawn. Boxes of text at 45° overlap where the text does not."""
+    figure = ax.get_figure(root=True)
+    figure.canvas.draw()
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        if any(label.get_rotation() not in (0, 90) for label in labels):
+            continue
+        boxes = [label.get_window_extent() for label in labels if label.get_text()]
+        if any(one.overlaps(other) for one, other in itertools.pairwise(boxes)):
+            return True
+    return False
+
+
+def test_plot_is_imported_only_when_asked_for_and_brings_no_keras():
+    code = (
+        "import sys, kerasfactory; assert 'matplotlib' not in sys.modules\n"
+        "import kerasfactory.plot; assert 'keras' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_heatmap_draws_the_mean_and_says_so():
+    scores = scores_of(3, NAMES)
+    ax = plot.heatmap(scores)
+    np.testing.assert_allclose(drawn(ax), scores.mean(["sample", "head"]))
+    assert ax.get_title() == "attention, mean over 3 samples and 2 heads"
+    assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == NAMES
+    assert ax.images[0].get_clim() == pytest.approx((0, drawn(ax).max()), rel=1e-5)
+    assert f"from 0 to {drawn(ax).max():.2g}" in ax.images[0].colorbar.ax.get_ylabel()
+
+
+def test_heatmap_of_one_head_or_a_rollout_averages_what_there_is():
+    scores = scores_of(3, NAMES)
+    one = plot.heatmap(scores.sel(sample=1, head=0))
+    np.testing.assert_allclose(drawn(one), scores[1, 0])
+    assert one.get_title() == "attention, sample 1, head 0"
+    np.testing.assert_allclose(drawn(plot.heatmap(scores[:, 0].drop_vars("head"))), scores[:, 0].mean("sample"))
+    assert plot.heatmap(scores[0, 0].drop_vars(["sample", "head"]).rename(None)).get_title() == ""
+
+
+def test_queries_that_look_nowhere_do_not_dilute_the_mean():
+    scores = scores_of(3, samples=2, heads=1)
+    scores[1, 0, 2] = 0  # padding in the second sample
+    np.testing.assert_allclose(drawn(plot.heatmap(scores))[2], scores[0, 0, 2])
+    np.testing.assert_allclose(drawn(plot.heatmap(scores)).sum(axis=1), 1)
+
+
+def test_heatmap_draws_on_given_axes_with_a_given_scale_and_leaves_the_rest_alone():
+    figure, axes = plt.subplots(1, 2)
+    assert plot.heatmap(scores_of(3), ax=axes[1], vmax=1) is axes[1]
+    assert axes[1].images[0].get_clim() == (0, 1)
+    assert not axes[0].images
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_many_named_tokens_show_those_that_receive_most():
+    names = [f"a feature with the long name {number}" for number in range(100)]
+    scores = scores_of(100, names)
+    ax = plot.heatmap(scores, top=10)
+    mean = scores.mean(["sample", "head"]).values
+    most = np.argsort(-mean.sum(axis=0))[:10]
+    np.testing.assert_allclose(drawn(ax), mean[np.ix_(most, most)])
+    assert ax.get_xticklabels()[0].get_text().endswith(f"name {most[0]}")
+    share = mean[:, most].sum() / mean.sum()
+    said = " ".join(ax.get_title().split())
+    assert f"10 of 100 features, to which {share:.0%} of the attention goes, most first" in said
+
+
+def test_many_positions_are_binned_as_summarize_does():
+    scores = scores_of(1000, samples=1, heads=1)
+    ax = plot.heatmap(scores)
+    np.testing.assert_allclose(drawn(ax), summary_of(scores, 64)["map"][0, 0])
+    np.testing.assert_allclose(drawn(ax).sum(axis=1), 1)
+    assert "positions in bins" in ax.get_title()
+    assert "64 bins" in ax.get_xlabel()
+    assert "64 bins" in ax.get_ylabel()
+    assert "sum of a bin" in ax.images[0].colorbar.ax.get_ylabel()
+    assert ax.get_xlim() == (-0.5, 999.5)
+
+
+@pytest.mark.parametrize("draw", [plot.heatmap, plot.heads, plot.interactive])
+def test_a_summary_is_drawn_wherever_scores_are(draw):
+    draw(summary_of(scores_of(100), 20))
+    draw({"attention": summary_of(scores_of(5), 5)})
+
+
+def test_a_summary_with_as_many_bins_as_tokens_is_the_scores_with_their_names():
+    scores = scores_of(3, NAMES)
+    ax = plot.heatmap(summary_of(scores, 3))
+    np.testing.assert_allclose(drawn(ax), scores.mean(["sample", "head"]))
+    assert texts(ax.get_xticklabels()) == NAMES
+
+
+def test_a_coarse_summary_shows_positions():
+    scores = scores_of(100)
+    ax = plot.heatmap(summary_of(scores, 20))
+    assert drawn(ax).shape == (20, 20)
+    assert ax.get_xlim() == (-0.5, 99.5)
+    assert "20 bins" in ax.get_xlabel()
+
+
+def test_heads_share_one_scale_and_say_which():
+    scores = scores_of(4, heads=5)
+    figure = plot.heads(scores, columns=3)
+    axes = figure.axes[:5]
+    assert [ax.get_title() for ax in axes] == [f"head {head}" for head in range(5)]
+    mean = scores.mean("sample").values
+    for ax, values in zip(axes, mean, strict=True):
+        np.testing.assert_allclose(drawn(ax), values)
+        assert ax.images[0].get_clim() == pytest.approx((0, mean.max()), rel=1e-5)
+    assert f"from 0 to {mean.max():.2g}, the largest\nof all heads" in figure.axes[-1].get_ylabel()
+    assert figure.get_suptitle() == "attention, mean over 3 samples"
+
+
+@pytest.mark.parametrize(("size", "named"), [(5, True), (30, True), (100, True), (1000, False)])
+def test_labels_do_not_touch_each_other(size, named):
+    names = [f"measurement {number} of the worst kind" for number in range(size)] if named else None
+    scores = scores_of(size, names, samples=1)
+    assert not overlaps(plot.heatmap(scores))
+    for ax in plot.heads(scores).axes[:2]:
+        assert not overlaps(ax)
+
+
+def test_labels_fit_on_small_axes_too():
+    _, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+    plot.heatmap(scores_of(30, [f"feature {number}" for number in range(30)]), ax=axes[0])
+    assert not overlaps(axes[0])
+    assert len(axes[0].get_yticks()) > 5
+
+
+WRONG_SCORES = {
+    "several layers": (lambda s: {"first": s, "second": s}, r"one layer.*\['first', 'second'\]"),
+    "an array": (lambda s: s.values, "must be a DataArray.*Received: ndarray"),
+    "other dimensions": (lambda s: s.rename(query="query_0", key="key_0"), r"dimensions \(query, key\).*query_0"),
+    "too many": (lambda s: s.expand_dims("axis_1"), "Choose one entry.*axis_1"),
+    "empty": (lambda s: s[:0], "must not be empty.*'sample': 0"),
+    "nan": (lambda s: s.where(s["sample"] != 1), "must be finite.*dropna"),
+    "negative": (lambda s: s - 0.5, "must not be negative"),
+    "no map": (lambda s: s.to_dataset(name="scores"), "must be a DataArray.*Received: Dataset"),
+}
+
+
+@pytest.mark.parametrize("draw", [plot.heatmap, plot.heads, plot.interactive])
+@pytest.mark.parametrize("wrong", WRONG_SCORES)
+def test_scores_that_cannot_be_drawn_are_refused(draw, wrong):
+    change, message = WRONG_SCORES[wrong]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        draw(change(scores_of(3)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: plot.heatmap(s, top=0), "`top` must be a positive integer"),
+        (lambda s: plot.heatmap(s, vmax=0), "`vmax` must be a number above 0"),
+        (lambda s: plot.heads(s, columns=0), "`columns` must be a positive integer"),
+        (lambda s: plot.heads(s[:, 0]), "must have a dimension `head`"),
+        (lambda s: plot.interactive(s, samples=0), "`samples` must be a positive integer"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(scores_of(3))
+    assert not plt.get_fignums()
+
+
+def attribution_of(means, samples=50):
+    values = np.random.default_rng(0).normal(means, 0.1, size=(samples, len(means)))
+    names = [f"feature {number}" for number in range(len(means))]
+    return xr.DataArray(values, {"feature": names}, ["sample", "feature"])
+
+
+def test_features_are_ranked_with_bootstrap_intervals():
+    attribution = attribution_of([0.2, 0.9, 0.5])
+    ax = plot.features(attribution, level=0.9)
+    assert texts(ax.get_yticklabels()) == ["feature 1", "feature 2", "feature 0"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first is on top
+    order = [1, 2, 0]
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), attribution.mean("sample")[order])
+    (lines,) = ax.collections
+    low, high = np.array([segment[:, 0] for segment in lines.get_segments()]).T
+    scipy = stats.bootstrap(
+        (attribution.values,), np.mean, axis=0, confidence_level=0.9, method="percentile", random_state=0
+    )
+    np.testing.assert_allclose(low, scipy.confidence_interval.low[order], atol=0.004)
+    np.testing.assert_allclose(high, scipy.confidence_interval.high[order], atol=0.004)
+    assert ax.get_xlabel() == "attribution, mean over 50 samples, with its 90% interval"
+
+
+def test_features_beyond_the_top_are_left_out_by_size_not_sign():
+    ax = plot.features(attribution_of([0.2, -0.9, 0.5, 0.01]), top=2)
+    assert texts(ax.get_yticklabels()) == ["feature 2", "feature 1"]
+    assert ax.get_title() == "2 of 4 features"
+
+
+def test_one_sample_has_no_interval():
+    for attribution in (attribution_of([0.2, 0.9], samples=1), attribution_of([0.2, 0.9])[0]):
+        ax = plot.features(attribution)
+        assert not ax.collections
+        assert ax.get_xlabel() == "attribution, mean over 1 sample"
+
+
+def test_several_attributions_are_side_by_side_in_the_order_of_the_first():
+    ax = plot.features({"attention": attribution_of([0.2, 0.9]), "uniform": attribution_of([0.5, 0.5])})
+    assert texts(ax.get_yticklabels()) == ["feature 1", "feature 0"]
+    assert texts(ax.get_legend().get_texts()) == ["attention", "uniform"]
+    assert len({line.get_marker() for line in ax.lines}) == 2
+
+
+def claims_of(effects, verdicts):
+    effects = np.asarray(effects, float)
+    interval = np.stack([effects - 0.1, effects + 0.1], axis=1)
+    names = [f"feature {number}" for number in range(len(effects))]
+    variables = {"effect": ("feature", effects), "interval": (("feature", "bound"), interval)}
+    return xr.Dataset(variables | {"verdict": ("feature", verdicts)}, {"feature": names})
+
+
+def test_claims_carry_their_verdict_as_shape_and_word():
+    ax = plot.features(claims_of([0.1, 0.9, np.nan], ["refuted", "supported", "undetermined"]))
+    assert texts(ax.get_yticklabels()) == [
+        "feature 1 (supported)",
+        "feature 0 (refuted)",
+        "feature 2 (undetermined)",
+    ]
+    assert len({line.get_marker() for line in ax.lines if line.get_label() in ("refuted", "supported")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("attribution", "message"),
+    [
+        (attribution_of([0.1, np.nan]), "must be finite. 50 of 100"),
+        (attribution_of([0.1])[:0], "must not be empty"),
+        (attribution_of([0.1]).rename(feature="key"), r"dimensions \(sample, feature\).*'key'"),
+        (attribution_of([0.1]).values, "Received: ndarray"),
+        ({}, "must not be empty"),
+        ({"one": attribution_of([0.1]), "other": attribution_of([0.1, 0.2])}, "same features.*'other'"),
+        (claims_of([0.1], ["proven"]), r"verdict must be one of.*\['proven'\]"),
+        (claims_of([0.1], ["supported"]).drop_vars("interval"), "must hold `effect`"),
+    ],
+)
+def test_attributions_that_cannot_be_drawn_are_refused(attribution, message):
+    with pytest.raises(ValueError, match=message):
+        plot.features(attribution)
+
+
+def test_the_level_of_the_interval_is_checked():
+    with pytest.raises(ValueError, match="`level` must be between 0 and 1"):
+        plot.features(attribution_of([0.1]), level=95)
+
+
+def statistics_of(heads=2, **changed):
+    numbers = {"entropy": [0.9, 0.4], "confidence": [0.2, 0.7], "distance": [3.0, 1.5]} | changed
+    variables = {name: ("head", np.resize(values, heads)) for name, values in numbers.items()}
+    redundancy = 0.3 * (1 - np.eye(heads))
+    return xr.Dataset(variables | {"redundancy": (("head", "head_other"), redundancy)}, {"head": range(heads)})
+
+
+def test_head_statistics_draws_each_number_of_each_layer():
+    figure = plot.head_statistics({"first": statistics_of(), "second": statistics_of(distance=[9.0, 0.0])})
+    points = [ax.lines[0].get_xdata().tolist() for ax in figure.axes[:3]]
+    assert points == [[0.9, 0.4], [0.2, 0.7], [3.0, 1.5]]
+    np.testing.assert_allclose(drawn(figure.axes[3]), [[0, 0.3], [0.3, 0]])
+    assert figure.axes[3].images[0].get_clim() == (0, 1)
+    assert figure.axes[2].get_xlim()[0] == figure.axes[6].get_xlim()[0] == 0
+    assert figure.axes[2].get_xlim() == figure.axes[6].get_xlim()
+    assert figure.axes[4].get_ylabel().startswith("second")
+    assert len(plot.head_statistics(statistics_of()).axes) == 5
+
+
+def test_a_distance_that_is_not_defined_is_said_to_be():
+    figure = plot.head_statistics(statistics_of(distance=[np.nan, np.nan]))
+    assert "not defined" in figure.axes[2].texts[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({}, "not empty"),
+        ({"first": scores_of(3)}, "must be a Dataset"),
+        (statistics_of().drop_vars("redundancy"), "must hold `redundancy`"),
+        (statistics_of(entropy=[0.1, np.nan]), "`entropy` must be finite"),
+    ],
+)
+def test_statistics_that_cannot_be_drawn_are_refused(statistics, message):
+    with pytest.raises(ValueError, match=message):
+        plot.head_statistics(statistics)
+
+
+def history_of(epochs=4, heads=2):
+    values = np.linspace(1, 0.2, epochs * heads).reshape(epochs, heads)
+    variables = dict.fromkeys(("entropy", "confidence", "distance"), (("epoch", "head"), values))
+    return xr.Dataset(variables, {"epoch": range(epochs), "head": range(heads)})
+
+
+def test_training_has_a_line_for_each_head():
+    history = history_of(heads=9)
+    figure = plot.training({"first": history, "second": history_of()})
+    assert len(figure.axes) == 6
+    lines = figure.axes[0].lines
+    for line, head in zip(lines, range(9), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), history["entropy"].sel(head=head))
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+
+
+def test_training_that_diverged_says_from_when():
+    history = history_of()
+    figure = plot.training({"attention": history.where(history["epoch"] < 2)})
+    assert "NaN from epoch 2 on" in figure.axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ({}, r"not empty. Received: \{\}"),
+        (history_of().isel(epoch=0), r"`entropy` with the dimensions \('epoch', 'head'\)"),
+        (history_of() * np.nan, "finite numbers"),
+    ],
+)
+def test_histories_that_cannot_be_drawn_are_refused(history, message):
+    with pytest.raises(ValueError, match=message):
+        plot.training(history)
+
+
+def faithfulness_of(samples=60, **attributes):
+    rng = np.random.default_rng(0)
+    dims = ("sample", "fraction")
+    variables = {
+        "comprehensiveness": (dims, rng.normal([0.2, 0.4, 0.5], 0.1, (samples, 3))),
+        "sufficiency": (dims, rng.normal([0.4, 0.2, 0.1], 0.1, (samples, 3))),
+        "aopc_comprehensiveness": 0.37,
+        "null": ("draw", rng.normal(0.1, 0.05, 99)),
+        "p_value": 0.01,
+    }
+    return xr.Dataset(variables, {"fraction": [0.1, 0.2, 0.5]}, {"level": 0.1, "removal": "mean"} | attributes)
+
+
+def test_faithfulness_draws_curves_null_and_observed():
+    result = faithfulness_of()
+    curves, chance = plot.faithfulness(result).axes
+    np.testing.assert_allclose(curves.lines[0].get_ydata(), result["comprehensiveness"].mean("sample"))
+    np.testing.assert_allclose(curves.lines[1].get_ydata(), result["sufficiency"].mean("sample"))
+    assert len(curves.collections) == 2
+    assert curves.get_title() == "mean over 60 samples, 90% band"
+    assert 'removed: "mean"' in curves.get_xlabel()
+    assert sum(patch.get_height() for patch in chance.patches) == 99
+    assert chance.lines[0].get_xdata() == [0.37, 0.37]
+    assert chance.get_title() == "p = 0.01, of 99 random attributions"
+
+
+def test_faithfulness_compares_with_the_null_what_was_compared():
+    # With many samples the null distribution is of some of them, and so is what it is compared with.
+    chance = plot.faithfulness(faithfulness_of(observed=0.35)).axes[1]
+    assert chance.lines[0].get_xdata() == [0.35, 0.35]
+
+
+def test_faithfulness_of_one_sample_has_no_band():
+    curves = plot.faithfulness(faithfulness_of(samples=1)).axes[0]
+    assert curves.get_title() == "one sample: no band"
+    assert not curves.collections
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (scores_of(3), "must be a Dataset"),
+        (faithfulness_of().drop_vars("null"), "with `null`"),
+        (faithfulness_of() * np.nan, "`comprehensiveness` must be finite"),
+        (faithfulness_of().isel(sample=slice(0)), "`comprehensiveness` must not be empty"),
+    ],
+)
+def test_results_that_cannot_be_drawn_are_refused(result, message):
+    with pytest.raises(ValueError, match=message):
+        plot.faithfulness(result)
+
+
+def test_the_interactive_map_is_one_piece_and_always_the_same():
+    fragment = plot.interactive(scores_of(3, NAMES))
+    assert fragment == plot.interactive(scores_of(3, NAMES))
+    assert fragment != plot.interactive(scores_of(3, NAMES, seed=1))
+    assert "\n" not in fragment
+    for outside in ("src=", "href=", "@import", "url(", "import(", "fetch("):
+        assert outside not in fragment
+    assert " id=" not in fragment  # nothing to collide with
+
+
+def test_the_interactive_map_has_sliders_for_what_there_is_to_slide():
+    assert plot.interactive(scores_of(3)).count('type="range"') == 2
+    assert plot.interactive(scores_of(3, samples=1)).count('type="range"') == 1
+    assert plot.interactive(scores_of(3)[0, 0]).count('type="range"') == 0
+    assert '"samples":["0","1"],' in plot.interactive(scores_of(3), samples=2)
+
+
+def test_the_interactive_map_cannot_be_broken_by_a_name():
+    evil = ["</script><script>alert(1)</script>", "`capture`", '"><img src=x>']
+    scores = scores_of(3, evil)
+    fragment = plot.interactive(scores.rename("<b>layer</b>"))
+    assert fragment.count("</script>") == 1
+    assert "<img" not in fragment
+    assert "`capture`" not in fragment
+    assert "&lt;b&gt;layer" in fragment
