@@ -110,7 +110,9 @@ settled = history["entropy"].sel(head=[2, 3]).mean("head")
 late = (settled.sel(epoch=solved) - settled.sel(epoch=20)) / (settled.sel(epoch=0) - settled.sel(epoch=20))
 falls = (settled.sel(epoch=slice(solved, 20)).diff("epoch") < 0).all().item()
 print(f"Less than 2% of the variance is left before epoch 10: {solved < 10}")
-print(f"Entropy of heads 2 and 3 falls in every epoch after that: {falls}; a fifth of its fall or more: {late.item() > 0.2}")
+print(
+    f"Entropy of heads 2 and 3 falls in every epoch after that: {falls}; a fifth of its fall or more: {late.item() > 0.2}"
+)
 
 # %% [markdown]
 # ## What the curves say, and what they do not
