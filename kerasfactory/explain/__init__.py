@@ -2,6 +2,17 @@
 
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._heads import head_importance, head_statistics
+from kerasfactory.explain._monitor import AttentionMonitor
 from kerasfactory.explain._summary import summarize
 
-__all__ = ["attribute", "capture", "recomposition_error", "rollout", "summarize"]
+__all__ = [
+    "AttentionMonitor",
+    "attribute",
+    "capture",
+    "head_importance",
+    "head_statistics",
+    "recomposition_error",
+    "rollout",
+    "summarize",
+]
