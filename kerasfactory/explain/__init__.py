@@ -2,6 +2,7 @@
 
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
 from kerasfactory.explain._monitor import AttentionMonitor
 from kerasfactory.explain._summary import summarize
@@ -10,6 +11,7 @@ __all__ = [
     "AttentionMonitor",
     "attribute",
     "capture",
+    "faithfulness",
     "head_importance",
     "head_statistics",
     "recomposition_error",
