@@ -1,0 +1,257 @@
+"""Whether claims about features are called true where they are, and not where they are not. Truth is planted."""
+
+import keras
+import numpy as np
+import pytest
+import xarray as xr
+from keras import layers
+from scipy import stats
+
+from benchmarks import claims as planted
+from kerasfactory.explain._claims import _drawn, feature_claims
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return planted.trainer()
+
+
+@pytest.fixture(scope="module")
+def results(trained):
+    """For each process but noise, what is claimed of two models, and the verdicts."""
+    names = [name for name in planted.PROCESSES if name != "noise"]
+    return {name: [planted.claims(trained, name, seed) for seed in (1, 2)] for name in names}
+
+
+def linear(weights, loss="mse"):
+    inputs = keras.Input((len(weights),))
+    model = keras.Model(inputs, layers.Dense(1, use_bias=False)(inputs))
+    model.set_weights([np.reshape(weights, (-1, 1))])
+    model.compile(loss=loss)
+    return model
+
+
+def claimed_all(x):
+    """An attribution that ranks all features but the last high."""
+    return np.broadcast_to(np.arange(x.shape[1]) < x.shape[1] - 1, x.shape)
+
+
+def claims_of_linear(weights=(1.0, 1.0, 0.0), samples=200, x=None, y=None, **arguments):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(samples, len(weights))) if x is None else x
+    y = x @ weights + generator.normal(size=len(x)) if y is None else y
+    return feature_claims(linear(weights), x, y, claimed_all(x), **arguments)
+
+
+def test_noise_is_not_supported(trained):
+    results = []
+    for seed in range(20):
+        model = trained(planted.noise, seed, epochs=3)
+        x, y = planted.noise(np.random.default_rng([seed, 2]), 200, training=False)
+        every_one = np.ones((200, 1)) * (np.arange(6) != seed % 6)  # more claims than attention would make
+        results.append(feature_claims(model, x.astype("float32"), y, every_one, seed=seed))
+    supported = [(result["verdict"] == "supported").any().item() for result in results]
+    assert sum(supported) <= 2  # at a level of 5 % one is expected, and three happen to one in thirteen at most
+    p_values = np.concatenate([result["p_value"].values for result in results])
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("name", ["additive", "interaction"])
+def test_what_matters_is_found_and_supported_where_it_is_claimed(results, name):
+    relevant = planted.PROCESSES[name][1]
+    for result in results[name]:
+        matters = np.isin(np.arange(6), relevant)
+        assert (result["p_adjusted"].values[matters] <= 0.05).all()
+        assert (result["interval"].sel(bound="lower").values[matters] > 0).all()
+        claimed = result["attribution"].values > result["attribution"].values.mean()
+        supported = result["verdict"].values == "supported"
+        assert (supported == (claimed & matters)).all()
+        assert supported.any()
+
+
+def test_copies_are_claimed_and_not_supported(results):
+    copies = planted.PROCESSES["redundant copies"][2]
+    verdicts = np.stack([result["verdict"].values for result in results["redundant copies"]])
+    assert not (verdicts[:, copies] == "supported").any()
+    assert (verdicts[:, copies] == "refuted").any()
+    for result in results["redundant copies"]:
+        assert (result["attribution"].values[copies] > 1 / 6).any()
+        assert (result["effect"].values[:2] == 0).all()  # each the copy of the other
+        assert result["p_adjusted"].values[4] <= 0.05  # which has no copy
+
+
+def test_a_shortcut_is_claimed_and_not_supported_unless_it_holds(trained, results):
+    for result in results["shortcut"]:
+        assert result["attribution"].argmax() == 4
+        assert result["verdict"].values[4] != "supported"
+        assert result.attrs["loss"] > result.attrs["base_loss"]  # on which the model relies
+    model = trained(planted.shortcut, 1)
+    x, y = planted.shortcut(np.random.default_rng(5), 400, training=True)
+    attribution = np.broadcast_to(np.arange(6) == 4, x.shape)
+    assert feature_claims(model, x.astype("float32"), y, attribution)["verdict"].values[4] == "supported"
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_effect_of_a_feature_in_a_linear_model_is_twice_its_share_that_is_its_own(separate):
+    generator = np.random.default_rng(0)
+    covariance = np.array([[1, 0.8, 0, 0.3], [0.8, 1, 0, 0], [0, 0, 1, 0], [0.3, 0, 0, 1]])
+    x, background = generator.multivariate_normal(np.zeros(4), covariance, size=(2, 4000))
+    weights = np.array([1.0, -0.5, 0.8, 0.0])
+    y = x @ weights + generator.normal(size=4000)
+    result = feature_claims(linear(weights), x, y, claimed_all(x), background=background if separate else None)
+    own = 1 / np.diag(np.linalg.inv(covariance))  # the variance of each given the others
+    np.testing.assert_allclose(result["effect"], 2 * weights**2 * own, rtol=0.1, atol=1e-3)
+    np.testing.assert_allclose(result.attrs["base_loss"], np.mean((y - (x @ weights).mean()) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(result.attrs["loss"], np.mean((y - x @ weights) ** 2), rtol=1e-4)
+    assert list(result["verdict"].values) == ["supported"] * 3 + ["undetermined"]
+    assert result["p_value"].values[3] == 1  # the model does not look at it
+
+
+def test_an_effect_of_no_size_is_refuted_and_no_claim_is_no_verdict():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2000, 3))
+    weights = np.array([1.0, 0.03, 0.5])
+    y = x @ weights + 0.1 * generator.normal(size=2000)
+    result = feature_claims(linear(weights), x, y, claimed_all(x))
+    assert (result["p_adjusted"] <= 0.05).all()
+    assert list(result["verdict"].values) == ["supported", "refuted", "undetermined"]
+    equal = feature_claims(linear(weights), x, y, np.full(x.shape, 1 / 3))
+    assert (equal["verdict"] == "undetermined").all()
+
+
+def test_draws_are_distributed_as_the_column_given_the_others():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 1000))
+    near, product = a + 0.1 * b, a * b + 0.2 * generator.normal(size=1000)
+    kind = (generator.normal(size=1000) + a > 0).astype(float) + (a > 0.5)
+
+    def draws(*table, of):
+        table = np.column_stack(table)
+        return _drawn(table, table, of, 20, generator)
+
+    assert draws(a, 2 * a + 1, b, of=1) is None
+    assert draws(a, b, a - 3 * b, of=0) is None
+    np.testing.assert_allclose((draws(a, near, of=1) - a).std(), 0.1, rtol=0.05)
+    np.testing.assert_allclose((draws(a, b, product, of=2) - a * b).std(), 0.2, rtol=0.1)
+    assert np.abs(draws(a, np.tanh(a), of=1) - np.tanh(a)).std() < 0.05
+    assert abs(np.corrcoef(draws(a, b, of=1)[0], a)[0, 1]) < 0.1
+    drawn = draws(a, kind, of=1)
+    assert set(np.unique(drawn)) == {0, 1, 2}
+    for low, high in ((-9, -1), (-1, 1), (1, 9)):
+        there = (low < a) & (a < high)
+        np.testing.assert_allclose(drawn[:, there].mean(), kind[there].mean(), atol=0.1)
+
+
+LOSSES = {
+    "mse": (1, None, lambda generator: generator.normal(size=50)),
+    "binary_crossentropy": (1, "sigmoid", lambda generator: generator.integers(2, size=50)),
+    "sparse_categorical_crossentropy": (3, "softmax", lambda generator: generator.integers(3, size=(50, 1))),
+    "categorical_crossentropy": (3, "softmax", lambda generator: np.eye(3)[generator.integers(3, size=50)]),
+}
+
+
+@pytest.mark.parametrize("form", ["name", "object", "function"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_the_models(name, form):
+    outputs, activation, labels = LOSSES[name]
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(outputs, activation)])
+    objects = {
+        "mse": keras.losses.MeanSquaredError,
+        "binary_crossentropy": keras.losses.BinaryCrossentropy,
+        "sparse_categorical_crossentropy": keras.losses.SparseCategoricalCrossentropy,
+        "categorical_crossentropy": keras.losses.CategoricalCrossentropy,
+    }
+    model.compile(loss={"name": name, "object": objects[name](), "function": keras.losses.get(name)}[form])
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(50, 3)).astype("float32"), labels(generator)
+    expected = model.evaluate(x, y, verbose=0)
+    result = feature_claims(model, x, y, claimed_all(x))
+    np.testing.assert_allclose(result.attrs["loss"], expected, rtol=1e-5)
+    if "crossentropy" in name:
+        with pytest.raises(ValueError, match=r"`y` must hold .* from 0 to .*Received: from .* to 7"):
+            feature_claims(model, x, y + 0 * y[:1] + (y == y.max()) * (7 - y.max()), claimed_all(x))
+
+
+def test_a_loss_of_ones_own_and_names():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(100, 3))
+    y = x @ [1.0, 1.0, 0.0]
+    attribution = xr.DataArray(
+        claimed_all(x).astype(float), dims=("sample", "feature"), coords={"feature": ["age", "pulse", "region"]}
+    )
+    model, before = linear([1.0, 1.0, 0.0], loss=None), x.copy()
+    weights = model.get_weights()[0].copy()
+    result = feature_claims(model, x, y, attribution, loss=lambda y, outputs: keras.ops.abs(y - outputs)[:, 0])
+    assert result["verdict"].sel(feature="age") == "supported"
+    assert result["interval"].dims == ("feature", "bound")
+    np.testing.assert_allclose(result.attrs["base_loss"], np.abs(y - y.mean()).mean(), rtol=1e-5)
+    xr.testing.assert_identical(
+        result,
+        feature_claims(
+            model, x, y, attribution, loss=lambda y, outputs: keras.ops.abs(y - outputs)[:, 0], batch_size=100
+        ),
+    )
+    assert (x == before).all()
+    assert (model.get_weights()[0] == weights).all()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 19])
+def test_few_samples_leave_everything_undetermined(samples):
+    result = claims_of_linear(samples=samples)
+    assert (result["verdict"] == "undetermined").all()
+    assert np.isnan(result["effect"]).all()
+    assert (result["p_adjusted"] == 1).all()
+
+
+def test_fewer_samples_than_features_leave_everything_undetermined():
+    result = claims_of_linear(np.ones(50), samples=49)
+    assert (result["verdict"] == "undetermined").all()
+    assert (claims_of_linear(np.ones(50), samples=50)["p_value"] < 1).any()
+
+
+def test_a_constant_feature_is_undetermined_and_the_others_are_not():
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    x[:, 1] = 3
+    result = claims_of_linear(np.array([1.0, 1, 1, 0]), x=x)
+    assert list(result["verdict"].values) == ["supported", "undetermined", "supported", "undetermined"]
+    assert np.isnan(result["interval"].values[1]).all()
+    x[:, 2:] = 3
+    assert claims_of_linear(np.array([1.0, 1, 1, 0]), x=x)["verdict"].values[0] == "supported"
+
+
+TABLE = np.random.default_rng(0).normal(size=(60, 3))
+WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"y": None}, "Without labels, `y`.*Give them"),
+        ({"y": TABLE[:50, 0]}, r"one label for each sample, 60\. Received: shape \(50,\)"),
+        ({"y": ["a"] * 60}, "`y` must hold numbers"),
+        ({"y": WITH_NAN[:, 0]}, "`y` is NaN or infinite in 1 of 60"),
+        ({"y": TABLE}, "`y` must hold 1 numbers for each sample. Received: 3"),
+        ({"x": WITH_NAN}, "`x` is NaN or infinite in 1 of 60 samples"),
+        ({"x": TABLE[:, :, None]}, r"`x` must be a table, \(sample, feature\)"),
+        ({"x": [1, 2]}, "`x` must be an array"),
+        ({"background": TABLE[:, :2]}, r"`background` must have the columns of `x`, 3\. Received: 2"),
+        ({"background": WITH_NAN}, "`background` is NaN or infinite"),
+        ({"attribution": TABLE[:, :2]}, "`attribution` must have a number for each sample and feature"),
+        ({"attribution": WITH_NAN}, "`attribution` is NaN"),
+        ({"loss": {"a": "mse"}}, "The loss must be one function"),
+        (
+            {"loss": lambda y, outputs: keras.ops.mean(outputs)},
+            r"a number for each sample, 60 here. Received: shape \(\)",
+        ),
+        ({"loss": lambda y, outputs: keras.ops.log(outputs * 0 - 1)}, "The loss <lambda> is NaN"),
+        ({"model": linear([1.0, 1, 1], loss=None)}, "The model has no loss. Compile it with one, or give `loss`"),
+        ({"model": None}, "The model has no loss"),
+        ({"level": 0.7}, "`level` must be a number between 0 and 0.5"),
+        ({"margin": -1}, "`margin` must be a number from 0"),
+        ({"draws": 0}, "`draws` must be a positive integer"),
+    ],
+)
+def test_bad_input_gets_a_clear_error(changed, message):
+    arguments = {"model": linear([1.0, 1, 1]), "x": TABLE, "y": TABLE[:, 0], "attribution": TABLE}
+    with pytest.raises(ValueError, match=message):
+        feature_claims(**arguments | changed)
