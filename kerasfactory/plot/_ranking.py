@@ -211,7 +211,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         axes[0].set_ylabel(f"{layer}\nhead" if layer else "head")
         redundancy = dataset["redundancy"].transpose("head", "head_other")
         image = axes[3].imshow(redundancy, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes[3].set_xticks(rows[:: 2 * step], names[:: 2 * step])
+        axes[3].set_xticks(rows[:: -(-len(rows) // 8)], names[:: -(-len(rows) // 8)])
         axes[3].set_yticks(rows[::step], names[::step])
         axes[3].set_ylabel("head")
     farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
