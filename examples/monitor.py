@@ -123,4 +123,4 @@ print(
 #
 # **It does not say** what a head looks at: a mean distance of 4 may be a habit or an average of two. Nor that a head which
 # formed is needed, or that one which stayed even is not: that is an experiment, and
-# [the next recipe](prune.md) makes it. Other seeds hand out the roles differently.
+# [the next recipe](prune.ipynb) makes it. Other seeds hand out the roles differently.
