@@ -83,7 +83,7 @@ plt.show()
 # `audit` runs the same controls; as a function of its own it is not public yet.)
 
 # %%
-controls = {name: attention_controls(model, x_test, seed=1) for name, model in models.items()}
+controls = {name: attention_controls(model, x_test, steps=30) for name, model in models.items()}
 for name, result in controls.items():
     print(name)
     for control in ("uniform", "permuted"):
@@ -107,7 +107,7 @@ for ax, (name, result) in zip(axes, controls.items(), strict=True):
         ax.scatter(chosen["jsd"], chosen["change"], s=16, marker=marker, color=color, alpha=0.6, label=control)
     ax.set_title(name)
     ax.set_xlabel("distance from the model's own scores (JSD)")
-axes[0].set_ylabel("change of the output (its spread = 1)")
+axes[0].set_ylabel("change of output (spread = 1)")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
 

@@ -1,5 +1,8 @@
 """`faithfulness` and the other tests that an attribution could fail, on models whose truth is known."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -271,6 +274,16 @@ def test_predictions_are_those_of_predict():
         predictions(model, X[:0])
 
 
+def test_a_model_can_be_forgotten():
+    model = subclassed()
+    predictions(model, X)
+    alive = weakref.ref(model)
+    del model
+    keras.backend.clear_session()
+    gc.collect()
+    assert alive() is None
+
+
 def state(model):
     return [weight.tobytes() for weight in model.get_weights()], [
         dict(vars(layer)) for layer in model._flatten_layers()
@@ -278,8 +291,11 @@ def state(model):
 
 
 def received(model, x):
-    scores = explain.capture(model, x, verbose=0)["attention"]
-    return scores.mean(["head", "query"]).rename(key="feature")
+    return explain.attribute(model, x, verbose=0)
+
+
+def by_gradient(model, x):
+    return explain.attribute(model, x, "attention_gradient", target=0, verbose=0)
 
 
 def test_the_model_stays_as_it_was():
@@ -342,7 +358,7 @@ def looks_once(keys):
 
 
 def test_the_adversary_finds_other_scores_where_there_are_any():
-    determined = attention_controls(looks_once(2), SEQUENCE[:, :2], tolerance=0.01, steps=30)
+    determined = attention_controls(looks_once(2), SEQUENCE[:, :2], tolerance=0.01, steps=10)
     idle = looks_once(5)
     output = idle.get_layer("attention")._output_dense
     output.kernel.assign(1e-4 * output.kernel)
@@ -431,6 +447,9 @@ def test_an_attribution_without_the_learned_weights():
     assert (result["distance"] > 0).all()
     assert result["interval"][0] < result["mean_distance"] < result["interval"][1]
     assert (result["sample_distance"] >= result["distance"] - 1e-9).all()
+    gradient = randomised_parameters(model, X, by_gradient(model, X), by_gradient, draws=1)
+    assert gradient["distance"] > 0
+    assert np.isnan(gradient["interval"]).all()
     whole = randomised_parameters(model, X, attribution, received, weights="all", draws=2)
     assert not np.allclose(whole["distance"], result["distance"][:2])
 
