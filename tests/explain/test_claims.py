@@ -82,7 +82,7 @@ def test_copies_are_claimed_and_not_supported(results):
 
 def test_a_shortcut_is_claimed_and_not_supported_unless_it_holds(trained, results):
     for result in results["shortcut"]:
-        assert result["attribution"].argmax() == 4
+        assert result["attribution"].values.argmax() == 4
         assert result["verdict"].values[4] != "supported"
         assert result.attrs["loss"] > result.attrs["base_loss"]  # on which the model relies
     model = trained(planted.shortcut, 1)
