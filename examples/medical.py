@@ -7,18 +7,23 @@
 # them, a simulated diagnosis with five classes shows the order of work: build, train, then read.
 
 # %%
+import json
+import tempfile
 import warnings
+from pathlib import Path
 
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.datasets import load_breast_cancer
+from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 keras.utils.set_random_seed(0)
@@ -124,6 +129,48 @@ ax.set_yticks([0, 1], ["seed 0", "seed 1"])
 fig.colorbar(image, label="mean attention score")
 plt.show()
 
+# %% [markdown]
+# ## An audit of the first model
+#
+# Two seeds that agree may be wrong together. [An audit](audit.ipynb) tests what the attention map suggests, on the
+# tumours that the model has not seen.
+
+# %%
+page = explain.audit(models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", batch_size=2048, verbose=0)
+record = json.loads(page.with_suffix(".json").read_text())
+for claim in record["claims"][:5]:
+    print(f"{claim['verdict']:13} {claim['claim']}")
+verdicts = [claim["verdict"] for claim in record["claims"] if claim["feature"]]
+print({verdict: verdicts.count(verdict) for verdict in ("supported", "refuted", "undetermined")})
+
+# %% [markdown]
+# ## The ranking beside two others
+#
+# Permutation importance asks the same model another question: how much worse does it get when a column is shuffled? A
+# logistic regression is another model, on the same data.
+
+# %%
+audited = np.array([one["attribution"] for one in record["attribution"]["features"]])
+
+
+def score(model, x, y):
+    return -log_loss(y, np.asarray(model(x))[:, 0].astype("float64"))
+
+
+shuffled = permutation_importance(
+    models[0], x_test, y_test, scoring=score, n_repeats=5, random_state=0
+).importances_mean
+
+rankings = {"attention": audited, "permutation importance": shuffled, "logistic regression": weight}
+first_ten = {label: set(np.argsort(-values)[:10]) for label, values in rankings.items()}
+for label, other in [
+    ("attention", "permutation importance"),
+    ("attention", "logistic regression"),
+    ("permutation importance", "logistic regression"),
+]:
+    common = len(first_ten[label] & first_ten[other])
+    correlation = spearmanr(rankings[label], rankings[other]).statistic
+    print(f"{label} and {other}: {common} of the first 10 in common, rank correlation {correlation:.1f}")
 # %% [markdown]
 # ## What the map says, and what it does not
 #

@@ -1,14 +1,19 @@
-"""The site as its readers meet it: at a desk or on a phone, in the light or in the dark, with or without a mouse."""
+"""The site, and audits, as readers meet them: at a desk or on a phone, in the light or in the dark, without a mouse."""
 
 import os
 import re
 import shutil
 from pathlib import Path
 
+import keras
 import nbformat
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
+
+from kerasfactory import explain
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICES = {
@@ -229,3 +234,41 @@ def test_keyboard_leads_to_content_menu_and_search(new_page):
     page.locator("label[title=Search]").focus()
     page.keyboard.press("Enter")
     expect(page.locator(".md-search__input")).to_be_focused()
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory):
+    """Two audits, of a table with labels, and of what cannot be tested."""
+    keras.utils.set_random_seed(0)
+    names = ["decides", "a long name that must find its place on a telephone", *(f"noise {n}" for n in range(10))]
+    inputs = keras.Input((len(names),))
+    attended = InterpretableMultiHeadAttention(4, 1, name="attention")(FeatureTokenizer(4, feature_names=names)(inputs))
+    outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", "binary_crossentropy")
+    x = np.random.default_rng(0).normal(size=(80, len(names)))
+    folder = tmp_path_factory.mktemp("audits")
+    return [
+        explain.audit(model, x, x[:, 0] > 0, folder / "tested.html", verbose=0),
+        explain.audit(model, x[:5], path=folder / "untested.html", verbose=0),
+    ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_audit_opens_without_a_network(audits, browser, device, scheme):
+    options = DEVICES[device] | {"color_scheme": scheme, "reduced_motion": "reduce", "offline": True}
+    with browser.new_context(**options) as context:
+        page = context.new_page()
+        for audit in audits:
+            requested, said = [], []
+            page.on("request", lambda request, requested=requested: requested.append(request.url))
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.goto(audit.as_uri())
+            assert not [*layout_problems(page), *accessibility_problems(page)]
+            assert requested == [audit.as_uri()]
+            assert not said
+            red, *_ = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
+            assert (red > 200) == (scheme == "light")
+            expect(page.get_by_text("undetermined", exact=True).first).to_be_visible()

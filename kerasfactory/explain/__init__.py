@@ -1,6 +1,7 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
 from kerasfactory.explain._attribution import attribute, rollout
+from kerasfactory.explain._audit import audit, verify
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
@@ -10,6 +11,7 @@ from kerasfactory.explain._summary import summarize
 __all__ = [
     "AttentionMonitor",
     "attribute",
+    "audit",
     "capture",
     "faithfulness",
     "head_importance",
@@ -17,4 +19,5 @@ __all__ = [
     "recomposition_error",
     "rollout",
     "summarize",
+    "verify",
 ]

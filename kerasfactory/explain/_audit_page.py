@@ -1,0 +1,319 @@
+"""An audit as a page: one HTML file that needs nothing else, for people, with the data in it, for programs."""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+_DATA = re.compile(r'(?<=<script type="application/json" id="audit">).*?(?=</script>)', re.DOTALL)
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --faint: #595959; --line: #d4d4d4; --bar: #5b88c4;
+  --supported: #0b5d2a; --refuted: #a01414; --undetermined: #6a4a00 }
+@media (prefers-color-scheme: dark) { :root { --text: #ececec; --page: #151515; --faint: #b0b0b0; --line: #444444;
+  --bar: #6f9fe0; --supported: #7fd79c; --refuted: #ff9a9a; --undetermined: #e6c463 } }
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 1rem; box-sizing: border-box }
+h1, h2 { line-height: 1.2 }
+figure { margin: 1rem 0 }
+figcaption, .note { color: var(--faint) }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
+td { font-variant-numeric: tabular-nums }
+td.long { min-width: 8rem }
+td.drawn { min-width: 5rem; width: 22% }
+small { color: var(--faint) }
+td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace }
+svg { display: block; width: 100%; height: 1.5rem }
+svg.tall { height: 8rem }
+rect { fill: var(--bar) }
+line { stroke: var(--text); stroke-width: 2; vector-effect: non-scaling-stroke }
+line.zero { stroke: var(--line); stroke-width: 1 }
+.supported, .refuted, .undetermined { font-weight: 700 }
+.supported { color: var(--supported) } .refuted { color: var(--refuted) } .undetermined { color: var(--undetermined) }
+"""
+
+
+def page(record: dict[str, Any]) -> str:
+    """The audit as HTML, without its data: the same for the same record."""
+    verdicts = [claim["verdict"] for claim in record["claims"]]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("supported", "refuted", "undetermined"))
+    level, captured = record["settings"]["level"], record["capture"]
+    title = html.escape(f"Audit of {record['model']['name']}")
+    removal = record["faithfulness"] or {}
+    of_features = [claim for claim in record["claims"] if claim["feature"] is not None]
+    sections = [
+        _section(
+            "Claims",
+            f"{len(verdicts)} claims, of which {len(of_features)} are about single features: {counts}. A claim is "
+            f"supported if its p-value, adjusted for all claims together (Benjamini–Hochberg), is at most {level:g}, "
+            "and refuted if the data speak against it; what they leave open is undetermined. Intervals cover "
+            f"{1 - level:.0%} (bootstrap over the samples).",
+            _table(
+                "The claims about the model, and the numbers behind them",
+                ["Claim", "Verdict", "Statistic", "p"],
+                [
+                    [
+                        _cell(claim["claim"], "long", claim["reason"]),
+                        _verdict(claim["verdict"]),
+                        _cell(
+                            _number(claim["statistic"]["value"]),
+                            "",
+                            "; ".join(filter(None, [claim["statistic"]["name"], _interval(claim["interval"])])),
+                        ),
+                        _p_values(claim),
+                    ]
+                    for claim in record["claims"]
+                    if claim["feature"] is None
+                ],
+            ),
+        ),
+        _section(
+            "Features",
+            f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
+            "claim is that the attribution is high and that the feature tells the model what the others do not.",
+            _features(record["attribution"]["features"], of_features),
+        ),
+        _section(
+            "Does attention matter?",
+            "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
+            "out at random (permuted), and weights as far from its own as can be found without changing the output "
+            "by more than a tolerance (adversarial). That other weights give the same output does not refute "
+            "attention; that none are found proves nothing.",
+            _controls(record),
+        ),
+        _section(
+            "Is the ranking faithful?",
+            "Comprehensiveness is the change of the output when the features that come first are removed, and should "
+            "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
+            "several numbers of features. Each stands beside the same ranking with its features relabelled at random."
+            + "".join(f" {name.capitalize()}: {removal[name]}." for name in ("removal", "background") if removal),
+            _faithfulness(record),
+        ),
+        _section(
+            "Proof of capture",
+            f"Outputs with and without observation differ by {_number(captured['prediction_difference'])} of the "
+            f"largest. This and every recomposition error may be {captured['tolerance']:g}. "
+            + (" ".join(captured["not_captured"]) or "No attention layer is left out."),
+            _layers(captured["layers"]),
+        ),
+        _section("Model", "Hashes are SHA-256.", _facts("What was audited", record["model"])),
+        _section("Data", "The data themselves are not in this file.", _facts("What it was audited on", record["data"])),
+        _section("Environment", "", _facts("What computed it", record["environment"])),
+        _section(
+            "Check it",
+            "explain.verify(path, model, x, y) computes all this again and says what no longer holds. The same data "
+            "are in the JSON file beside this page, and in this page.",
+            _facts("How it was made", {**record["settings"], **(record["features"] or {})}),
+        ),
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{"".join(sections)}</main>
+<script type="application/json" id="audit"></script>
+</body>
+</html>
+"""
+
+
+def escaped(text: str) -> str:
+    """JSON in which no tag can begin."""
+    return text.replace("<", "\\u003c")
+
+
+def with_data(page: str, text: str) -> str:
+    """The page with the data, JSON, in it."""
+    return _DATA.sub(lambda _: escaped(text), page, count=1)
+
+
+def without_data(text: str) -> tuple[str, str | None]:
+    """The page without its data, and the data as they are written in it, if there are any."""
+    found = _DATA.search(text)
+    return _DATA.sub("", text, count=1), found and found.group()
+
+
+def _section(title: str, note: str, *content: str) -> str:
+    paragraph = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
+    return f"<section>\n<h2>{html.escape(title)}</h2>\n{paragraph}{''.join(content)}</section>\n"
+
+
+def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A figure that can be scrolled with the keyboard, where it is wider than the window."""
+    head = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
+    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
+    caption = html.escape(caption)
+    return (
+        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n<table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+        f"<figcaption>{caption}</figcaption>\n</figure>\n"
+    )
+
+
+def _features(found: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> str:
+    bars = _bars([(one["feature"], one["attribution"], one["interval"]) for one in found])
+    rows = [
+        [
+            _cell(one["feature"], "long"),
+            _verdict(claim["verdict"], claim["reason"]),
+            bar,
+            _cell(_number(one["attribution"]), "", _interval(one["interval"])),
+            _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"])),
+            _p_values(claim),
+        ]
+        for one, claim, bar in zip(found, claims, bars, strict=True)
+    ]
+    order = sorted(range(len(found)), key=lambda number: -found[number]["attribution"])
+    name = claims[0]["statistic"]["name"].capitalize()
+    return _table(
+        "The mean attribution to each feature, the test of each, and their intervals",
+        ["Feature", "Verdict", "Attribution, drawn", "Attribution", name, "p"],
+        [rows[number] for number in order],
+    )
+
+
+def _controls(record: dict[str, Any]) -> str:
+    controls = record["controls"]
+    if controls is None:
+        return "<p>Not tested: see the claims.</p>\n"
+    found = controls["controls"]
+    claims = {"uniform": record["claims"][1]["verdict"], "permuted": record["claims"][2]["verdict"]}
+    bars = _bars([(one["control"], one["median_change"], one["interval"]) for one in found])
+    return _table(
+        f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples",
+        ["Attention", "Change, drawn", "Change", "Distance of the scores", "Claim"],
+        [
+            [
+                _cell(one["control"]),
+                bar,
+                _cell(_number(one["median_change"]), "", _interval(one["interval"])),
+                _cell(_number(one["median_distance"])),
+                _verdict(claims[one["control"]]) if one["control"] in claims else _cell("no claim"),
+            ]
+            for one, bar in zip(found, bars, strict=True)
+        ],
+    )
+
+
+def _faithfulness(record: dict[str, Any]) -> str:
+    if record["faithfulness"] is None:
+        return "<p>Not tested: see the claims.</p>\n"
+    parts = []
+    for found, claim in zip(record["faithfulness"]["tests"], record["claims"][3:5], strict=True):
+        null, observed = found["null"], found["observed"]
+        label = (
+            f"Histogram of the AOPC {found['name']} of {len(null)} rankings that know nothing, from "
+            f"{_number(min(null))} to {_number(max(null))}, and a line at {_number(observed)}, that of the ranking: "
+            f"{claim['verdict']}"
+        )
+        counts = zip(found["removed"], found["mean_change"], strict=True)
+        changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts)
+        parts.append(
+            f"<h3>{html.escape(found['name'].capitalize())}</h3>\n<figure>\n{_histogram(null, observed, label)}\n"
+            f"<figcaption>{html.escape(label.partition(': ')[0])}: {_span(claim['verdict'])}. "
+            f"{html.escape(f'Change of the output by the number of features that are removed: {changes}.')}"
+            "</figcaption>\n</figure>\n"
+        )
+    return "".join(parts)
+
+
+def _layers(layers: Sequence[dict[str, Any]]) -> str:
+    return _table(
+        "The attention layers, and how far their outputs lie from what the captured scores make of their values",
+        ["Layer", "Class", "Heads", "Masks", "Recomposition error"],
+        [
+            [
+                *(_cell(str(layer[key])) for key in ("layer", "class", "heads", "masks")),
+                _cell(_number(layer["recomposition_error"])),
+            ]
+            for layer in layers
+        ],
+    )
+
+
+def _facts(caption: str, facts: dict[str, Any]) -> str:
+    rows = [[_cell(name.replace("_", " ")), _cell(_text(value), "value")] for name, value in facts.items()]
+    return _table(caption, ["What", "Value"], rows)
+
+
+def _cell(text: str, kind: str = "", below: str = "") -> str:
+    small = f"<br><small>{html.escape(below)}</small>" if below else ""
+    return f'<td class="{kind}">{html.escape(text)}{small}</td>' if kind else f"<td>{html.escape(text)}{small}</td>"
+
+
+def _verdict(verdict: str, reason: str = "") -> str:
+    return f"<td>{_span(verdict)}{f'<br><small>{html.escape(reason)}</small>' if reason else ''}</td>"
+
+
+def _span(verdict: str) -> str:
+    return f'<span class="{verdict}">{verdict}</span>'
+
+
+def _p_values(claim: dict[str, Any]) -> str:
+    adjusted = claim["p_adjusted"]
+    return _cell(_number(claim["p_value"]), "", "" if adjusted is None else f"adjusted {_number(adjusted)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return _number(value) if value is None or isinstance(value, float) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else " to ".join(map(_number, bounds))
+
+
+def _bars(rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> list[str]:
+    """For each named value with its interval a cell with a bar, all on one scale from 0."""
+    ends = [0.0, *(value for _, value, _ in rows), *(bound for _, _, bounds in rows for bound in bounds or ())]
+    low, high = min(ends), max(ends)
+
+    def at(value):
+        return round(100 * (value - low) / ((high - low) or 1), 2)
+
+    cells = []
+    for name, value, bounds in rows:
+        label = f"{name}: {_number(value)}" + (f", interval {_interval(bounds)}" if bounds else "")
+        whisker = f'<line x1="{at(bounds[0])}" x2="{at(bounds[1])}" y1="5" y2="5"/>' if bounds else ""
+        cells.append(
+            f'<td class="drawn"><svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
+            f'aria-label="{html.escape(label)}"><rect x="{min(at(0), at(value))}" y="2" '
+            f'width="{abs(at(value) - at(0)):.2f}" height="6"/>{whisker}</svg></td>'
+        )
+    return cells
+
+
+def _histogram(null: Sequence[float], observed: float, label: str) -> str:
+    """How often values as in `null` came about, and a line at the observed one."""
+    low, high = min(*null, observed), max(*null, observed)
+    counts, _ = np.histogram(null, bins=40, range=(low, high))
+    width = 100 / len(counts)
+    bars = "".join(
+        f'<rect x="{number * width}" y="{100 - 96 * count / counts.max():.1f}" width="{width}" '
+        f'height="{96 * count / counts.max():.1f}"/>'
+        for number, count in enumerate(counts)
+        if count
+    )
+    x = round(100 * (observed - low) / ((high - low) or 1), 2)
+    return (
+        f'<svg class="tall" viewBox="-1 0 102 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{html.escape(label)}">{bars}<line x1="{x}" x2="{x}" y1="0" y2="100"/></svg>'
+    )

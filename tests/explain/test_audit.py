@@ -1,0 +1,320 @@
+"""An audit says what holds, and `verify` what no longer does."""
+
+import functools
+import json
+import os
+import platform
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from kerasfactory import explain
+from kerasfactory.explain import _audit
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+NAMES = ["decides", "helps", "noise", "more noise"]
+RNG = np.random.default_rng(3)
+X = RNG.normal(size=(200, 4)).astype("float32")
+Y = (2 * X[:, 0] + X[:, 1] > 0).astype("float32")
+
+
+def build(names=NAMES, width=8):
+    inputs = keras.Input((len(names),))
+    tokens = FeatureTokenizer(width, feature_names=names)(inputs)
+    attended = InterpretableMultiHeadAttention(4, 2, dropout_rate=0.0, name="attention")(tokens)
+    outputs = layers.Dense(1, activation="sigmoid")(layers.Flatten()(attended))
+    model = keras.Model(inputs, outputs, name="planted")
+    model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """The adversary, whose way is tested elsewhere, goes a short one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_audit, "attention_controls", functools.partial(_audit.attention_controls, steps=3))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    model = build()
+    model.fit(X, Y, batch_size=100, epochs=30, verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    return explain.audit(model, X, Y, tmp_path_factory.mktemp("audit") / "audit.html", verbose=0)
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    """A copy of the audit, to be tampered with."""
+    for file in (written, written.with_suffix(".json")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / written.name
+
+
+def data(path):
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(entry, (*path, key))
+    else:
+        yield path, value
+
+
+def changed(record, path, value):
+    """The record with another value at a path; the rest is shared."""
+    if not path:
+        return value
+    copy = dict(record) if isinstance(record, dict) else list(record)
+    copy[path[0]] = changed(record[path[0]], path[1:], value)
+    return copy
+
+
+def test_an_audit_says_what_was_audited_and_how_each_claim_came_out(model, written):
+    record = data(written)
+    assert written.name == "audit.html"
+    assert {"model", "data", "environment", "capture", "claims"} <= set(record)
+    assert record["model"]["parameters"] == model.count_params()
+    assert record["data"]["feature_names"] == NAMES
+    assert record["data"]["shape"] == [200, 4]
+    assert record["environment"]["backend"].startswith(keras.config.backend())
+    assert record["capture"]["layers"][0]["layer"] == "attention"
+    assert record["capture"]["layers"][0]["recomposition_error"] < 1e-5
+    for claim in record["claims"]:
+        assert {"claim", "verdict", "statistic", "p_value", "interval", "reason"} <= set(claim)
+        assert claim["verdict"] in ("supported", "refuted", "undetermined")
+        assert claim["reason"]
+    assert record["claims"][0]["verdict"] == "supported"
+    by_feature = {claim["feature"]: claim for claim in record["claims"] if claim["feature"]}
+    assert list(by_feature) == NAMES
+    assert by_feature["noise"]["verdict"] != "supported"
+    assert by_feature["more noise"]["verdict"] != "supported"
+
+
+def test_p_values_are_adjusted_for_all_claims_together(written):
+    tested = [claim for claim in data(written)["claims"] if claim["p_value"] is not None]
+    assert len(tested) > len(NAMES)
+    ranked = sorted(tested, key=lambda claim: claim["p_value"])
+    # Benjamini and Hochberg, by hand.
+    for rank, claim in enumerate(ranked):
+        by_hand = min(len(ranked) / (later + 1) * ranked[later]["p_value"] for later in range(rank, len(ranked)))
+        assert claim["p_adjusted"] == pytest.approx(min(by_hand, 1))
+        assert claim["verdict"] != "supported" or claim["p_adjusted"] <= 0.05
+
+
+def test_the_same_audit_is_the_same_file(model, written, tmp_path):
+    again = explain.audit(model, X, Y, tmp_path / "audit.html", verbose=0)
+    for suffix in (".html", ".json"):
+        assert again.with_suffix(suffix).read_bytes() == written.with_suffix(suffix).read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_an_audit_tells_nothing_of_the_machine(written):
+    for suffix in (".html", ".json"):
+        text = written.with_suffix(suffix).read_text()
+        for private in (platform.node(), os.getcwd(), os.path.expanduser("~"), "202"):
+            assert private == "/" or private not in re.sub(r"[0-9a-f]{64}|\d+\.\d+", "", text)
+
+
+def test_what_holds_is_verified_for_the_loaded_model(model, written, tmp_path):
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert explain.verify(written.with_suffix(".json"), loaded, X, Y, verbose=0) == []
+
+
+def test_what_cannot_be_checked_or_only_may_matter_is_told_in_warnings(model, written, monkeypatch):
+    monkeypatch.setattr(np, "__version__", "9.9.9")
+    with (
+        pytest.warns(UserWarning, match="claims about single features were not checked"),
+        pytest.warns(UserWarning, match=r"other versions: numpy .*, now 9\.9\.9"),
+    ):
+        assert explain.verify(written, model, X, verbose=0) == []
+
+
+def test_other_weights_configurations_data_and_labels_are_noticed(model, written):
+    other = keras.Model.from_config(model.get_config() | {"name": "renamed"})
+    other.set_weights([weight + 0.3 for weight in model.get_weights()])
+    other.compile(loss="binary_crossentropy")
+    found = explain.verify(written, other, X, Y, verbose=0)
+    assert "The weights of the model are not those that were audited." in found
+    assert "The configuration of the model is not the one that was audited." in found
+    assert "In “model”, name was planted and is now renamed." in found
+    assert any(re.match(r"In “attribution”, features/0/attribution was .* and is now", one) for one in found)
+
+    moved, flipped = X.copy(), Y.copy()
+    moved[17, 2] += 1e-3
+    flipped[5] = 1 - flipped[5]
+    found = explain.verify(written, model, moved, flipped, verbose=0)
+    assert {"The data are not those of the audit.", "The labels are not those of the audit."} <= set(found)
+    assert not any("weights of the model" in one for one in found)
+    (found,) = explain.verify(written, model, X[:, :3], Y, verbose=0)
+    assert "a sample has shape [3], and had [4]" in found
+
+
+def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
+    record = data(copied)
+    numbers = [(path, leaf) for path, leaf in leaves(record) if isinstance(leaf, int | float)]
+    assert len(numbers) > 100
+    json_file, page = copied.with_suffix(".json"), copied.read_text()
+    before = json_file.read_text()
+    for path, number in numbers:
+        other = number + 1 if isinstance(number, int) else float(np.nextafter(number, 2))
+        json_file.write_text(json.dumps(changed(record, path, other), indent=1, ensure_ascii=False) + "\n")
+        findings = explain.verify(json_file, model, X, Y)
+        assert any("audit.json were changed" in sentence for sentence in findings), path
+        assert any("audit.html and audit.json differ" in sentence for sentence in findings), path
+    json_file.write_text(before)
+
+    rng = np.random.default_rng(0)
+    for position in rng.choice([match.start() for match in re.finditer(r"[0-9]", page)], 100, replace=False):
+        digit = str((int(page[position]) + 1) % 10)
+        copied.write_text(page[:position] + digit + page[position + 1 :])
+        try:
+            findings = explain.verify(copied, model, X, Y)
+        except ValueError as error:  # no JSON any more, or another schema
+            findings = [str(error)]
+        assert findings, page[position - 40 : position + 40]
+
+
+def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(model, copied):
+    record = data(copied)
+    (claim,) = (claim for claim in record["claims"] if claim["feature"] == "noise")
+    claim["verdict"], claim["p_value"], claim["statistic"]["value"] = "supported", 1e-4, 0.3
+    forged = {key: value for key, value in record.items() if key not in ("page", "checksum")}
+    _audit._save(forged, copied, copied.with_suffix(".json"))
+    findings = explain.verify(copied, model, X, Y, verbose=0)
+    assert any("noise" in sentence and "was supported and is now" in sentence for sentence in findings)
+    assert any("statistic/value was 0.3" in sentence for sentence in findings)
+
+
+def test_a_page_that_does_not_show_its_data_is_noticed(model, copied):
+    record = data(copied)
+    shown = _audit.page(record).replace("supported", "proven")
+    record["page"] = _audit.hashlib.sha256(shown.encode()).hexdigest()
+    record["checksum"] = _audit._checksum(record)
+    text = _audit._json(record)
+    copied.write_text(_audit.with_data(shown, text))
+    copied.with_suffix(".json").write_text(text)
+    assert explain.verify(copied, model, X, Y) == ["audit.html does not show what its data say."]
+
+
+def test_half_an_audit_is_noticed(model, copied):
+    copied.unlink()
+    assert explain.verify(copied.with_suffix(".json"), model, X, Y) == ["audit.html is missing."]
+    copied.with_suffix(".json").write_text("{}")
+    with pytest.raises(ValueError, match=r"audit\.json is not an audit"):
+        explain.verify(copied.with_suffix(".json"), model, X, Y)
+
+
+def test_files_that_are_not_audits_are_neither_read_nor_overwritten(model, copied, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.html"):
+        explain.verify(tmp_path / "nothing.html", model, X)
+    with pytest.raises(ValueError, match=r"must end in \.html"):
+        explain.audit(model, X, Y, tmp_path / "audit.pdf")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        explain.audit(model, X, Y, tmp_path / "missing" / "audit.html")
+    newer = re.sub(r"kerasfactory\.audit/\d+", "kerasfactory.audit/99", copied.with_suffix(".json").read_text())
+    copied.with_suffix(".json").write_text(newer)
+    with pytest.raises(ValueError, match="newer kerasfactory: it has schema 99"):
+        explain.verify(copied.with_suffix(".json"), model, X)
+    for name in ("page.html", "page.json"):
+        foreign = tmp_path / name
+        foreign.write_text("<h1>mine</h1>")
+        with pytest.raises(ValueError, match=f"{name} is not an audit"):
+            explain.verify(foreign, model, X)
+        with pytest.raises(FileExistsError, match=f"{name} exists and is not an audit"):
+            explain.audit(model, X, Y, tmp_path / "page.html")
+        assert foreign.read_text() == "<h1>mine</h1>"
+        foreign.unlink()
+
+
+def test_what_cannot_be_written_leaves_what_was_there(copied, monkeypatch):
+    before = copied.read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        _audit._save({**data(copied), "settings": {"level": 0.1}}, copied, copied.with_suffix(".json"))
+    assert copied.read_bytes() == before
+    assert sorted(file.name for file in copied.parent.iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_bad_input_is_refused(model, tmp_path):
+    path = tmp_path / "audit.html"
+    gap = X.copy()
+    gap[[4, 9], 1] = np.nan
+    with pytest.raises(ValueError, match=r"2 of 200 samples have NaN .* number 4"):
+        explain.audit(model, gap, Y, path)
+    with pytest.raises(ValueError, match=r"one label for each sample in `x`, 200\. Received: 199"):
+        explain.audit(model, X, Y[:-1], path)
+    with pytest.raises(ValueError, match=r"`y` must hold finite numbers"):
+        explain.audit(model, X, np.where(X[:, 0] > 2, np.nan, Y), path)
+    with pytest.raises(ValueError, match="`x` must be an array"):
+        explain.audit(model, {"x": X}, Y, path)
+    with pytest.raises(ValueError, match="at least one sample"):
+        explain.audit(model, X[:0], Y[:0], path)
+    with pytest.raises(ValueError, match="`background` must have the shape of one of `x`"):
+        explain.audit(model, X, Y, path, background=X[:, :2])
+    with pytest.raises(ValueError, match="`level` must be a number between 0 and 0"):
+        explain.audit(model, X, Y, path, level=95)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("samples", [1, 7])
+def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
+    record = data(explain.audit(model, X[:samples], Y[:samples], tmp_path / "audit.html", verbose=0))
+    first, *others = record["claims"]
+    assert first["verdict"] == "supported"
+    assert {claim["verdict"] for claim in others} == {"undetermined"}
+    assert {claim["p_value"] for claim in others} == {None}
+    assert all("fewer than the" in claim["reason"] for claim in others)
+
+
+def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, tmp_path):
+    constant = X[:100].copy()
+    constant[:, 2] = 0.5
+    record = data(explain.audit(model, constant, Y[:100], tmp_path / "audit.html", verbose=0))
+    (claim,) = (claim for claim in record["claims"] if claim["feature"] == "noise")
+    assert (claim["verdict"], claim["p_value"]) == ("undetermined", None)
+    assert "constant" in claim["reason"]
+
+    record = data(explain.audit(model, X[:30], path=tmp_path / "audit.html", verbose=0))
+    about = [claim for claim in record["claims"] if claim["feature"]]
+    assert {claim["verdict"] for claim in about} == {"undetermined"}
+    assert all("Without labels" in claim["reason"] for claim in about)
+    assert record["data"]["labels"] is None
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    names = ["</script><script>alert(1)</script>", '<!-- & "quoted"', "ä\u2028 \\u003c", "d"]
+    path = explain.audit(build(names), X[:30], path=tmp_path / "audit.html", verbose=0)
+    text = path.read_text()
+    assert text.count("<script") == text.count("</script>") == 1
+    assert "alert(1)" in text
+    assert "<!--" not in text
+    assert json.loads(re.search(r"<script[^>]*>(.*)</script>", text, re.DOTALL)[1]) == data(path)
+    assert data(path)["data"]["feature_names"] == names
+
+
+def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, capsys):
+    weights = model.get_weights()
+    before = [dict(vars(layer)) for layer in model._flatten_layers()]
+    x = X[:30].copy()
+    explain.audit(model, x, Y[:30], tmp_path / "audit.html", verbose=1)
+    assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
+    assert all(map(np.array_equal, weights, model.get_weights()))
+    np.testing.assert_array_equal(x, X[:30])
+    assert "5/5" in capsys.readouterr().out
