@@ -140,10 +140,10 @@ def with_data(page: str, text: str) -> str:
     return _DATA.sub(lambda _: escaped(text), page, count=1)
 
 
-def without_data(text: str) -> tuple[str, str | None]:
+def without_data(text: str) -> tuple[str, str]:
     """The page without its data, and the data as they are written in it, if there are any."""
     found = _DATA.search(text)
-    return _DATA.sub("", text, count=1), found and found.group()
+    return _DATA.sub("", text, count=1), found.group() if found else ""
 
 
 def _section(title: str, note: str, *content: str) -> str:
