@@ -37,12 +37,13 @@ keras-versions: .venv/ready ## the unit tests on the oldest Keras that pyproject
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
 
-bench: .venv/ready ## measure the layer, capture and summarize beside their peers; about half an hour
+bench: .venv/ready ## measure the layer, capture and summarize beside their peers, and how often verdicts are right; about 40 minutes
 	$(PIP) install --no-deps --target .venv/peers kerasfactory==0.1.1 loguru pandas plotly \
 		pytorch-forecasting lightning lightning-utilities torchmetrics scikit-base tqdm
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/summary.py
+	$(BIN)/python benchmarks/claims.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check

@@ -92,7 +92,7 @@ for name, result in controls.items():
         print(f"    {control}: the output moves by {size} than 0.3 of its spread")
     far = (result["jsd"].sel(control="adversarial") > 0.3).mean().item()
     print(
-        f"    adversarial: distant scores (JSD > 0.3) with the same output for {'most' if far > 0.5 else 'few'} samples"
+        f"    adversarial: other scores (JSD > 0.3), same output, for more than a quarter of the samples: {far > 0.25}"
     )
 
 # %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Left, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Right, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
@@ -114,7 +114,7 @@ plt.show()
 # %% [markdown]
 # Uniform and permuted scores tell the models apart: the first follows its attention, the second hardly needs it.
 #
-# **The adversary does not tell them apart.** It finds other scores for both. No wonder: a mixture of two stations that do not
+# **The adversary does not tell them apart.** It finds other scores for many samples of both. No wonder: a mixture of two stations that do not
 # matter can make the same number as the one that does. That other scores *would have* made this output does not mean that the
 # model did not use its own (Wiegreffe & Pinter 2019). Had we stopped at the adversary, we would have thrown away the good map.
 #

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.trainers.compile_utils import get_loss
 
 __all__ = [
     "as_numpy",
@@ -24,6 +25,8 @@ __all__ = [
     "predict_step",
     "readable",
     "set_keras_mask",
+    "summary_writer",
+    "unreduced_loss",
 ]
 
 
@@ -56,6 +59,49 @@ def predict_step(model, state, data):
     with keras.StatelessScope(zip(variables, [*state[0], *state[1]], strict=True)) as scope:
         outputs = model.predict_step(data)
     return outputs, (state[0], [scope.get_current_value(variable) for variable in model.non_trainable_variables])
+
+
+def unreduced_loss(loss, targets, outputs):
+    """What `model.compile(loss=loss)` makes of targets and outputs, one of each, before it reduces it to a number."""
+    loss = get_loss(loss, targets, outputs)
+    return loss.call(ops.cast(targets, loss.dtype), ops.cast(outputs, loss.dtype))
+
+
+def summary_writer(log_dir):
+    """Something with `add_scalar(tag, value, step)` and `flush()` that writes for TensorBoard into a directory."""
+    if keras.config.backend() != "tensorflow":
+        with contextlib.suppress(ImportError):
+            from tensorboard.summary import Writer  # needs none of the backends
+
+            return Writer(log_dir)
+        with contextlib.suppress(ImportError):
+            from tensorboardX import SummaryWriter
+
+            return SummaryWriter(log_dir)
+    try:
+        import tensorflow
+    except ImportError:
+        raise ImportError(
+            "Writing for TensorBoard needs one of tensorboard, tensorboardX and tensorflow: `pip install tensorboard`."
+        ) from None
+    return _TensorFlowWriter(tensorflow, log_dir)
+
+
+class _TensorFlowWriter:
+    """Writes scalars as `tf.summary.scalar` does, which has to have TensorBoard installed."""
+
+    def __init__(self, tensorflow, log_dir):
+        self._summary = tensorflow.summary
+        self._writer = tensorflow.summary.create_file_writer(log_dir)
+        self._metadata = tensorflow.compat.v1.SummaryMetadata()
+        self._metadata.plugin_data.plugin_name = "scalars"
+
+    def add_scalar(self, tag, value, step):
+        with self._writer.as_default():
+            self._summary.write(tag, np.float32(value), step, self._metadata)
+
+    def flush(self):
+        self._writer.flush()
 
 
 if keras.config.backend() == "tensorflow":

@@ -242,6 +242,44 @@ def _summary(result):
     return _rows(["backend", "tokens", "full scores", "extra memory", "time", "time ÷ floor"], *rows)
 
 
+def _part(of):
+    low, high = of["interval"]
+    return f"{of['count']} of {of['of']} ({100 * low:.1f}–{100 * high:.1f} %)"
+
+
+def _claims_false(result):
+    rows = [
+        [
+            row["process"],
+            str(row["samples"]),
+            f"**{_part(row['false_models'])}**",
+            f"**{_part(row['false_claims'])}**",
+            _part(row["misleading"]["claimed"]) if "misleading" in row else "",
+            str(row["misleading"]["supported"]["count"]) if "misleading" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["data", "samples", "models with a false “supported”", "false claims that are “supported”"]
+    return _rows([*header, "copies or shortcut that attention puts first", "of them “supported”"], *rows)
+
+
+def _claims_true(result):
+    rows = [
+        [
+            row["process"],
+            _part(row["relevant"]["claimed"]),
+            f"**{_part(row['relevant']['supported_of_claimed'])}**",
+            _part(row["relevant"]["supported"]),
+            _part(row["relevant"]["significant"]),
+            str(row["relevant"]["refuted_of_claimed"]["count"]),
+        ]
+        for row in result["rows"]
+        if "relevant" in row
+    ]
+    header = ["data", "true features that attention claims", "of these “supported”", "of all “supported”"]
+    return _rows([*header, "significant, claimed or not", "wrongly “refuted”"], *rows)
+
+
 TABLES = {
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
@@ -252,4 +290,6 @@ TABLES = {
     "layer.json import": _layer_import,
     "capture.json": _capture,
     "summary.json": _summary,
+    "claims.json false": _claims_false,
+    "claims.json true": _claims_true,
 }

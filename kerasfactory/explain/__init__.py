@@ -4,13 +4,18 @@ from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._audit import audit, verify
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._faithfulness import faithfulness
+from kerasfactory.explain._heads import head_importance, head_statistics
+from kerasfactory.explain._monitor import AttentionMonitor
 from kerasfactory.explain._summary import summarize
 
 __all__ = [
+    "AttentionMonitor",
     "attribute",
     "audit",
     "capture",
     "faithfulness",
+    "head_importance",
+    "head_statistics",
     "recomposition_error",
     "rollout",
     "summarize",

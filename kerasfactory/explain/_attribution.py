@@ -43,8 +43,10 @@ def attribute(
     heads, the methods are
 
     - `"attention"`: \(\bar A_{ij}\), the mean over the layers. **Rows of the result sum to 1.**
+
     - `"rollout"`: the attention of all layers multiplied, as `rollout` does it. **Rows sum to 1.** (Abnar & Zuidema
       2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928))
+
     - `"attention_gradient"`: with the gradient of the output \(y\) of the `target` by the weights, and from the first
       layer to the last,
 
@@ -57,6 +59,7 @@ def attribute(
         long as there is one layer. (Chefer et al. 2021, [*Generic Attention-model
         Explainability*](https://arxiv.org/abs/2103.15679), equations 5 and 6: the form without relevance
         propagation.)
+
     - `"value_norm"`: the length of what the key adds to the layer's output,
 
         $$
@@ -65,8 +68,10 @@ def attribute(
 
         the mean over the layers. Rows do not sum to 1; entries are 0 or more, in the unit of the layer's output. The
         vectors themselves, summed over the keys, with the output's bias, are that output. (Kobayashi et al. 2020,
-        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102), section 3.)
+        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).)
+
     - `"uniform"`: a control that knows nothing, 1 divided by the number of features in view. **Rows sum to 1.**
+
     - `"random"`: another, drawn evenly from all distributions over the features in view. **Rows sum to 1.**
 
     Each is then the mean over the queries, as suits a model that pools them, or that of one `query`, as suits a model

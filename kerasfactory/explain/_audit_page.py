@@ -141,7 +141,7 @@ def with_data(page: str, text: str) -> str:
 
 
 def without_data(text: str) -> tuple[str, str]:
-    """The page without its data, and the data as they are written in it, nothing if there are none."""
+    """The page without its data, and the data as they are written in it, if there are any."""
     found = _DATA.search(text)
     return _DATA.sub("", text, count=1), found.group() if found else ""
 

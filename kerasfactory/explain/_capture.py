@@ -69,7 +69,8 @@ def capture(
             it returns what is stored. Needs `pip install 'kerasfactory[store]'`.
 
     Returns:
-        dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions.
+        dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions,
+        in the order in which the model calls the layers.
 
         - `sample`, `head`: with their numbers as coordinates. If the model folds another axis into the batch (as
           windowed attention does), the first dimension holds all its sequences and is called `sequence`.

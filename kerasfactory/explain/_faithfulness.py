@@ -85,10 +85,10 @@ def faithfulness(
     p = \frac{1 + \#\{\text{null} \ge \text{observed}\}}{1 + \text{draws}} .
     $$
 
-    A relabelling for each sample by itself would be the wrong comparison. Many attributions rank the features
-    alike in all samples; one such ranking, drawn blindly, is better than the average of many in half of all cases. The
-    price: a ranking that is the same for all samples holds as much evidence as one guess among
-    the rankings of so few features, however many samples there are. With 3 features p cannot be below 1/6 then.
+    Relabelling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
+    samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
+    ranking that is the same for all samples is one guess among the possible rankings, however many samples there are.
+    With 3 features its p-value stays around 1/6 or above, faithful or not.
 
     A removed feature keeps its place and gets another value. The model may never have seen such an input
     (Hooker et al. 2019, [*A Benchmark for Interpretability Methods in Deep Neural
@@ -122,7 +122,7 @@ def faithfulness(
 
         - `comprehensiveness`, `sufficiency` (sample, fraction), in the unit of the output. The coordinate `removed`
           (fraction) is the number \(k\) of features.
-        - `aopc_comprehensiveness`, `aopc_sufficiency`: their means.
+        - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
         - `null` (draw), `p_value`: as above. They need draws × fractions × samples × 3 predictions and are therefore
           taken from 500 samples, drawn at random, if there are more. `observed` in the attributes is the AOPC
           comprehensiveness of those.

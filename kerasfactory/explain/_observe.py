@@ -282,7 +282,8 @@ def _in_order(measured: dict[str, Any], calls: dict[str, tuple[str, int]]) -> di
 
 
 _PLAIN = (bool, int, float, str, type(None))
-_CHANGED_BY_USE = ("_called", "_parent_path")  # Keras' own notes, which no output depends on
+# Keras' own notes, which no output depends on; the last two change while a model trains on JAX.
+_CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced")
 
 
 def _fingerprint(chosen: dict[str, Any], model: Any) -> list:

@@ -358,7 +358,7 @@ def looks_once(keys):
 
 
 def test_the_adversary_finds_other_scores_where_there_are_any():
-    determined = attention_controls(looks_once(2), SEQUENCE[:, :2], tolerance=0.01, steps=30)
+    determined = attention_controls(looks_once(2), SEQUENCE[:, :2], tolerance=0.01, steps=10)
     idle = looks_once(5)
     output = idle.get_layer("attention")._output_dense
     output.kernel.assign(1e-4 * output.kernel)

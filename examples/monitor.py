@@ -1,0 +1,126 @@
+# %% [markdown] level="intermediate"
+# # Watch heads form during training
+#
+# **When does a head begin to do what it does in the end, and does the loss tell?**
+#
+# Planted truth: in each sequence of 12 numbers every position has to answer with two of them, the one before it and
+# the first one. We know what heads have to find, and watch them find it. You need to know `model.fit` and
+# [what a head is](../learn/how-it-works.md).
+
+# %%
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kerasfactory import explain, plot
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## The task and the model
+#
+# A token is a number and its position, one-hot. One attention layer has four heads, two more than the task needs.
+
+
+# %%
+def sequences(samples, seed):
+    numbers = np.random.default_rng(seed).normal(size=(samples, 12)).astype("float32")
+    positions = np.broadcast_to(np.eye(12, dtype="float32"), (samples, 12, 12))
+    before, first = np.roll(numbers, 1, axis=1), np.broadcast_to(numbers[:, :1], (samples, 12))
+    return np.concatenate([numbers[..., None], positions], axis=-1), np.stack([before, first], axis=-1)
+
+
+x_train, y_train = sequences(1000, seed=1)
+x_test, y_test = sequences(200, seed=2)
+
+inputs = keras.Input((12, 13))
+tokens = keras.layers.Dense(32)(inputs)
+attended = keras.layers.MultiHeadAttention(num_heads=4, key_dim=16, name="attention")(tokens, tokens)
+model = keras.Model(inputs, keras.layers.Dense(2)(attended))
+model.compile(keras.optimizers.Adam(0.003), "mse")
+
+# %% [markdown]
+# ## One callback
+#
+# [`explain.AttentionMonitor`](../api/explain.md) runs a few fixed samples through the model after each epoch, and keeps four
+# numbers of each head, not the scores. Epoch 0 is the untrained model. With `log_dir="logs"` the same numbers go to TensorBoard.
+
+# %%
+monitor = explain.AttentionMonitor(x_test[:32])
+fit = model.fit(
+    x_train, y_train, batch_size=50, epochs=20, validation_data=(x_test, y_test), callbacks=[monitor], verbose=0
+)
+history = monitor.history["attention"]
+print(history.sizes)
+
+# %% [markdown]
+# ## Four heads, four lives
+#
+# - **Entropy**: 1 is even over all keys, 0 is all on one.
+# - **Confidence**: the mean of the largest weight.
+# - **Distance**: how far a query looks, in positions. Looking at the one before it, a query looks 1 away, but the first one 11
+#   (for it, the one before is the last); the mean is 1.83. Looking at the first, the mean is 5.5; evenly, 3.97.
+
+# %% tags=["cover"] alt="Three charts over 20 epochs with a line for each of four heads: entropy, confidence, distance. All start even. Head 3 leaves first: its entropy falls to 0.15 and its distance rises to 5.4. Head 2 follows, to a distance of about 2. Head 1 stops half way, and head 0 ends where it began."
+figure = plot.training(monitor.history)
+plt.show()
+
+# %% [markdown]
+# ## Who became what
+#
+# Statistics say that a head settled, not on what. The planted truth does: the share of its weight that a head gives to the
+# number before, and to the first one.
+
+# %%
+scores = explain.capture(model, x_test[:32], verbose=0)["attention"].values
+position = np.arange(12)
+shares = {
+    "the one before": scores[:, :, position, position - 1].mean(axis=(0, 2)),
+    "the first": scores[:, :, :, 0].mean(axis=(0, 2)),
+}
+for head in range(4):
+    most = max(shares, key=lambda name: shares[name][head])
+    start, end = (history["entropy"].sel(head=head, epoch=epoch).item() for epoch in (0, 20))
+    print(f"Head {head}: entropy {start:.1f} → {end:.1f}, {shares[most][head]:.1f} of its weight on {most}")
+
+# %% [markdown]
+# ## The loss is done before the heads are
+#
+# The model has solved the task long before attention stands still. What is left is to separate the keys a little better, which
+# the loss hardly sees. Redundancy, on the right, is the Jensen–Shannon distance of two heads' rows: 0 for twins, 1 for heads
+# that share no key. In the beginning all four are twins; heads 0 and 1 end closest to each other.
+
+# %% alt="Two charts over 20 epochs. Left, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Right, the redundancy of head 3 and its nearest head goes on rising until the end."
+loss = np.array(fit.history["val_loss"]) / y_test.var()
+others = history["redundancy"].where(history["head"] != history["head_other"]).min("head_other")
+fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained", sharex=True)
+left.plot(range(1, 21), loss, color="black")
+left.set_title("loss on new samples, share of the variance")
+for head, marker in enumerate("os^D"):
+    right.plot(history["epoch"], others.sel(head=head), marker=marker, markevery=2, markersize=4, label=f"head {head}")
+right.set_title("distance to the most similar head")
+right.legend(ncols=2)
+for ax in (left, right):
+    ax.set_xlabel("epoch")
+    ax.set_ylim(bottom=0)
+plt.show()
+
+solved = int(np.argmax(loss < 0.02)) + 1
+settled = history["entropy"].sel(head=[2, 3]).mean("head")
+late = (settled.sel(epoch=solved) - settled.sel(epoch=20)) / (settled.sel(epoch=0) - settled.sel(epoch=20))
+falls = (settled.sel(epoch=slice(solved, 20)).diff("epoch") < 0).all().item()
+print(f"Less than 2% of the variance is left before epoch 10: {solved < 10}")
+print(
+    f"Entropy of heads 2 and 3 falls in every epoch after that: {falls}; a fifth of its fall or more: {late.item() > 0.2}"
+)
+
+# %% [markdown]
+# ## What the curves say, and what they do not
+#
+# **It says** when a head leaves the even start, that two heads found the two things that the task asks for, and that attention
+# moves on while the loss stands still. A model stopped at its best loss has attention that is still on its way: a heat map
+# of it depends on when you stopped.
+#
+# **It does not say** what a head looks at: a mean distance of 4 may be a habit or an average of two. Nor that a head which
+# formed is needed, or that one which stayed even is not: that is an experiment, and
+# [the next recipe](prune.ipynb) makes it. Other seeds hand out the roles differently.

@@ -1,0 +1,387 @@
+"""What each head of an attention layer does, and how much the model needs it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import keras
+import numpy as np
+import xarray as xr
+from keras import ops, tree
+from scipy.special import entr, rel_entr
+
+from kerasfactory import _backend
+from kerasfactory.explain._capture import _axes
+from kerasfactory.explain._edit import editor
+from kerasfactory.explain._observe import _batches, _size
+
+_BLOCK = 2**20  # scores to work on at once, in double precision
+_ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
+
+
+@overload
+def head_statistics(weights: xr.DataArray) -> xr.Dataset: ...
+
+
+@overload
+def head_statistics(weights: Mapping[str, xr.DataArray]) -> dict[str, xr.Dataset]: ...
+
+
+def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Dataset | dict[str, xr.Dataset]:
+    r"""What the attention scores of each head are like, in four numbers.
+
+    For one sample and one head, with the weight \(A_{ij}\) of key \(j\) for query \(i\) and \(n_i\) keys in view
+    of that query,
+
+    $$
+    \operatorname{entropy}_i = -\frac{1}{\ln n_i} \sum_j A_{ij} \ln A_{ij}, \qquad
+    \operatorname{confidence}_i = \max_j A_{ij}, \qquad
+    \operatorname{distance}_i = \sum_j A_{ij}\, |i - j| ,
+    $$
+
+    and, for two heads with rows \(P = A_i\) and \(Q = B_i\) and their mean \(M = (P + Q) / 2\), the Jensen–Shannon
+    distance with logarithms to the base 2,
+
+    $$
+    \operatorname{redundancy}_i = \sqrt{\tfrac{1}{2} \sum_j P_j \log_2 \frac{P_j}{M_j}
+    + \tfrac{1}{2} \sum_j Q_j \log_2 \frac{Q_j}{M_j}} ,
+    $$
+
+    as in `scipy.spatial.distance.jensenshannon`. Each is averaged over all queries of all samples. Queries that may
+    look at no key are left out.
+
+    The confidence of a head is from Voita et al. 2019, [*Analyzing Multi-Head
+    Self-Attention*](https://arxiv.org/abs/1905.09418), section 4; its mean distance from Vig and Belinkov 2019,
+    [*Analyzing the Structure of Attention in a Transformer Language Model*](https://arxiv.org/abs/1906.04284); entropy
+    and the comparison of heads by Jensen–Shannon from Clark et al. 2019, [*What Does BERT Look
+    At?*](https://arxiv.org/abs/1906.04341), sections 3 and 6.
+
+    Masked keys have weight 0 and are not counted. A key is in view of a query if any head of the layer gives it a
+    weight, so that a head whose other weights underflow to 0 counts as sharp. If your masks differ from head to head,
+    pass one head at a time: `scores.sel(head=[0])`.
+
+    Args:
+        weights: The scores of a layer as `capture` returns them, a DataArray with the dimensions `sample` (or
+            `sequence`), `head`, `query`, `key`; or the dictionary itself. The first dimension may be missing, as in
+            `scores.sel(sample=0)`. Scores in a store are read some samples at a time.
+
+    Returns:
+        xr.Dataset | dict[str, xr.Dataset]: For a dictionary, one for each name in it. With these variables:
+
+        - `entropy` (head): from 0, all weight on one key, to 1, the same weight on all keys in view. A query with
+          one key in view has no choice: its entropy is 0, and it is left out of the mean. 0 if all are so.
+        - `confidence` (head): from 1 over the number of keys in view, to 1. Without unit.
+        - `distance` (head): in positions, from 0, each query on itself, to the number of keys minus 1. NaN where there
+          are not as many queries as keys: then the two do not count the same positions.
+        - `redundancy` (head, head_other): a distance, so small values mean redundant heads. From 0, twins, to 1, no
+          key in common; 0 on the diagonal, symmetric. Without unit.
+
+        A head whose scores hold a NaN has NaN, and so has one none of whose queries may look at a key. The attributes
+        are those of the scores.
+
+    Raises:
+        ValueError: If `weights` has other dimensions, as with several attention axes; if it is empty; and if rows do
+            not sum to 1, or hold negative numbers.
+
+    Example:
+        ```python
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import explain
+
+        even = np.full((4, 4), 1 / 4)  # this head looks everywhere, the other one at the diagonal
+        scores = xr.DataArray([[even, np.eye(4)]], dims=("sample", "head", "query", "key"))
+        statistics = explain.head_statistics(scores)
+
+        print(statistics["entropy"].values)
+        #> [1. 0.]
+        print(statistics["confidence"].values, statistics["distance"].values)
+        #> [0.25 1.  ] [1.25 0.  ]
+        print(statistics["redundancy"].values.round(2).tolist())
+        #> [[0.0, 0.74], [0.74, 0.0]]
+        ```
+    """
+    if isinstance(weights, Mapping) and not isinstance(weights, xr.Dataset):
+        return {name: head_statistics(scores) for name, scores in weights.items()}
+    if not isinstance(weights, xr.DataArray):
+        raise ValueError(
+            "`weights` must be a DataArray of attention scores, or a dictionary of them, as `explain.capture` returns. "
+            "Summaries do not say how many keys each query has in view. "
+            f"Received: weights of type {type(weights).__name__}"
+        )
+    name = weights.name if weights.name is not None else "weights"
+    _check_dims(name, [str(dim) for dim in weights.dims])
+    if not weights.size:
+        raise ValueError(
+            f"`weights` must hold at least one sample, head, query and key. Received: {dict(weights.sizes)}"
+        )
+    first = next((dim for dim in weights.dims if dim in ("sample", "sequence")), "sample")
+    if first not in weights.dims:
+        weights = weights.expand_dims(first)
+    weights = weights.transpose(first, "head", "query", "key")
+    step = max(1, _BLOCK * len(weights) // weights.size)
+    sums: dict[str, Any] = {}
+    for start in range(0, len(weights), step):
+        add_sums(sums, weights[start : start + step].to_numpy(), name)
+    dataset = statistics_of(sums).assign_attrs(weights.attrs)
+    heads = weights.get_index("head")
+    return dataset.assign_coords(head=heads, head_other=("head_other", heads))
+
+
+def _check_dims(name: Any, dims: Sequence[str]) -> None:
+    if sorted(set(dims) - {"sample", "sequence"}) != ["head", "key", "query"] or {"sample", "sequence"} <= set(dims):
+        raise ValueError(
+            "Statistics of heads are of scores with the dimensions (sample, head, query, key). If layer "
+            f"{name!r} attends over several axes, choose some of the others, or stack the axes into one query and "
+            f"one key first. Received: {name!r} with dimensions ({', '.join(dims)})"
+        )
+
+
+def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any) -> None:
+    """Adds to `sums` those over the samples and queries of `scores` (sample, head, query, key): means, in the end."""
+    total = scores.sum(-1, dtype="float64")
+    looks = total != 0  # as do those with NaN
+    if (np.abs(total - 1) > _ROW_SUM)[looks].any() or (scores < 0).any():
+        raise ValueError(
+            f"The scores of layer {name!r} are no weights: each row over the keys must be at least 0 and sum to 1, or "
+            f"be 0 if the query may look at nothing. Received rows that sum to {total.min():.3g} up to "
+            f"{total.max():.3g}, and a smallest entry of {scores.min():.3g}"
+        )
+    weights = scores / np.where(looks, total, 1)[..., None]
+    in_view = (weights != 0).any(1).sum(-1)  # (sample, query)
+    chooses = looks & (in_view > 1)[:, None]
+    heads, queries, keys = weights.shape[1:]
+    positions = np.arange(queries)[:, None], np.arange(keys)
+    distances = np.abs(positions[0] - positions[1]) if queries == keys else np.full((queries, keys), np.nan)
+    parts = {
+        "looking": looks.sum((0, 2)),
+        "choosing": chooses.sum((0, 2)),
+        "entropy": (entr(weights).sum(-1) / np.log(np.maximum(in_view, 2))[:, None]).sum((0, 2), where=chooses),
+        "confidence": weights.max(-1).sum((0, 2), where=looks),
+        "distance": np.einsum("shqk,qk->h", weights, distances),
+        "looking_both": np.einsum("shq,sgq->hg", looks, looks, dtype="int64"),
+        "redundancy": np.zeros((heads, heads)),
+    }
+    for one in range(heads):
+        for other in range(one):
+            both = looks[:, one] & looks[:, other]
+            p, q = weights[:, one][both], weights[:, other][both]
+            mean = (p + q) / 2
+            # Not `scipy.spatial.distance.jensenshannon`: rounding takes twins below 0, where it returns NaN.
+            divergence = np.maximum((rel_entr(p, mean) + rel_entr(q, mean)).sum(-1) / (2 * np.log(2)), 0)
+            parts["redundancy"][one, other] = parts["redundancy"][other, one] = np.sqrt(divergence).sum()
+    for part, values in parts.items():
+        sums[part] = sums.get(part, 0) + values
+
+
+def statistics_of(sums: dict[str, Any]) -> xr.Dataset:
+    """The means over all queries, of what `add_sums` added up."""
+    with np.errstate(invalid="ignore"):  # 0 / 0, where no query looks
+        entropy = sums["entropy"] / np.where(sums["looking"], np.maximum(sums["choosing"], 1), 0)
+        confidence, distance = (sums[name] / sums["looking"] for name in ("confidence", "distance"))
+        redundancy = sums["redundancy"] / sums["looking_both"]
+    heads = np.arange(len(entropy))
+    return xr.Dataset(
+        {
+            "entropy": ("head", entropy),
+            "confidence": ("head", confidence),
+            "distance": ("head", distance, {"units": "positions"}),
+            "redundancy": (("head", "head_other"), redundancy),
+        },
+        {"head": heads, "head_other": heads},
+    )
+
+
+def head_importance(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    loss: str | keras.losses.Loss | Callable[[Any, Any], Any] | None = None,
+    layers: str | Sequence[str] | None = None,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+) -> dict[str, xr.Dataset]:
+    r"""How much the loss depends on each head: a gradient that guesses it, beside the experiment that measures it.
+
+    A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
+    loss \(L(x, y; \xi)\) of one sample and all masks 1 but the one that is written,
+
+    $$
+    \operatorname{gradient}_h = \frac{1}{N} \sum_{n=1}^N
+    \left| \left. \frac{\partial L(x_n, y_n; \xi_h)}{\partial \xi_h} \right|_{\xi_h = 1} \right| , \qquad
+    \operatorname{ablation}_h = \frac{1}{N} \sum_{n=1}^N \bigl( L(x_n, y_n; \xi_h = 0) - L(x_n, y_n; 1) \bigr) .
+    $$
+
+    The gradient is the proxy of Michel et al. 2019, [*Are Sixteen Heads Really Better than
+    One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalise it within each layer. It takes one
+    backward pass for all heads. Ablation is what it stands for, and takes a forward pass for each head. The two may
+    disagree: a gradient looks at small changes, and cannot see that another head would step in, or that the loss
+    flattens out.
+
+    Both are for one head at a time. Heads that can be left out one by one may be needed as a pair, as twins are. Use
+    data that the model was not trained on: on its training data every head seems to matter.
+
+    Args:
+        model: A `keras.Model`, as for `capture`, with one or several attention layers.
+        x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
+        y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
+        loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
+            tensors, that returns one value, or several to be averaged, for each sample. If not given, the loss that the
+            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
+            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs
+            a function here.
+        layers: Names of the attention layers, as for `capture`.
+        batch_size: Samples in a batch, 32 if not given.
+        verbose: As for `capture`.
+
+    Returns:
+        dict[str, xr.Dataset]: From the layer's name, as in `capture`, to these variables, in the unit of the loss.
+
+        - `gradient` (head): at least 0.
+        - `ablation` (head): the rise of the loss without this head. Negative if the model is better without it.
+
+        A layer that is called more than once has one entry for each call, `name#1`, `name#2`, …, for a mask on
+        that call alone. The attributes say the `layer`, its `class`, the `call`, the name of the `loss` and its mean
+        with all heads, `loss_value`, the number of `samples`, the `backend` and the `keras_version`.
+
+    Raises:
+        ValueError: As `capture`; if `x` is no array, or `y` has missing values, is not of numbers, or not as long; if
+            there is no loss, or it does not return values for each sample, or they are not finite; if the model's
+            outputs are not made of its scores; and if a layer folds another axis into the batch, so that no head
+            belongs to one sample.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4, 8))
+        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
+        model.compile(loss="mse")
+
+        x, y = np.random.default_rng(0).normal(size=(100, 4, 8)), np.zeros(100)
+        importance = explain.head_importance(model, x, y, verbose=0)["attention"]
+
+        print(importance.sizes, importance.attrs["loss"])
+        #> Frozen({'head': 2}) mse
+        print((importance["gradient"] > 0).values)
+        #> [ True  True]
+        ```
+    """
+    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
+        raise ValueError(
+            "`x` must be an array, or a dictionary or list of arrays, so that `y` goes with it. "
+            f"Received: x of type {type(x).__name__}"
+        )
+    batches, expected = _batches(x, batch_size)
+    y = tree.map_structure(np.asarray, y) if isinstance(y, dict) else np.asarray(y)
+    samples, labels = len(tree.flatten(x)[0]), tree.flatten(y)
+    if any(array.dtype.kind not in "biuf" or len(np.atleast_1d(array)) != samples for array in labels):
+        raise ValueError(
+            f"`y` must hold numbers, one target for each of the {samples} samples of `x`. "
+            f"Received: {', '.join(f'y of shape {array.shape} and type {array.dtype}' for array in labels)}"
+        )
+    if any(np.isnan(array).any() for array in labels):
+        raise ValueError("`y` has missing values (NaN): leave these samples out of `x` and `y`.")
+    if samples == 0:
+        raise ValueError("`x` is empty: it must hold at least one sample.")
+    loss = _checked_loss(model, loss)
+
+    edit = editor(model, next(_batches(x, batch_size)[0]), layers)
+    dims = {name: ["sample", *_axes(edit.found[name].layer, len(shape) + 1)] for name, shape in edit.shapes.items()}
+    heads = {name: shape[dims[name].index("head") - 1] for name, shape in edit.shapes.items()}
+
+    def masked(name, scores, masks):
+        mask = masks[name]  # (batch, head), or (1, head) for all samples alike
+        if mask.shape[0] not in (None, 1, scores.shape[0]):
+            raise ValueError(
+                f"Layer {name!r} folds another axis into the batch: it attends over {scores.shape[0]} sequences for "
+                f"{mask.shape[0]} samples. Leave it out with `layers=[...]`."
+            )
+        shape = [{"sample": -1, "head": heads[name]}.get(dim, 1) for dim in dims[name]]
+        return scores * ops.cast(ops.reshape(mask, shape), scores.dtype)
+
+    gradient = {name: np.zeros(number) for name, number in heads.items()}
+    ablation = {name: np.zeros(number) for name, number in heads.items()}
+    intact = 0.0
+    if verbose == "auto":
+        verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
+    progress = keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
+    for data, (targets,) in zip(batches, _batches(y, batch_size)[0], strict=True):
+        size = _size(data)
+        masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}
+        gradients, _, _ = edit.gradient(
+            data, masked, masks, lambda outputs, targets=targets: ops.sum(_losses(loss, targets, outputs))
+        )
+        masks = {name: np.ones((1, number), "float32") for name, number in heads.items()}
+        before = _values(loss, targets, edit.predict(data, masked, masks))
+        intact += before.sum()
+        for name, number in heads.items():
+            gradient[name] += np.abs(_backend.as_numpy(gradients[name]).astype("float64")).sum(0)
+            for head in range(number):
+                without = masks | {name: (np.arange(number) != head)[None].astype("float32")}
+                after = _values(loss, targets, edit.predict(data, masked, without))
+                ablation[name][head] += (after - before).sum()
+        progress.add(1)
+
+    result = {}
+    for name, found in edit.found.items():
+        variables = {"gradient": gradient[name], "ablation": ablation[name]}
+        attributes = {
+            "layer": found.name,
+            "class": type(found.layer).__name__,
+            "call": found.number,
+            "loss": loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "loss")),
+            "loss_value": intact / samples,
+            "samples": samples,
+            "backend": keras.config.backend(),
+            "keras_version": keras.__version__,
+        }
+        result[name] = xr.Dataset(
+            {variable: ("head", values / samples) for variable, values in variables.items()},
+            {"head": np.arange(heads[name])},
+            attributes,
+        )
+    return result
+
+
+def _checked_loss(model: Any, loss: Any) -> Any:
+    if loss is None:
+        loss = getattr(model, "loss", None)
+        if loss is None:
+            raise ValueError(
+                "The model is not compiled with a loss. Compile it, as with `model.compile(loss=...)`, or give `loss`."
+            )
+    if not (isinstance(loss, str) or callable(loss)):
+        raise ValueError(
+            "`loss` must be a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)` that "
+            "returns a value for each sample. Give such a function if the model is compiled with several losses. "
+            f"Received: loss={loss!r} of type {type(loss).__name__}"
+        )
+    return loss
+
+
+def _losses(loss: Any, targets: Any, outputs: Any) -> Any:
+    """The loss of each sample."""
+    samples = tree.flatten(outputs)[0].shape[0]
+    losses = _backend.unreduced_loss(loss, targets, outputs) if ops.is_tensor(outputs) else loss(targets, outputs)
+    if tuple(losses.shape[:1]) != (samples,):
+        raise ValueError(
+            f"`loss` must return one value, or several, for each of the {samples} samples in a batch, and not their "
+            f"mean. Received: values of shape {tuple(losses.shape)} from loss={loss!r}"
+        )
+    return ops.mean(ops.reshape(losses, (samples, -1)), axis=1)
+
+
+def _values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
+    values = _backend.as_numpy(_losses(loss, targets, outputs)).astype("float64")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"The loss of {np.count_nonzero(~np.isfinite(values))} of {len(values)} samples in a batch is not finite. "
+            "Look for NaN or infinite numbers in `x`, and in the model's weights."
+        )
+    return values

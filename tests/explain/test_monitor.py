@@ -1,0 +1,198 @@
+"""A model trains as if nobody watched, and what was seen is what `capture` sees."""
+
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+import xarray as xr
+from keras import layers
+
+from kerasfactory import _backend, explain
+from kerasfactory.layers import InterpretableMultiHeadAttention
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 5, 8)).astype("float32")
+Y = X[np.arange(64), X[:, :, 0].argmax(1), 1]
+
+
+def compiled(attention=InterpretableMultiHeadAttention):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5, 8))
+    if attention is InterpretableMultiHeadAttention:
+        x = attention(4, 2, dropout_rate=0.2, name="first")(inputs)
+    else:
+        x = attention(2, 4, dropout=0.2, name="first")(inputs, inputs)
+    x = layers.Dropout(0.2)(layers.BatchNormalization()(x))
+    x = layers.MultiHeadAttention(3, 4, name="second")(x, x)
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    return model
+
+
+def fit(model, *callbacks, epochs=3, **more):
+    return model.fit(X, Y, batch_size=16, epochs=epochs, verbose=0, callbacks=list(callbacks), **more)
+
+
+@pytest.fixture(scope="module")
+def monitored():
+    model, monitor = compiled(), explain.AttentionMonitor(X[:20], batch_size=8)
+    losses = fit(model, monitor).history["loss"]
+    return model, monitor, losses
+
+
+def test_the_weights_after_training_are_the_same_bit_by_bit(monitored):
+    model, _, losses = monitored
+    alone = compiled()
+    assert fit(alone).history["loss"] == losses
+    for one, other in zip(alone.variables, model.variables, strict=True):  # the states of dropout's seeds included
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
+    for one, other in zip(alone.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
+
+
+def test_the_last_entry_is_what_the_trained_model_shows_and_the_first_what_the_new_one_does(monitored):
+    model, monitor, _ = monitored
+    for epoch, shown in ((3, model), (0, compiled())):
+        expected = explain.head_statistics(explain.capture(shown, X[:20], verbose=0))
+        assert list(monitor.history) == ["first", "second"]
+        for name, history in monitor.history.items():
+            assert history.sizes["epoch"] == 4
+            assert history["epoch"].values.tolist() == [0, 1, 2, 3]
+            xr.testing.assert_allclose(history.sel(epoch=epoch, drop=True), expected[name], atol=1e-6)
+            assert history.attrs["layer"] == name
+            assert history["redundancy"].dims == ("epoch", "head", "head_other")
+
+
+def test_attention_moves_in_every_epoch(monitored):
+    for history in monitored[1].history.values():
+        assert (np.abs(history["entropy"].diff("epoch")).max("head") > 1e-4).all()
+
+
+def test_what_happened_in_each_epoch_is_what_shorter_trainings_end_with(monitored):
+    model = compiled()
+    fit(model, epochs=2)
+    expected = explain.head_statistics(explain.capture(model, X[:20], verbose=0))["second"]
+    xr.testing.assert_allclose(monitored[1].history["second"].sel(epoch=2, drop=True), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="PyTorch traces nothing")
+def test_functions_are_traced_once_and_not_in_every_epoch(monkeypatch):
+    count = []
+    real = _backend.compiled
+    monkeypatch.setattr(_backend, "compiled", lambda step, **how: count.append(step) or real(step, **how))
+    fit(compiled(), explain.AttentionMonitor(X[:8], batch_size=4), epochs=5)
+    # One pair of functions before the first epoch; another when training has set attributes of the model.
+    assert len(count) in (2, 4)
+    count.clear()
+    fit(compiled(), explain.AttentionMonitor(X[:8], batch_size=4), epochs=9)
+    assert len(count) in (2, 4)
+
+
+def test_only_statistics_are_kept():
+    few, many = (explain.AttentionMonitor(X[:samples]) for samples in (4, 64))
+    fit(compiled(), few, many, epochs=4)
+    for monitor in (few, many):
+        assert set(vars(monitor)) == set(vars(explain.AttentionMonitor(X)))
+        for record in monitor._records.values():
+            for name, heads in (("first", 2), ("second", 3)):
+                assert sum(record[name][variable].nbytes for variable in record[name]) == 8 * (3 * heads + heads**2)
+
+
+def test_every_other_epoch_and_only_one_layer():
+    monitor = explain.AttentionMonitor(X[:8], layers="second", every=2)
+    assert monitor.history == {}
+    fit(compiled(), monitor, epochs=5)
+    assert list(monitor.history) == ["second"]
+    assert monitor.history["second"]["epoch"].values.tolist() == [0, 2, 4]
+
+
+def test_a_training_that_goes_on_goes_on_and_one_that_starts_over_starts_over():
+    model, monitor = compiled(keras.layers.MultiHeadAttention), explain.AttentionMonitor(X[:8])
+    fit(model, monitor, epochs=2)
+    fit(model, monitor, epochs=4, initial_epoch=2, validation_data=(X[:8], Y[:8]))
+    assert monitor.history["first"]["epoch"].values.tolist() == [0, 1, 2, 3, 4]
+    last = monitor.history["first"].sel(epoch=4, drop=True)
+    fit(model, monitor, epochs=1)
+    assert monitor.history["first"]["epoch"].values.tolist() == [0, 1]
+    xr.testing.assert_allclose(monitor.history["first"].sel(epoch=0, drop=True), last)
+
+
+def test_a_training_that_ends_in_nan_is_recorded_and_not_stopped():
+    model = compiled()
+    model.compile(keras.optimizers.SGD(1e30), "mse")
+    monitor = explain.AttentionMonitor(X[:8])
+    fit(model, monitor, epochs=2)
+    assert np.isfinite(monitor.history["second"]["entropy"].sel(epoch=0)).all()
+    assert np.isnan(monitor.history["second"]["entropy"].sel(epoch=2)).all()
+
+
+def test_scalars_for_tensorboard(tmp_path, monkeypatch):
+    for module in ("tensorboard", "tensorboard.summary", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monitor = explain.AttentionMonitor(X[:8], log_dir=tmp_path / "logs")
+    fit(compiled(), monitor, epochs=2)
+    import tensorflow as tf  # which wrote them, whatever the backend, in want of the others
+
+    found = {}
+    for path in (tmp_path / "logs").glob("*tfevents*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                assert event.step > 0 or value.metadata.plugin_data.plugin_name == "scalars"
+                found[f"{value.tag} {event.step}"] = float(tf.make_ndarray(value.tensor))
+    assert len(found) == 3 * (3 * 2 + 1 + 3 * 3 + 3)  # epochs, and for 2 and 3 heads: numbers and pairs
+    history = monitor.history["second"]
+    np.testing.assert_allclose(
+        found["attention/second/entropy/2 1"], history["entropy"].sel(epoch=1, head=2), rtol=1e-6
+    )
+    expected = history["redundancy"].sel(epoch=2, head=0, head_other=2)
+    np.testing.assert_allclose(found["attention/second/redundancy/0-2 2"], expected, rtol=1e-6)
+
+
+def test_without_anything_that_writes_for_tensorboard(monkeypatch):
+    for module in ("tensorboard.summary", "tensorboardX", "tensorflow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        explain.AttentionMonitor(X, log_dir="logs")
+
+
+@pytest.mark.parametrize(("module", "writer"), [("tensorboard.summary", "Writer"), ("tensorboardX", "SummaryWriter")])
+def test_other_backends_write_with_what_is_installed(module, writer, monkeypatch):
+    class Recorder:  # stands in for the library's class, which this environment need not have
+        def __init__(self, log_dir):
+            self.log_dir = log_dir
+
+    for name in ("tensorboard", "tensorboard.summary", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, module.split(".")[0], types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{writer: Recorder}))
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    recorder = _backend.summary_writer("logs")
+    assert isinstance(recorder, Recorder)
+    assert recorder.log_dir == "logs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": X, "every": 0}, "`every` must be a positive integer"),
+        ({"x": iter([X])}, "can be read only once"),
+        ({"x": X, "layers": "third"}, "no attention layer 'third'"),
+        ({"x": X[:0]}, "empty"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(compiled(), explain.AttentionMonitor(**arguments), epochs=1)
+
+
+def test_layers_with_several_attention_axes_are_named_before_training():
+    inputs = keras.Input((2, 3, 8))
+    x = layers.MultiHeadAttention(2, 4, attention_axes=(1, 2), name="image")(inputs, inputs)
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
+    model.compile(loss="mse")
+    images = np.ones((4, 2, 3, 8), "float32")
+    with pytest.raises(ValueError, match="'image' attends over several axes"):
+        model.fit(images, np.ones(4), verbose=0, callbacks=[explain.AttentionMonitor(images)])
