@@ -51,8 +51,8 @@ with warnings.catch_warnings():
     model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
     model.fit(patients, diagnoses, epochs=10, verbose=0)
     model(patients)
+    scores = np.asarray(attention.attention_scores)
 
-scores = np.asarray(attention.attention_scores)
 print("Scores (patient, head, query, key):", scores.shape)
 print("Mean score of each head:", scores.mean(axis=(0, 2, 3)).round(3))
 
