@@ -24,7 +24,8 @@ from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit_page import escaped, page, with_data, without_data
 from kerasfactory.explain._capture import _rounding, capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
-from kerasfactory.explain._faithfulness import _interval, _verbosity, attention_controls, faithfulness
+from kerasfactory.explain._faithfulness import _interval, attention_controls, faithfulness
+from kerasfactory.explain._observe import progress_bar
 from kerasfactory.explain._store import _digest
 
 _SCHEMA, _VERSION = "kerasfactory.audit", 1  # written as one string: each number in an audit is under the checksum
@@ -266,7 +267,7 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
     """What an audit says, as JSON."""
     x, y, background = _checked(x, y, background)
     level, seed, batch_size = settings["level"], settings["seed"], settings["batch_size"]
-    progress = keras.utils.Progbar(5, verbose=_verbosity(verbose), unit_name="part")
+    progress = progress_bar(5, verbose, "part")
 
     common = {"layers": settings["layers"], "batch_size": batch_size, "verbose": 0}
     names = settings["feature_names"]

@@ -341,9 +341,13 @@ def _warn(model: Any, difference: float, nan: dict[str, list[int]], filled: dict
             "returns. Outputs that are random, or depend on how often the model was called, do this.",
             stacklevel=3,
         )
+    _warn_of_nan(nan, filled)
+
+
+def _warn_of_nan(nan: dict[str, list[int]], filled: dict[str, int]) -> None:
     for name, (count, first) in nan.items():
         warnings.warn(
             f"The scores of layer {name!r} are NaN in {count} of {filled[name]} samples, the first of them number "
             f"{first}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
-            stacklevel=3,
+            stacklevel=4,
         )

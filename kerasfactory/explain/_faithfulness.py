@@ -25,10 +25,11 @@ from kerasfactory.explain._observe import (
     _size,
     _state,
     _unchanged,
+    batch_size_of,
     find_attention,
+    progress_bar,
 )
 
-_POSITIONS = 2**14  # in a batch, if nobody says how many samples it has
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _NULL_SAMPLES = 500
@@ -168,7 +169,7 @@ def faithfulness(
     donors, said_of_background = _donors(x, removal, background, mask_value)
     rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
-    progress = keras.utils.Progbar(draws + 1, verbose=_verbosity(verbose), unit_name="draw")
+    progress = progress_bar(draws + 1, verbose, "draw")
     outputs = _finite(predictions(model, x, batch_size), "`x`")
     columns, said_of_target = _columns(outputs, y, target)
     own = outputs[np.arange(samples), columns]
@@ -296,7 +297,7 @@ def attention_controls(
     rng = np.random.default_rng(seed)
     chosen = _some(samples, _CONTROL_SAMPLES, rng)
     x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
-    batch_size = _batch_size(x) if batch_size is None else batch_size
+    batch_size = batch_size_of(x, 1024) if batch_size is None else batch_size
 
     outputs = _finite(predictions(model, x, batch_size), "`x`")
     columns = list(range(outputs.shape[1])) if target is None else [_checked_target(target, outputs.shape[1])]
@@ -311,7 +312,7 @@ def attention_controls(
             )
 
     batches, expected = _batches(x, batch_size)
-    progress = keras.utils.Progbar(expected, verbose=_verbosity(verbose), unit_name="batch")
+    progress = progress_bar(expected, verbose)
     edit: Editor | None = None
     of_batches, start = [], 0
     for number, batch in enumerate(batches, start=1):
@@ -558,7 +559,7 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r} of type {type(model).__name__}")
-    batches, _ = _batches(x, _batch_size(x) if batch_size is None else batch_size)
+    batches, _ = _batches(x, batch_size_of(x, 1024) if batch_size is None else batch_size)
     first = next(batches, None)
     if first is None or _size(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
@@ -588,20 +589,6 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
             )
         parts.append(arrays[0].reshape(len(arrays[0]), -1).astype("float64"))
     return np.concatenate(parts)
-
-
-def _batch_size(x: Any) -> int:
-    shapes = [np.shape(array) for array in tree.flatten(x)]
-    positions = max(
-        (int(np.prod(shape[1:-1])) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1
-    )
-    return min(1024, max(1, _POSITIONS // max(1, positions)))
-
-
-def _verbosity(verbose: Any) -> int:
-    if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(f'`verbose` must be "auto", 0, 1 or 2. Received: verbose={verbose!r}')
-    return (1 if keras.config.is_interactive_logging_enabled() else 2) if verbose == "auto" else verbose
 
 
 def _some(samples: int, limit: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,7 @@ from scipy.special import entr, rel_entr
 from kerasfactory import _backend
 from kerasfactory.explain._capture import _axes
 from kerasfactory.explain._edit import editor
-from kerasfactory.explain._observe import _batches, _size
+from kerasfactory.explain._observe import _batches, _size, progress_bar
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 _ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
@@ -308,9 +308,7 @@ def head_importance(
     gradient = {name: np.zeros(number) for name, number in heads.items()}
     ablation = {name: np.zeros(number) for name, number in heads.items()}
     intact = 0.0
-    if verbose == "auto":
-        verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
-    progress = keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
+    progress = progress_bar(expected, verbose)
     for data, (targets,) in zip(batches, _batches(y, batch_size)[0], strict=True):
         size = _size(data)
         masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import inspect
 import itertools
+import math
 import threading
 import warnings
 import weakref
@@ -25,6 +26,7 @@ from kerasfactory.layers._attention import Attention
 
 # While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
 _LOCK = threading.RLock()
+_POSITIONS = 2**14  # in a batch, if nobody says how many samples it has
 _ORDER = itertools.count()
 
 
@@ -153,13 +155,13 @@ def observe(
         progress.update(done, finalize=True)
 
 
-def progress_bar(expected: int | None, verbose: Any) -> Any:
-    """Keras', for so many batches."""
+def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
+    """Keras', for so many batches, or something else."""
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f'`verbose` must be "auto", 0, 1 or 2. Received: verbose={verbose!r}')
     if verbose == "auto":
         verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
-    return keras.utils.Progbar(expected, verbose=verbose, unit_name="batch")
+    return keras.utils.Progbar(expected, verbose=verbose, unit_name=unit)
 
 
 def _state(model: Any) -> tuple[list, list]:
@@ -646,6 +648,15 @@ def _batches(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | Non
     if batches is None:
         raise ValueError("`x` never ends: take as many batches of it as you want, as with `dataset.take(10)`.")
     return map(_inputs, batches), expected
+
+
+def batch_size_of(x: Any, most: int) -> int | None:
+    """So that what a model holds of a batch does not grow with the length of its samples. `None` for no arrays."""
+    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
+        return None
+    shapes = [np.shape(array) for array in tree.flatten(x)]
+    positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
+    return min(most, max(1, _POSITIONS // max(1, positions)))
 
 
 def _inputs(batch: Any) -> tuple:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import xarray as xr
-from keras import ops, tree
+from keras import ops
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, positive_integer
-from kerasfactory.explain._capture import _attention_axes, _check_axes, _labels, _rounding
-from kerasfactory.explain._observe import Batch, Call, Heads, Mask, _difference, observe
+from kerasfactory.explain._capture import _attention_axes, _check_axes, _labels, _rounding, _warn_of_nan
+from kerasfactory.explain._observe import Batch, Call, Heads, Mask, _difference, batch_size_of, observe
 from kerasfactory.explain._store import Store
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
@@ -25,7 +25,6 @@ from kerasfactory.explain._store import Store
 _BLOCK = 2**20
 _QUERIES = 32
 
-_POSITIONS = 2**14  # in a batch, if nobody says how many samples it has
 _CHECKED = 64, 1024  # queries and keys
 _GROUP = 8  # keys
 _HIDDEN = np.float32(-1e38)  # the logit of a masked key: finite, for the entropy multiplies it by its weight, 0
@@ -153,7 +152,7 @@ def summarize(
     names = None if feature_names is None else checked_names(feature_names)
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
-    batch_size = _batch_size(x) if batch_size is None else batch_size
+    batch_size = batch_size_of(x, 32) if batch_size is None else batch_size
 
     shapes: dict[str, tuple[int, ...]] = {}
     differences: dict[str, float] = {}
@@ -240,15 +239,6 @@ def _checked_rows(rows: Any) -> list[int]:
     return positions
 
 
-def _batch_size(x: Any) -> int | None:
-    """So that what a model holds of a batch does not grow with the length of its samples."""
-    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
-        return None
-    shapes = [np.shape(array) for array in tree.flatten(x)]
-    positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
-    return min(32, max(1, _POSITIONS // max(1, positions)))
-
-
 def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
     """Of the scores that are summarised."""
     return (*summary["entropy"].shape, summary["received"].shape[-1])
@@ -311,12 +301,7 @@ def _warn(model: Any, differences: dict[str, float], nan: dict[str, list[int]], 
                 "something else, it should do so in its own `_compute_attention`.",
                 stacklevel=3,
             )
-    for name, (count, first) in nan.items():
-        warnings.warn(
-            f"The scores of layer {name!r} are NaN in {count} of {filled[name]} samples, the first of them number "
-            f"{first}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
-            stacklevel=3,
-        )
+    _warn_of_nan(nan, filled)
 
 
 def _attend(heads: Heads, is_chosen: bool, wanted: _Wanted, buffers: dict, checks: bool) -> tuple[Any, Any]:

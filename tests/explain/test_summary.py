@@ -14,6 +14,7 @@ from keras import layers, ops
 
 from kerasfactory import explain
 from kerasfactory.explain import _store, _summary
+from kerasfactory.explain._observe import batch_size_of
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 BACKEND = keras.config.backend()
@@ -289,9 +290,9 @@ def test_no_matrix_is_formed(monkeypatch, tmp_path, store):
 
 def test_the_samples_in_a_batch_become_fewer_as_they_become_longer():
     sizes = [((5, 8), 32), ((100, 512, 8), 32), ((9, 4096, 8), 4), ((9, 20000, 8), 1), ((9, 128, 128, 3), 1)]
-    assert [_summary._batch_size(np.empty(shape, "bool")) for shape, _ in sizes] == [size for _, size in sizes]
-    assert _summary._batch_size({"table": np.empty((3, 16384)), "label": np.empty(3)}) == 1
-    assert _summary._batch_size(iter([SEQUENCE])) is None
+    assert [batch_size_of(np.empty(shape, "bool"), 32) for shape, _ in sizes] == [size for _, size in sizes]
+    assert batch_size_of({"table": np.empty((3, 16384)), "label": np.empty(3)}, 32) == 1
+    assert batch_size_of(iter([SEQUENCE]), 32) is None
 
 
 def test_data_in_batches_of_their_own():
