@@ -27,12 +27,12 @@ FEATURES = 6
 LEVEL = 0.05
 # The process, how many samples claims are tested on, and on how many models.
 RUNS = [
-    ("noise", 400, 300),
-    ("noise", 60, 100),
-    ("additive", 400, 40),
-    ("interaction", 400, 40),
-    ("redundant copies", 400, 40),
-    ("shortcut", 400, 40),
+    ("noise", 400, 150),
+    ("noise", 60, 50),
+    ("additive", 400, 30),
+    ("interaction", 400, 30),
+    ("redundant copies", 400, 30),
+    ("shortcut", 400, 100),
 ]
 
 
