@@ -27,12 +27,12 @@ FEATURES = 6
 LEVEL = 0.05
 # The process, how many samples claims are tested on, and on how many models.
 RUNS = [
-    ("noise", 400, 300),
-    ("noise", 60, 100),
-    ("additive", 400, 40),
-    ("interaction", 400, 40),
-    ("redundant copies", 400, 40),
-    ("shortcut", 400, 40),
+    ("noise", 400, 150),
+    ("noise", 60, 50),
+    ("additive", 400, 30),
+    ("interaction", 400, 30),
+    ("redundant copies", 400, 30),
+    ("shortcut", 400, 100),
 ]
 
 
@@ -113,7 +113,7 @@ def trainer():
     model, its_twin = small_model(), small_model()
     fresh = [variable.numpy() for variable in model.optimizer.variables]
 
-    def trained(process, seed, epochs=25):
+    def trained(process, seed, epochs):
         keras.utils.set_random_seed(seed)
         generator = np.random.default_rng([seed, 0])
         for variable in model.trainable_variables:
@@ -129,10 +129,10 @@ def trainer():
     return trained
 
 
-def claims(trained, name, seed, samples=SAMPLES):
+def claims(trained, name, seed, samples=SAMPLES, epochs=25):
     """What is claimed of a model trained on the process, and the verdicts, on as many other samples."""
     process = PROCESSES[name][0]
-    model = trained(process, seed)
+    model = trained(process, seed, epochs)
     x, y = process(np.random.default_rng([seed, 2]), samples, training=False)
     x = x.astype("float32")
     scores = explain.capture(model, x, batch_size=SAMPLES, verbose=0)["attention"]

@@ -32,6 +32,7 @@ _CELL = 25  # samples among which values are drawn
 _LEVELS = 20  # distinct values up to which a column is drawn from its own values, and nothing between them
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _TERMS = 600  # of a regression
+_LEVERAGE = 0.5  # the mean: parameters that a regression has in effect, in samples
 _NUMBERS = 2**20  # resampled at a time
 _RIDGES = np.logspace(-10, 0, 11)
 _DETERMINED = 1e-5  # of a column's standard deviation: a residual as small as that is rounding
@@ -68,8 +69,9 @@ def feature_claims(
 
     A draw is a regression of the feature on the others plus a residual from among samples with nearby fitted values.
     The regression is linear, or has piecewise-linear terms, or products too, with a ridge penalty, whichever has the
-    smallest leave-one-out error; residuals are leave-one-out, so that a regression with many terms does not make
-    every feature look redundant. A column of few distinct values, or of integers, gets another sample's value instead.
+    smallest leave-one-out error, and may use up half of the data's degrees of freedom, so that no regression with many
+    terms makes every feature look redundant. A column of few distinct values, or of integers, gets another sample's
+    value instead.
 
     Where this misleads: categories are regressed as numbers, so a draw knows of the others only what moves that number;
     and what the others determine in a way that is not smooth, or with few samples, is taken for the feature's own.
@@ -300,9 +302,11 @@ def _drawn(
 
 
 def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A column of `rows` by the others: fitted values and residuals, leave-one-out, and the fitted values at `x`.
+    """A column of `rows` by the others: fitted values, residuals, and the fitted values at `x`.
 
-    Those are leave-one-out, too, if `x` is `rows`.
+    Residuals must be to the fitted values as a sample's own value is to its own fitted value, or draws would be more
+    spread out than values are, and any removal would seem to do harm. Of new samples these are leave-one-out; of the
+    samples of the regression itself they are its own, which are not correlated with what is fitted.
     """
     column = rows[:, feature].astype("float64")
     best, smallest = None, np.inf
@@ -315,13 +319,16 @@ def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarra
         squares = scores**2
         for ridge in _RIDGES * (values[-1] or 1.0):
             weights = scores.T @ target / (values + ridge)
-            leverage = np.minimum(1 / len(rows) + squares @ (1 / (values + ridge)), 1 - 1e-9)
-            residual = (target - scores @ weights) / (1 - leverage)
-            if residual @ residual < smallest:
-                smallest = residual @ residual
-                at_x = column - residual if x is rows else column.mean() + terms_at_x @ (vectors @ weights)
-                best = (column - residual, residual, at_x)
-    assert best is not None  # there is a linear one
+            leverage = 1 / len(rows) + squares @ (1 / (values + ridge))
+            fitted = scores @ weights
+            error = (target - fitted) / np.maximum(1 - leverage, 1e-9)
+            if error @ error < smallest and leverage.mean() - 1 / len(rows) <= _LEVERAGE:
+                smallest = error @ error
+                if x is rows:
+                    best = (column.mean() + fitted, target - fitted, column.mean() + fitted)
+                else:
+                    best = (column - error, error, column.mean() + terms_at_x @ (vectors @ weights))
+    assert best is not None  # the largest ridge uses up half of a linear regression, which has fewer terms than samples
     return best
 
 

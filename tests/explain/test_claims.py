@@ -20,7 +20,7 @@ def trained():
 def results(trained):
     """For each process but noise, what is claimed of a model, and the verdicts. More are in `benchmarks`."""
     names = [name for name in planted.PROCESSES if name != "noise"]
-    return {name: [planted.claims(trained, name, seed) for seed in (1,)] for name in names}
+    return {name: [planted.claims(trained, name, seed, epochs=15) for seed in (1,)] for name in names}
 
 
 def linear(weights, loss="mse"):
@@ -85,7 +85,7 @@ def test_a_shortcut_is_claimed_and_not_supported_unless_it_holds(trained, result
         assert result["attribution"].values.argmax() == 4
         assert result["verdict"].values[4] != "supported"
         assert result.attrs["loss"] > result.attrs["base_loss"]  # on which the model relies
-    model = trained(planted.shortcut, 1)
+    model = trained(planted.shortcut, 1, epochs=15)
     x, y = planted.shortcut(np.random.default_rng(5), 400, training=True)
     attribution = np.broadcast_to(np.arange(6) == 4, x.shape)
     assert feature_claims(model, x.astype("float32"), y, attribution)["verdict"].values[4] == "supported"
