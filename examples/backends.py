@@ -63,7 +63,8 @@ print(f"Trained on: {keras.config.backend()}, test accuracy: {np.mean(predicted.
 
 # %%
 program = """
-import random
+import random, sys
+sys.modules["tensorflow"] = None  # not needed here, and to clone a model Keras would load it
 import keras, numpy as np, xarray as xr
 from kerasfactory import explain
 

@@ -33,6 +33,7 @@ from kerasfactory.explain._observe import (
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _NULL_SAMPLES = 500
+_ROWS = 2**14  # to predict at once
 _CONTROL_SAMPLES = 256
 _RESAMPLES = 2000
 _HIDDEN = -1e9  # the logit of a key out of view
@@ -124,9 +125,9 @@ def faithfulness(
         - `comprehensiveness`, `sufficiency` (sample, fraction), in the unit of the output. The coordinate `removed`
           (fraction) is the number \(k\) of features.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
-        - `null` (draw), `p_value`: as above. They need draws × fractions × samples × 3 predictions and are therefore
-          taken from 500 samples, drawn at random, if there are more. `observed` in the attributes is the AOPC
-          comprehensiveness of those.
+        - `null` (draw), `p_value`: as above. They need draws × fractions × samples predictions, and are therefore
+          taken from 500 samples, drawn at random, if there are more, and with one row of `background` for each.
+          `observed` in the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
         - `interval` (bound: `lower`, `upper`) of `aopc_comprehensiveness`: a percentile bootstrap over the samples. The
           model, the attribution and the background stay as they are in it. NaN for a single sample.
 
@@ -175,7 +176,7 @@ def faithfulness(
     own = outputs[np.arange(samples), columns]
     absolute = outputs.shape[1] == 1
 
-    def changes(removed, of):
+    def changes(removed, of, rows):
         """By how much the outputs of the samples `of` fall, (set, sample), without (set, sample, feature)."""
         result = np.empty(removed.shape[:2])
         step = max(1, _CELLS // (x[0].size * len(removed) * len(rows)))
@@ -196,16 +197,20 @@ def faithfulness(
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), -importance)))
     counts = np.maximum(1, np.floor(shares * features + 0.5).astype(int))
     sets = [ranks < count for count in counts] + [ranks >= count for count in counts]
-    comprehensiveness, sufficiency = np.split(changes(np.stack(sets), np.arange(samples)), 2)
+    comprehensiveness, sufficiency = np.split(changes(np.stack(sets), np.arange(samples), rows), 2)
     progress.update(1)
 
     chosen = _some(samples, _NULL_SAMPLES, rng)
-    observed = float(comprehensiveness[:, chosen].mean())
+    # One row for each sample will do: its chance is the same in the observed and in the null.
+    observed = float(changes(np.stack(sets[: len(counts)])[:, chosen], chosen, rows[:1]).mean())
     null = np.empty(draws)
-    for draw in range(draws):
-        relabelled = ranks[chosen][:, rng.permutation(features)]
-        null[draw] = changes(np.stack([relabelled < count for count in counts]), chosen).mean()
-        progress.update(draw + 2)
+    at_once = max(1, _ROWS // (len(counts) * len(chosen)))
+    for start in range(0, draws, at_once):
+        stop = min(start + at_once, draws)
+        relabelled = [ranks[chosen][:, rng.permutation(features)] for _ in range(start, stop)]
+        removed = np.stack([of_draw < count for of_draw in relabelled for count in counts])
+        null[start:stop] = changes(removed, chosen, rows[:1]).reshape(stop - start, -1).mean(axis=1)
+        progress.update(stop + 1)
 
     # A draw that puts the same features first is to count as such, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
@@ -252,7 +257,7 @@ def attention_controls(
     seed: int = 0,
     draws: int = 5,
     tolerance: float = 0.02,
-    steps: int = 60,
+    steps: int = 30,
     level: float = 0.05,
 ) -> xr.Dataset:
     r"""How much of a model's output depends on where its attention is.
