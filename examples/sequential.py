@@ -52,8 +52,8 @@ with warnings.catch_warnings(record=True) as caught:
     one_token.compile(optimizer="adam", loss="binary_crossentropy")
     one_token.fit(x_train, y_train == 0, epochs=5, verbose=0)
     one_token(x_test[:32])
+    scores = np.asarray(one_token.layers[2].attention_scores)
 
-scores = np.asarray(one_token.layers[2].attention_scores)
 print("Keras warns:", str(caught[0].message).split(". ")[1])
 print("Scores (wine, head, query, key):", scores.shape)
 print(f"Every score is 1: {np.allclose(scores, 1)}")
