@@ -47,7 +47,7 @@ def attentive(sharpness=1.0, activation=None, outputs=1, **call):
     return model
 
 
-@keras.saving.register_keras_serializable("tests")
+@keras.saving.register_keras_serializable("test_faithfulness")
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
