@@ -43,13 +43,11 @@ class Store:
     It stands in for the `x` of `observe`: it gives the first batch, by which the model is known again, and then those
     that are not stored yet.
 
-    ```python
-    with Store(path, "capture", model, x, batch_size, arguments, tolerance) as store:
-        for batch in observe(model, store, layers, None, verbose, measure):
-            store.append({name: xr.Dataset(...) for name in batch.measured}, batch.changes_state)
-        store.finish()
-    datasets = store.open()
-    ```
+        with Store(path, "capture", model, x, batch_size, arguments, tolerance) as store:
+            for batch in observe(model, store, layers, None, verbose, measure):
+                store.append({name: xr.Dataset(...) for name in batch.measured}, batch.changes_state)
+            store.finish()
+        datasets = store.open()
 
     Args:
         path: The directory, `*.zarr`. Made if it is not there; continued if it belongs to the same call.
