@@ -478,7 +478,9 @@ def _gradients(
         measured = {}
         for name in edit.shapes:
             weights = ops.cast(scores[name], "float32")
-            measured[name] = ops.mean(ops.maximum(gradients[name] * weights, 0), axis=1), weights
+            # A masked key gets 0, also where the gradient is NaN, as that of a softmax over nothing is in Keras 3.14.
+            products = ops.where(weights == 0, 0.0, gradients[name] * weights)
+            measured[name] = ops.mean(ops.maximum(products, 0), axis=1), weights
         yield seen._replace(size=_size(data), measured=measured)
         done += 1
         progress.update(done)

@@ -66,8 +66,8 @@ def test_the_last_entry_is_what_the_trained_model_shows_and_the_first_what_the_n
 
 
 def test_attention_moves_in_every_epoch(monitored):
-    for history in monitored[1].history.values():
-        assert (np.abs(history["entropy"].diff("epoch")).max("head") > 1e-4).all()
+    for history in monitored[1].history.values():  # read too early, weights would not have moved at all
+        assert (np.abs(history["entropy"].diff("epoch")).max("head") > 1e-6).all()
 
 
 def test_what_happened_in_each_epoch_is_what_shorter_trainings_end_with(monitored):

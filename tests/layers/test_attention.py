@@ -1,5 +1,7 @@
 """Whichever way attention is computed, the answer is the same; and scores belong to their call."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ MASKS = {
     "window": {"sliding_window": 3},
     "window, causal, padded": {"sliding_window": 3, "use_causal_mask": True, "key_mask": PADDING},
 }
+if "sliding_window" not in inspect.signature(keras.layers.MultiHeadAttention).parameters:  # Keras 3.14 has none
+    MASKS = {name: mask for name, mask in MASKS.items() if "sliding_window" not in mask}
 
 
 @pytest.fixture
