@@ -27,7 +27,7 @@ def compiled(attention=InterpretableMultiHeadAttention):
     x = layers.Dropout(0.2)(layers.BatchNormalization()(x))
     x = layers.MultiHeadAttention(3, 4, name="second")(x, x)
     model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
-    model.compile(keras.optimizers.Adam(0.02), "mse")
+    model.compile(keras.optimizers.Adam(0.1), "mse")
     return model
 
 
@@ -66,8 +66,8 @@ def test_the_last_entry_is_what_the_trained_model_shows_and_the_first_what_the_n
 
 
 def test_attention_moves_in_every_epoch(monitored):
-    for history in monitored[1].history.values():  # read too early, weights would not have moved at all
-        assert (np.abs(history["entropy"].diff("epoch")).max("head") > 1e-6).all()
+    for history in monitored[1].history.values():
+        assert (np.abs(history["entropy"].diff("epoch")).max("head") > 1e-4).all()
 
 
 def test_what_happened_in_each_epoch_is_what_shorter_trainings_end_with(monitored):
