@@ -24,8 +24,10 @@ from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit_page import escaped, page, with_data, without_data
 from kerasfactory.explain._capture import _rounding, capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
-from kerasfactory.explain._faithfulness import _interval, attention_controls, faithfulness
+from kerasfactory.explain._controls import attention_controls
+from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._observe import progress_bar
+from kerasfactory.explain._outputs import _interval
 from kerasfactory.explain._store import _digest
 
 _SCHEMA, _VERSION = "kerasfactory.audit", 1  # written as one string: each number in an audit is under the checksum

@@ -18,13 +18,8 @@ from keras import ops
 from scipy import stats
 
 from kerasfactory._arguments import positive_integer
-from kerasfactory.explain._faithfulness import (
-    _checked_attribution,
-    _finite,
-    _table,
-    _without_nan,
-    predictions,
-)
+from kerasfactory.explain._faithfulness import _checked_attribution
+from kerasfactory.explain._outputs import _finite, _table, _without_nan, predictions
 
 _RESAMPLES = 1999
 _FEWEST = 20  # samples: with fewer, neither a conditional distribution nor an interval is worth its name
