@@ -14,7 +14,15 @@ from kerasfactory._arguments import positive_integer
 from kerasfactory.explain._capture import capture
 from kerasfactory.explain._edit import Editor, editor
 from kerasfactory.explain._observe import _batches, _size, batch_size_of, progress_bar
-from kerasfactory.explain._outputs import _checked_target, _finite, _interval, _some, predictions
+from kerasfactory.explain._outputs import (
+    _checked_level,
+    _checked_target,
+    _finite,
+    _interval,
+    _sign_tests,
+    _some,
+    predictions,
+)
 
 _SAMPLES = 256
 _HIDDEN = -1e9  # the logit of a key out of view
@@ -28,13 +36,13 @@ def attention_controls(
     x: Any,
     target: int | None = None,
     layers: str | Sequence[str] | None = None,
-    batch_size: int | None = None,
-    verbose: int | str = 0,
-    seed: int = 0,
     draws: int = 5,
     tolerance: float = 0.02,
     steps: int = 30,
     level: float = 0.05,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+    seed: int = 0,
 ) -> xr.Dataset:
     r"""How much of a model's output depends on where its attention is.
 
@@ -50,24 +58,77 @@ def attention_controls(
     If uniform attention leaves the output as it is, attention is not what decides, whatever it looks like. That other
     scores make the same output is weaker evidence: the adversary may alter what the model could not have learned to
     produce (Wiegreffe & Pinter 2019, [*Attention is not not Explanation*](https://arxiv.org/abs/1908.04626)), and
-    queries that nothing is read from are free.
+    queries that nothing is read from are free. Set its distance beside that of `permuted`, scores of the same shape
+    that know nothing.
 
-    The distance of scores is the Jensen–Shannon divergence to the base 2, from 0 to 1, the mean over queries, heads and
-    layers. The change of an output is the total variation distance for probabilities (half the sum of absolute
-    differences; the absolute difference for a single one, or for a `target`), else the largest absolute difference,
-    relative to the standard deviation of that output over the samples. Where masks are in force, the keys in view are
-    those with a weight above 0.
+    With the scores \(A\) of the model and others \(B\), over \(R\) rows, the queries of all heads and layers that
+    look at any key, the distance is the mean Jensen–Shannon divergence to the base 2, from 0 to 1,
 
-    It takes up to 256 samples of the arrays `x`, drawn at random.
+    $$
+    \operatorname{jsd} = \frac{1}{R} \sum_{i=1}^{R} \left( \tfrac{1}{2} \sum_j A_{ij} \log_2 \frac{A_{ij}}{M_{ij}}
+    + \tfrac{1}{2} \sum_j B_{ij} \log_2 \frac{B_{ij}}{M_{ij}} \right), \qquad M = \tfrac{1}{2} (A + B) .
+    $$
+
+    The change of an output is, for probabilities, the total variation distance \(\tfrac{1}{2} \sum_c |p_c - q_c|\),
+    from 0 to 1 (the absolute difference for a single one, or for a `target`). For other outputs it is the largest
+    absolute difference, each in standard deviations of that output over the samples.
+
+    Args:
+        model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
+        x: Arrays, as `model.predict` takes them, of at least 2 samples. Up to 256 are used, drawn at random.
+        target: The number of the output whose change counts; all of them if not given.
+        layers: Names of the layers, as for `capture`. The others keep their scores.
+        draws: Of permuted weights, for each sample.
+        tolerance: The change that is none; above 0.
+        steps: Of each ascent.
+        level: The intervals cover \(1 - \text{level}\); between 0 and 0.5.
+        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        verbose: As for `capture`.
+        seed: Of all that is drawn.
 
     Returns:
-        xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`): `change`, `jsd` (control, sample),
-            `median_change` (control), and its bootstrap `interval` (control, bound: `lower`, `upper`). For the
-            adversary, `change` is at most `tolerance`, and `jsd` is what it reached.
+        xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`), with these variables.
+
+        - `change`, `jsd` (control, sample): as above. For the adversary, `change` is at most `tolerance`, and `jsd` is
+          how far it got. Where masks are in force, the keys in view are those with a weight above 0.
+        - `median_change` (control), and its `interval` (control, bound: `lower`, `upper`), a percentile bootstrap over
+          the samples.
+        - `p_value` (control): of the exact sign test that the median change is above the `tolerance`; and `p_opposite`,
+          that it is not. They say nothing of the adversary, which keeps to it.
+
+        The coordinate `sample` says which samples were used. The attributes say `layers`, `target`, `change` (its
+        unit: `"total variation"` or `"relative to the standard deviation"`), `tolerance`, `draws`, `steps`, `level` and
+        `seed`.
+
+    Raises:
+        ValueError: As `capture`; if `x` is no array or has fewer than 2 samples; if an argument is out of range; if the
+            model has other outputs, they are NaN, the same for all samples, or not made of its scores; if scores
+            cannot be told apart by sample, query and key.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6, 8))
+        attended = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")(inputs, inputs)
+        pooled = keras.layers.GlobalAveragePooling1D()
+        uses = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
+        hardly = keras.Model(inputs, keras.layers.Dense(1)(pooled(inputs) + 0.001 * pooled(attended)))
+
+        x = np.random.default_rng(0).normal(size=(60, 6, 8))
+        results = [explain.attention_controls(model, x, steps=5, verbose=0) for model in (uses, hardly)]
+        print([result["median_change"].sel(control="uniform").item() > 0.02 for result in results])
+        #> [True, False]
+        ```
     """
     draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
+    _checked_level(level)
     if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
@@ -113,6 +174,7 @@ def attention_controls(
         progress.update(number)
 
     changes, distances = np.moveaxis(np.concatenate(of_batches, axis=-1), 1, 0)
+    p_values, p_opposites = np.transpose([_sign_tests(row, tolerance) for row in changes])
     dims = ("control", "sample")
     return xr.Dataset(
         {
@@ -120,6 +182,8 @@ def attention_controls(
             "jsd": (dims, distances),
             "median_change": ("control", np.median(changes, axis=1)),
             "interval": (("control", "bound"), [_interval(row, np.median, level, seed) for row in changes]),
+            "p_value": ("control", p_values),
+            "p_opposite": ("control", p_opposites),
         },
         {"control": ["uniform", "permuted", "adversarial"], "sample": chosen, "bound": ["lower", "upper"]},
         {

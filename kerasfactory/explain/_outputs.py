@@ -127,3 +127,15 @@ def _checked_target(target: Any, outputs: int) -> int:
             f"`target` must be the number of an output, from 0 to {outputs - 1}. Received: target={target!r}"
         )
     return int(target)
+
+
+def _sign_tests(values: np.ndarray, threshold: float) -> tuple[float, float]:
+    """The exact p-values of the median being above the threshold, and of its not being so."""
+    above = int((values > threshold).sum())
+    greater, less = (stats.binomtest(above, len(values), alternative=side).pvalue for side in ("greater", "less"))
+    return float(greater), float(less)
+
+
+def _checked_level(level: float) -> None:
+    if not 0 < level < 0.5:
+        raise ValueError(f"`level` must be a number between 0 and 0.5. Received: level={level!r}")
