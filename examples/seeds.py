@@ -68,7 +68,9 @@ attention = explain.parameter_randomisation(models[0], x_test, verbose=0)
 size = explain.parameter_randomisation(models[0], x_test, lambda model, x: np.abs(x), verbose=0)
 for name, result in {"attention": attention, "size of the numbers": size}.items():
     kept = "all" if result["median_kept"] > 0.99 else "less than half" if result["median_kept"] < 0.5 else "much"
-    print(f"{name}: {kept} is left after a shuffle; p for 'at most half': {'small' if result['p_value'] < 0.01 else 'large'}")
+    print(
+        f"{name}: {kept} is left after a shuffle; p for 'at most half': {'small' if result['p_value'] < 0.01 else 'large'}"
+    )
 
 # %% [markdown]
 # Attention passes. That is little: the map of a model that was *never trained* is in its weights, too. The check is made to

@@ -13,7 +13,7 @@ import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_names
+from kerasfactory._arguments import checked_names, generator
 from kerasfactory.explain._capture import _attention_axes, _check_axes, _float_scores, _labels, _warn
 from kerasfactory.explain._edit import editor
 from kerasfactory.explain._observe import Batch, Call, _batches, _size, observe, progress_bar
@@ -158,7 +158,7 @@ def attribute(
         measure = _value_norms if method == "value_norm" else _float_scores
         seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
 
-    generator = np.random.default_rng(seed)
+    rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for batch in seen:
@@ -170,7 +170,7 @@ def attribute(
         for name, (values, _) in parts.items():
             if values.shape[1:] != shapes[name]:
                 raise ValueError(_differing(name, values.shape[1:], shapes[name]))
-        rows.append(_attributed(method, list(parts.values()), position, generator))
+        rows.append(_attributed(method, list(parts.values()), position, rng))
 
     _warn(model, batch.difference, {}, {})
     result = np.concatenate(rows)
@@ -380,7 +380,7 @@ def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> st
 
 
 def _attributed(
-    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, generator: np.random.Generator
+    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, rng: np.random.Generator
 ) -> np.ndarray:
     """(sample, feature), of what was measured of each layer: (sample, query, key), and who looks: (sample, query)."""
     if method == "rollout":
@@ -395,7 +395,7 @@ def _attributed(
         return mean
     shares = np.where(np.isnan(mean), mean, mean > 0).astype(mean.dtype)
     if method == "random":
-        shares *= generator.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
+        shares *= rng.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
     total = shares.sum(axis=1, keepdims=True)
     return shares / np.where(total == 0, 1, total)
 

@@ -10,7 +10,7 @@ from keras import ops, tree
 from scipy import special
 
 from kerasfactory import _backend
-from kerasfactory._arguments import positive_integer
+from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._capture import capture
 from kerasfactory.explain._edit import Editor, editor
 from kerasfactory.explain._observe import _batches, _size, batch_size_of, progress_bar
@@ -136,7 +136,7 @@ def attention_controls(
     samples = len(tree.flatten(x)[0])
     if samples < 2:
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {samples}")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "attention_controls")
     chosen = _some(samples, _SAMPLES, rng)
     x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
     batch_size = batch_size_of(x, 1024) if batch_size is None else batch_size
