@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-import types
 
 import keras
 import numpy as np
@@ -174,7 +173,7 @@ def test_tensorboard_shows_what_its_own_writer_wrote(tmp_path, monkeypatch):
 
 def test_tensorboard_shows_what_tensorflow_wrote(tmp_path, monkeypatch):
     with monkeypatch.context() as installed:
-        for module in ("tensorboard", "tensorboard.summary", "tensorboardX"):
+        for module in ("tensorboard", "tensorboard.summary"):
             installed.setitem(sys.modules, module, None)
         monitor = explain.AttentionMonitor(X[:8], every=2, log_dir=tmp_path)
         fit(compiled(), monitor, epochs=4)
@@ -182,21 +181,10 @@ def test_tensorboard_shows_what_tensorflow_wrote(tmp_path, monkeypatch):
 
 
 def test_without_anything_that_writes_for_tensorboard(monkeypatch):
-    for module in ("tensorboard.summary", "tensorboardX", "tensorflow"):
+    for module in ("tensorboard.summary", "tensorflow"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         explain.AttentionMonitor(X, log_dir="logs")
-
-
-def test_in_want_of_tensorboard_tensorboardx_writes(monkeypatch):
-    class Recorder:  # stands in for the library's class, which this environment does not have
-        def __init__(self, log_dir):
-            self.log_dir = log_dir
-
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Recorder))
-    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    assert _backend.summary_writer("logs").log_dir == "logs"
 
 
 @pytest.mark.parametrize(
