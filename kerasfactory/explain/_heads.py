@@ -305,6 +305,9 @@ def head_importance(
         shape = [{"sample": -1, "head": heads[name]}.get(dim, 1) for dim in dims[name]]
         return scores * ops.cast(ops.reshape(mask, shape), scores.dtype)
 
+    def total(outputs, targets):
+        return ops.sum(_losses(loss, targets, outputs))
+
     gradient = {name: np.zeros(number) for name, number in heads.items()}
     ablation = {name: np.zeros(number) for name, number in heads.items()}
     intact = 0.0
@@ -312,9 +315,7 @@ def head_importance(
     for data, (targets,) in zip(batches, _batches(y, batch_size)[0], strict=True):
         size = _size(data)
         masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}
-        gradients, _, _ = edit.gradient(
-            data, masked, masks, lambda outputs, targets=targets: ops.sum(_losses(loss, targets, outputs))
-        )
+        gradients, _, _ = edit.gradient(data, masked, masks, total, targets, once=expected == 1)
         masks = {name: np.ones((1, number), "float32") for name, number in heads.items()}
         before = _values(loss, targets, edit.predict(data, masked, masks))
         intact += before.sum()
@@ -372,7 +373,7 @@ def _losses(loss: Any, targets: Any, outputs: Any) -> Any:
             f"`loss` must return one value, or several, for each of the {samples} samples in a batch, and not their "
             f"mean. Received: values of shape {tuple(losses.shape)} from loss={loss!r}"
         )
-    return ops.mean(ops.reshape(losses, (samples, -1)), axis=1)
+    return ops.mean(losses[:, None], axis=tuple(range(1, len(losses.shape) + 1)))
 
 
 def _values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
