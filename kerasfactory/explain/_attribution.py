@@ -84,8 +84,7 @@ def attribute(
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
 
-    It runs batch by batch, and keeps nothing but the result. Gradients are not compiled: for many samples, give a
-    `batch_size` of some hundreds.
+    It runs batch by batch, and keeps nothing but the result.
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,

@@ -38,9 +38,7 @@ class Editor(NamedTuple):
     found: dict[str, Found]  # the calls, by the names that `capture` gives them, in the order of `layers`
     shapes: dict[str, tuple[int, ...]]  # of their scores: (head, query, key)
     predict: Callable[[tuple, Callable, Any], Any]  # (batch, edit, given): the outputs
-    gradient: Callable[
-        ..., tuple[Any, Any, dict[str, Any]]
-    ]  # (batch, edit, given, scalar, more=(), once=False)
+    gradient: Callable[..., tuple[Any, Any, dict[str, Any]]]  # (batch, edit, given, scalar, more=(), once=False)
 
 
 def editor(model: Any, batch: tuple, layers: Any) -> Editor:

@@ -226,10 +226,11 @@ def head_importance(
         x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
         y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
         loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
-            tensors, that returns one value, or several to be averaged, for each sample. If not given, the loss that the
-            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
-            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs
-            a function here.
+            tensors, that returns one value, or several to be averaged, for each sample. Write it with `keras.ops`, for
+            it is differentiated: what leaves tensors has no gradient. It is compiled as the model is; one that cannot
+            be runs as it is, more slowly. If not given, the loss that the model was compiled with. Its reduction over
+            the samples is not used, for it is the values of single samples that count; nor are weights of classes, or
+            losses that layers add. A model with several outputs needs a function here.
         layers: Names of the attention layers, as for `capture`.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
