@@ -5,10 +5,12 @@ import functools
 import keras
 import numpy as np
 import pytest
+import xarray as xr
 from keras import layers, ops
 from scipy.spatial.distance import jensenshannon
 
-from kerasfactory import explain
+from kerasfactory import _backend, explain
+from kerasfactory.explain import _controls
 from kerasfactory.explain._controls import _distance, _permuted
 
 RNG = np.random.default_rng(3)
@@ -116,6 +118,28 @@ def test_more_steps_take_the_adversary_further():
     adversarial = {"control": "adversarial"}
     assert (many.sel(adversarial) >= few.sel(adversarial) - 1e-6).all()
     assert many.sel(adversarial).median() > few.sel(adversarial).median() + 0.05
+
+
+def test_the_adversarys_steps_are_compiled_once_for_all_batches(monkeypatch):
+    traced, change_of = [], _controls._change_of
+
+    def counted(*args):
+        change, said = change_of(*args)
+
+        def count(one, other):
+            if _backend.concrete(one) is None:
+                traced.append(one)
+            return change(one, other)
+
+        return count, said
+
+    monkeypatch.setattr(_controls, "_change_of", counted)
+    model = attentive(sharpness=2)
+    compiled = controls_of(model, SEQUENCE, draws=1, steps=3, batch_size=5)  # 5, 5 and 2 samples
+    assert len(traced) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 0)  # `jax.jit` is for one size
+    model.compile(run_eagerly=True)
+    eager = controls_of(model, SEQUENCE, draws=1, steps=3, batch_size=5)
+    xr.testing.assert_allclose(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
 def test_permuted_weights_stay_in_view():
