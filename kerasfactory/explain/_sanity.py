@@ -303,6 +303,7 @@ def _is_named(attribution: Any) -> bool:
 
 
 def _shares(attribution: Any) -> np.ndarray:
+    attribution = _backend.as_numpy(attribution) if ops.is_tensor(attribution) else attribution
     values = np.abs(np.asarray(attribution, "float64"))
     if values.ndim != 2:
         raise ValueError(f"An attribution must be (sample, feature). Received: shape {values.shape}")
