@@ -244,7 +244,7 @@ def audits(tmp_path_factory):
     inputs = keras.Input((len(names),))
     attended = InterpretableMultiHeadAttention(4, 1, name="attention")(FeatureTokenizer(4, feature_names=names)(inputs))
     outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
-    model = keras.Model(inputs, outputs)
+    model = keras.Model(inputs, outputs, name="the_name_of_a_model_is_one_word_and_does_not_break")
     model.compile("adam", "binary_crossentropy")
     x = np.random.default_rng(0).normal(size=(80, len(names)))
     folder = tmp_path_factory.mktemp("audits")
