@@ -54,6 +54,9 @@ def on_page_content(content, page, **_):
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
     content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
     content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
+    # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
+    figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
+    content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
     return re.sub(
@@ -71,6 +74,7 @@ def _mathml(match):
     """The browser itself draws formulas: no script, no font, no other host."""
     latex = html.unescape(match[2]).strip()
     latex = latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
+    latex = latex.replace(r"\setminus", r"\mathrm{\backslash}")  # the sign that it is converted to is in hardly any font
     return convert(latex) if match[1] == "span" else _scrolling("Formula", convert(latex, display="block"))
 
 
