@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kerasfactory import explain
-from kerasfactory.explain._faithfulness import attention_controls
+from kerasfactory.explain._controls import attention_controls
 
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)

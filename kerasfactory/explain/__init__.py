@@ -3,21 +3,26 @@
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._audit import audit, verify
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
 from kerasfactory.explain._monitor import AttentionMonitor
+from kerasfactory.explain._sanity import parameter_randomisation, seed_agreement
 from kerasfactory.explain._summary import summarize
 
 __all__ = [
     "AttentionMonitor",
+    "attention_controls",
     "attribute",
     "audit",
     "capture",
     "faithfulness",
     "head_importance",
     "head_statistics",
+    "parameter_randomisation",
     "recomposition_error",
     "rollout",
+    "seed_agreement",
     "summarize",
     "verify",
 ]

@@ -1,13 +1,12 @@
 """An audit of a model's attention: claims, each with its verdict and evidence, in a file that can be checked."""
 
-import hashlib
 import importlib
 import json
 import math
 import os
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,44 @@ import numpy as np
 import scipy
 import xarray as xr
 from keras import ops
-from scipy import stats
 
 import kerasfactory
 from kerasfactory import _backend
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit_page import escaped, page, with_data, without_data
+from kerasfactory.explain._audit_claims import (
+    as_float,
+    attention_claims,
+    bounds,
+    capture_claim,
+    claims_of_features,
+    judge,
+    randomisation_claim,
+    ranking_claims,
+    seed_claim,
+)
+from kerasfactory.explain._audit_file import (
+    ABSOLUTE,
+    SCHEMA,
+    as_json,
+    differences,
+    files_of,
+    hash_of_config,
+    hashed,
+    intact,
+    load,
+    save,
+)
 from kerasfactory.explain._capture import _rounding, capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
-from kerasfactory.explain._faithfulness import _interval, attention_controls, faithfulness
+from kerasfactory.explain._controls import attention_controls
+from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._observe import progress_bar
+from kerasfactory.explain._outputs import _checked_level, _interval
+from kerasfactory.explain._sanity import parameter_randomisation, seed_agreement
 from kerasfactory.explain._store import _digest
 
-_SCHEMA, _VERSION = "kerasfactory.audit", 1  # written as one string: each number in an audit is under the checksum
 _EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
 _DRAWS = 200
-# How far numbers that are computed again may lie from those that were written.
-_RELATIVE, _ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
 
 
 def audit(
@@ -44,6 +64,7 @@ def audit(
     feature_names: Sequence[str] | None = None,
     layers: str | Sequence[str] | None = None,
     background: Any = None,
+    models: Sequence[keras.Model] = (),
     level: float = 0.05,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -62,6 +83,10 @@ def audit(
       else standard deviations of the output).
     - **The ranking is faithful**: two tests, of comprehensiveness and of sufficiency, against the same ranking with its
       features relabelled at random, as in `faithfulness`. For sufficiency those that are at most as large count.
+    - **The attribution is in the weights**: at most half of it is left when the weights of the attention layers are
+      shuffled, as in `parameter_randomisation`.
+    - **It would come out again**: the models in `models`, trained alike from other seeds, rank the same features first,
+      more than by chance, as in `seed_agreement`.
     - **Each feature** of which the attribution is above the mean tells the model what the other features do not. Its
       values are drawn anew, given the other features, and the model's loss is set against that with the true ones
       (conditional permutation importance, Strobl et al. 2008,
@@ -96,6 +121,8 @@ def audit(
         feature_names: Names of the features, as for `capture`.
         layers: Names of the layers, as for `capture`.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
+        models: The same model trained from other seeds, two or more if possible. Without them the claim about other
+            seeds is undetermined.
         level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5.
         batch_size: Samples in a batch.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
@@ -104,14 +131,14 @@ def audit(
 
     Returns:
         pathlib.Path: The page. The JSON beside it has the keys `schema`, `settings`, `model`, `data`, `environment`,
-            `capture`, `attribution`, `controls`, `faithfulness`, `features`, `claims`, `page` and `checksum`. Each
-            claim has `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`), `p_value`,
-            `p_adjusted`, `interval` (two bounds) and `reason`. What was not tested is null.
+            `capture`, `attribution`, `controls`, `faithfulness`, `randomisation`, `seeds`, `features`, `claims`, `page`
+            and `checksum`. Each claim has `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`,
+            `value`), `p_value`, `p_adjusted`, `interval` (two bounds) and `reason`. What was not tested is null.
 
     Raises:
         ValueError: If `x`, `y` or `background` hold NaN or no numbers or do not fit each other; if `path` does not end
-            in `.html`, or another argument is out of range; and as `attribute`, `faithfulness` and
-            `recomposition_error`.
+            in `.html`, or another argument is out of range; if two of `model` and `models` are copies; and as
+            `attribute`, `faithfulness` and `recomposition_error`.
         FileExistsError: If one of the files is there and is no audit.
         FileNotFoundError: If there is no folder for them.
 
@@ -146,21 +173,20 @@ def audit(
         #> []
         ```
     """
-    html_file, json_file = files = _files(path)
+    html_file, json_file = files = files_of(path)
     if Path(path) != html_file:
         raise ValueError(f"`path` must end in .html; the JSON file goes beside it. Received: path={str(path)!r}")
     for file in files:
         if file.exists():
             try:
-                _load(file)
+                load(file)
             except ValueError:
                 raise FileExistsError(
                     f"{file} exists and is not an audit: it is not overwritten. Choose another `path`."
                 ) from None
     if not html_file.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(html_file.parent)!r} to write the audit into.")
-    if not 0 < level < 0.5:
-        raise ValueError(f"`level` must be a number between 0 and 0.5. Received: level={level!r}")
+    _checked_level(level)
     settings = {
         "method": method,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
@@ -169,7 +195,7 @@ def audit(
         "batch_size": batch_size,
         "seed": seed,
     }
-    _save(_record(model, x, y, background, settings, verbose), html_file, json_file)
+    save(_record(model, x, y, background, models, settings, verbose), html_file, json_file)
     return html_file
 
 
@@ -179,6 +205,7 @@ def verify(
     x: Any,
     y: Any = None,
     background: Any = None,
+    models: Sequence[keras.Model] = (),
     verbose: int | str = "auto",
 ) -> list[str]:
     """Computes an audit again and says what no longer holds.
@@ -196,6 +223,8 @@ def verify(
         y: The labels, if the audit was made with labels. Without them the claims about single features are not
             checked, and a warning says so.
         background: The background data, if the audit was made with such.
+        models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
+            is not checked, and a warning says so.
         verbose: As for `audit`.
 
     Returns:
@@ -208,8 +237,8 @@ def verify(
             `audit`.
 
     Warns:
-        UserWarning: If labels are missing, or if the versions of Python, Keras, the backend or a library are not those
-            of the audit. As the numbers were computed with the new ones, this alone is no finding.
+        UserWarning: If labels or models are missing, or if the versions of Python, Keras, the backend or a library are
+            not those of the audit. As the numbers were computed with the new ones, this alone is no finding.
 
     Example:
         ```python
@@ -233,7 +262,7 @@ def verify(
         #> The data are not those of the audit.
         ```
     """
-    record, findings = _intact(_files(path), Path(path))
+    record, findings = intact(files_of(path), Path(path))
     if findings:
         return findings
     x = _array("x", x)
@@ -245,14 +274,20 @@ def verify(
     if record["data"]["background"] and background is None:
         raise ValueError("The audit was made with background data: give them, `background=...`.")
 
-    now = json.loads(_json(_record(model, x, y, background, record["settings"], verbose)))
+    now = json.loads(as_json(_record(model, x, y, background, models, record["settings"], verbose)))
+    unchecked = set()
     if record["data"]["labels"] and y is None:
-        now["data"]["labels"] = record["data"]["labels"]
-        now["features"] = record["features"]
-        now["claims"] = [claim for claim in now["claims"] if claim["feature"] is None]
-        now["claims"] += [claim for claim in record["claims"] if claim["feature"] is not None]
-        _judge(now["claims"], record["settings"]["level"])
+        now["data"]["labels"], now["features"] = record["data"]["labels"], record["features"]
+        unchecked |= {claim["claim"] for claim in record["claims"] if claim["feature"] is not None}
         warnings.warn("Without labels, `y`, the claims about single features were not checked.", stacklevel=2)
+    if record["seeds"] and not models:
+        now["seeds"] = record["seeds"]
+        unchecked |= {seed_claim(None, "", 0)["claim"]}
+        warnings.warn("Without `models`, the claim about models from other seeds was not checked.", stacklevel=2)
+    if unchecked:
+        before = {claim["claim"]: claim for claim in record["claims"] if claim["claim"] in unchecked}
+        now["claims"] = [before.get(claim["claim"], claim) for claim in now["claims"]]
+        judge(now["claims"], record["settings"]["level"])
     changed = [
         f"{name} {version}, now {now['environment'].get(name)}"
         for name, version in record["environment"].items()
@@ -260,14 +295,17 @@ def verify(
     ]
     if changed:
         warnings.warn(f"The audit was made with other versions: {'; '.join(changed)}.", stacklevel=2)
-    return _differences(record, now, max(_ABSOLUTE, _rounding(model)))
+    return differences(record, now, max(ABSOLUTE, _rounding(model)))
 
 
-def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any], verbose: Any) -> dict[str, Any]:
+def _record(
+    model: Any, x: Any, y: Any, background: Any, models: Any, settings: dict[str, Any], verbose: Any
+) -> dict[str, Any]:
     """What an audit says, as JSON."""
     x, y, background = _checked(x, y, background)
+    digests = _checked_models(model, models)
     level, seed, batch_size = settings["level"], settings["seed"], settings["batch_size"]
-    progress = progress_bar(5, verbose, "part")
+    progress = progress_bar(7, verbose, "part")
 
     common = {"layers": settings["layers"], "batch_size": batch_size, "verbose": 0}
     names = settings["feature_names"]
@@ -278,7 +316,7 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
     captured = _captured(model, x, common)
     progress.add(1)
 
-    count = 4 + len(features)  # of claims that a test decides
+    count = 6 + len(features)  # of claims that a test decides
     few = f"{len(x)} samples are fewer than the {count} claims that they are to decide." if len(x) < count else ""
     controls = None if few else _controls(model, x, common, level, seed)
     progress.add(1)
@@ -287,28 +325,39 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
     draws = max(_DRAWS, math.ceil(count / level))  # so that one claim alone can be significant after the adjustment
     ranking = None if no_ranking else _ranking(model, x, attribution, {**arguments, "draws": draws})
     progress.add(1)
+    randomisation = None if few else _randomisation(model, x, settings)
+    progress.add(1)
+    no_seeds = few or ("There is one feature: nothing to rank." if len(features) < 2 else "")
+    no_seeds = no_seeds or ("" if models else "No models from other seeds were given, `models=[...]`.")
+    seeds = None
+    if not no_seeds:
+        others = [attribute(other, x, settings["method"], feature_names=names, seed=seed, **common) for other in models]
+        seeds = _seeds([attribution, *others], digests, draws, features, level, seed)
+    progress.add(1)
     no_claims = no_ranking or _no_claims(model, x, y)
     of_features = None if no_claims else feature_claims(model, x, y, attribution, **arguments)
     progress.add(1)
 
     claims = [
-        _capture_claim(captured),
-        *_attention_claims(controls, few, level),
-        *_ranking_claims(ranking, no_ranking, settings["method"], level),
-        *_feature_claims(of_features, no_claims, features),
+        capture_claim(captured),
+        *attention_claims(controls, few, level),
+        *ranking_claims(ranking, no_ranking, settings["method"], level),
+        randomisation_claim(randomisation, few, settings["method"]),
+        seed_claim(seeds, no_seeds, level),
+        *claims_of_features(of_features, no_claims, features),
     ]
-    _judge(claims, level)
+    judge(claims, level)
     return {
-        "schema": f"{_SCHEMA}/{_VERSION}",
+        "schema": SCHEMA,
         "settings": settings,
         "model": _model_facts(model),
         "data": {
-            "x": _hash(x),
+            "x": hashed(x),
             "shape": list(x.shape),
             "dtype": str(x.dtype),
             "feature_names": features,
-            "labels": None if y is None else _hash(y),
-            "background": None if background is None else _hash(background),
+            "labels": None if y is None else hashed(y),
+            "background": None if background is None else hashed(background),
         },
         "environment": _environment(),
         "capture": captured,
@@ -318,13 +367,15 @@ def _record(model: Any, x: Any, y: Any, background: Any, settings: dict[str, Any
                 {
                     "feature": feature,
                     "attribution": float(values.mean()),
-                    "interval": _bounds(_interval(values, np.mean, level, seed)),
+                    "interval": bounds(_interval(values, np.mean, level, seed)),
                 }
                 for feature, values in zip(features, attribution.values.T.astype("float64"), strict=True)
             ],
         },
         "controls": controls,
         "faithfulness": ranking,
+        "randomisation": randomisation,
+        "seeds": seeds,
         "features": of_features and {key: of_features.attrs[key] for key in ("base_loss", "loss", "margin", "draws")},
         "claims": claims,
     }
@@ -348,6 +399,22 @@ def _checked(x: Any, y: Any, background: Any) -> tuple[np.ndarray, np.ndarray | 
     return x, y, background
 
 
+def _checked_models(model: Any, models: Any) -> list[str]:
+    """The hashes of the weights of models from other seeds."""
+    if isinstance(models, keras.Model) or not all(isinstance(other, keras.Model) for other in models):
+        raise ValueError(
+            "`models` must be a list of `keras.Model`, the same model trained from other seeds. Received: "
+            f"models={models!r}"
+        )
+    digests = [_digest(weight.value for weight in other.weights) for other in (model, *models)]
+    if len(set(digests)) < len(digests):
+        raise ValueError(
+            "Some of `model` and `models` have the same weights: a copy would agree with itself. Leave copies out, and "
+            "train each from a seed of its own, `keras.utils.set_random_seed`."
+        )
+    return digests[1:]
+
+
 def _array(name: str, given: Any) -> np.ndarray:
     if not hasattr(given, "__array__") and not (name == "y" and isinstance(given, list | tuple)):
         raise ValueError(
@@ -368,10 +435,6 @@ def _array(name: str, given: Any) -> np.ndarray:
     return array
 
 
-def _hash(array: np.ndarray) -> str:
-    return hashlib.sha256(f"{array.shape} {array.dtype} ".encode() + array.tobytes()).hexdigest()
-
-
 def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -379,7 +442,7 @@ def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, An
     errors = recomposition_error(model, x, **common)
     return {
         "tolerance": max(_EXACT, _rounding(model)),
-        "prediction_difference": _float(max(array.attrs["prediction_difference"] for array in scores.values())),
+        "prediction_difference": as_float(max(array.attrs["prediction_difference"] for array in scores.values())),
         "not_captured": [str(one.message) for one in caught if "are not captured" in str(one.message)],
         "layers": [
             {
@@ -387,7 +450,7 @@ def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, An
                 "class": array.attrs["class"],
                 "masks": array.attrs["masks"],
                 "heads": array.sizes["head"],
-                "recomposition_error": _float(errors[name]),
+                "recomposition_error": as_float(errors[name]),
             }
             for name, array in scores.items()
         ],
@@ -397,24 +460,21 @@ def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, An
 def _controls(model: Any, x: np.ndarray, common: dict[str, Any], level: float, seed: int) -> dict[str, Any]:
     """What the output does when the model attends otherwise, and tests of that against the tolerance."""
     found = attention_controls(model, x, seed=seed, level=level, **common)
-    tolerance, samples = found.attrs["tolerance"], found.sizes["sample"]
     controls = []
     for control in found["control"].values.tolist():
         here = found.sel(control=control)
-        more = int((here["change"] > tolerance).sum())
         controls.append(
             {
                 "control": control,
                 "median_change": float(here["median_change"]),
-                "interval": _bounds(here["interval"].values),
+                "interval": bounds(here["interval"].values),
                 "median_distance": float(here["jsd"].median()),
-                # Sign tests: that the median is larger than the tolerance, and that it is smaller.
-                "p_value": stats.binomtest(more, samples, alternative="greater").pvalue,
-                "p_opposite": stats.binomtest(more, samples, alternative="less").pvalue,
+                "p_value": here["p_value"].item(),
+                "p_opposite": here["p_opposite"].item(),
             }
         )
     keys = ("change", "tolerance", "draws", "steps")
-    return {**{key: found.attrs[key] for key in keys}, "samples": samples, "controls": controls}
+    return {**{key: found.attrs[key] for key in keys}, "samples": found.sizes["sample"], "controls": controls}
 
 
 def _no_ranking(x: np.ndarray, features: list[str]) -> str:
@@ -447,7 +507,7 @@ def _ranking(model: Any, x: np.ndarray, attribution: xr.DataArray, arguments: di
                 "removed": found["removed"].values.tolist(),
                 "mean_change": found["comprehensiveness"].mean("sample").values.tolist(),
                 "aopc": float(found["aopc_comprehensiveness"]),
-                "interval": _bounds(found["interval"].values),
+                "interval": bounds(found["interval"].values),
                 "observed": observed,
                 "null": null.tolist(),
                 "p_value": float((1 + np.sum(sign * (null - observed) >= -rounding)) / (1 + len(null))),
@@ -458,88 +518,39 @@ def _ranking(model: Any, x: np.ndarray, attribution: xr.DataArray, arguments: di
     return {**{key: removed.attrs[key] for key in keys}, "tests": tests}
 
 
-def _claim(
-    claim: str,
-    name: str,
-    value: float | None = None,
-    p_value: float | None = None,
-    interval: list[float] | None = None,
-    verdict: str = "undetermined",
-    reason: str = "",
-    feature: str | None = None,
-) -> dict[str, Any]:
+def _randomisation(model: Any, x: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
+    """How much of the attribution is left when the weights of the attention layers are shuffled."""
+    keys = ("method", "layers", "level", "seed")
+    found = parameter_randomisation(model, x, verbose=0, **{key: settings[key] for key in keys})
     return {
-        "claim": claim,
-        "feature": feature,
-        "verdict": verdict,
-        "statistic": {"name": name, "value": value},
-        "p_value": p_value,
-        "p_adjusted": None,
-        "interval": interval,
-        "reason": reason,
+        **{key: found.attrs[key] for key in ("tolerance", "draws", "samples")},
+        "median_kept": as_float(found["median_kept"].item()),
+        "interval": bounds(found["interval"].values),
+        "distance": found["distance"].values.tolist(),
+        "chance": found["null"].mean("relabelling").values.tolist(),
+        "p_value": found["p_value"].item(),
+        "p_opposite": found["p_opposite"].item(),
     }
 
 
-def _capture_claim(captured: dict[str, Any]) -> dict[str, Any]:
-    errors = [captured["prediction_difference"], *(layer["recomposition_error"] for layer in captured["layers"])]
-    worst = None if None in errors else max(errors)
-    if captured["not_captured"] or worst is None:
-        verdict, reason = "undetermined", " ".join(captured["not_captured"]) or "An error is not a number."
-    else:
-        exact = worst <= captured["tolerance"]
-        verdict = "supported" if exact else "refuted"
-        reason = f"It is {'at most' if exact else 'above'} {captured['tolerance']:g}, the largest that rounding makes."
-    return _claim(
-        "The captured scores are those that the model uses, and capturing them changes nothing.",
-        "largest relative error",
-        worst,
-        verdict=verdict,
-        reason=reason,
-    )
-
-
-def _attention_claims(controls: dict[str, Any] | None, why_not: str, level: float) -> Iterator[dict[str, Any]]:
-    said = {
-        "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
-        "permuted": "The output depends on which key gets which weight: it changes if they are dealt out at random.",
+def _seeds(
+    attributions: list[xr.DataArray], digests: list[str], draws: int, features: list[str], level: float, seed: int
+) -> dict[str, Any]:
+    """What the audited model ranks first, beside what models from other seeds do."""
+    found = seed_agreement(attributions, draws=draws, level=level, seed=seed)
+    return {
+        "models": digests,
+        **{key: found.attrs[key] for key in ("top_k", "draws", "chance")},
+        "overlap": found["overlap"].item(),
+        "interval": bounds(found["interval"].values),
+        "null": found["null"].values.tolist(),
+        "p_value": found["p_value"].item(),
+        "p_opposite": found["p_opposite"].item(),
+        "features": [
+            {"feature": feature, "mean": float(mean), "spread": float(spread)}
+            for feature, mean, spread in zip(features, found["mean"].values, found["spread"].values, strict=True)
+        ],
     }
-    for control, claim in said.items():
-        name = "median change of the output"
-        if controls is None:
-            yield _claim(claim, name, reason=why_not)
-            continue
-        (found,) = (found for found in controls["controls"] if found["control"] == control)
-        low, high = found["interval"]
-        tolerance = controls["tolerance"]
-        verdict, reason = "undetermined", f"The interval does not decide whether it is more than {tolerance:g}."
-        if low > tolerance and found["p_value"] <= level:
-            verdict, reason = "supported", f"It is more than {tolerance:g}."
-        elif high <= tolerance and found["p_opposite"] <= level:
-            verdict, reason = "refuted", f"It is not more than {tolerance:g}."
-        numbers = (found["median_change"], found["p_value"], found["interval"])
-        yield _claim(claim, name, *numbers, verdict, f"{reason} Unit: {controls['change']}.")
-
-
-def _ranking_claims(
-    ranking: dict[str, Any] | None, why_not: str, method: str, level: float
-) -> Iterator[dict[str, Any]]:
-    said = {
-        "comprehensiveness": f"The output needs the features that “{method}” ranks first, more than others.",
-        "sufficiency": f"The features that “{method}” ranks first are enough for the output, more than others.",
-    }
-    for name, claim in said.items():
-        if ranking is None:
-            yield _claim(claim, f"AOPC {name}", reason=why_not)
-            continue
-        (found,) = (found for found in ranking["tests"] if found["name"] == name)
-        verdict = "undetermined"
-        if found["p_value"] <= level:
-            verdict = "supported"
-        elif found["p_opposite"] <= level:
-            verdict = "refuted"
-        worse = np.mean(np.sign(np.subtract(found["null"], found["observed"])) == (-1 if name[0] == "c" else 1))
-        reason = f"It does better than {worse:.0%} of {len(found['null'])} rankings that know nothing."
-        yield _claim(claim, f"AOPC {name}", found["aopc"], found["p_value"], found["interval"], verdict, reason)
 
 
 def _no_claims(model: Any, x: np.ndarray, y: np.ndarray | None) -> str:
@@ -553,50 +564,11 @@ def _no_claims(model: Any, x: np.ndarray, y: np.ndarray | None) -> str:
     return ""
 
 
-def _feature_claims(found: xr.Dataset | None, why_not: str, features: list[str]) -> Iterator[dict[str, Any]]:
-    for number, feature in enumerate(features):
-        claim = f"{feature}: its attribution is high, and it tells the model what the other features do not."
-        name = "increase of the loss without it"
-        if found is None:
-            yield _claim(claim, name, reason=why_not, feature=feature)
-            continue
-        here = found.isel(feature=number)
-        verdict, effect = str(here["verdict"].item()), _float(here["effect"].item())
-        if effect is None:
-            reason = "It cannot be tested: it is constant, or there are too few samples."
-            yield _claim(claim, name, reason=reason, feature=feature)
-            continue
-        if verdict == "supported":
-            reason = "The loss is larger when its values are drawn anew, given the others."
-        elif verdict == "refuted":
-            reason = (
-                f"At most {found.attrs['margin']:.0%} of the base loss: the others say the same, or it says nothing."
-            )
-        elif here["attribution"] <= found["attribution"].mean():
-            reason = "Its attribution is not above the mean of all: it is not claimed to be high."
-        else:
-            reason = "The test neither finds an increase nor rules one out."
-        numbers = (effect, here["p_value"].item(), _bounds(here["interval"].values))
-        yield _claim(claim, name, *numbers, verdict, reason, feature)
-
-
-def _judge(claims: list[dict[str, Any]], level: float) -> None:
-    """Adjusts the p-values for all claims together; what is not significant then is not supported."""
-    tested = [claim for claim in claims if claim["p_value"] is not None]
-    if tested:
-        adjusted = stats.false_discovery_control([claim["p_value"] for claim in tested])
-        for claim, p_adjusted in zip(tested, adjusted, strict=True):
-            claim["p_adjusted"] = float(p_adjusted)
-            if claim["verdict"] == "supported" and p_adjusted > level:
-                claim["verdict"] = "undetermined"
-                claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
-
-
 def _model_facts(model: Any) -> dict[str, Any]:
     try:
         config = json.loads(model.to_json())
         config.pop("compile_config", None)  # how it was trained, which a model may be saved without
-        configuration = hashlib.sha256(_canonical(config).encode()).hexdigest()
+        configuration = hash_of_config(config)
     except (NotImplementedError, TypeError):
         configuration = None  # of a subclass that does not say
     return {
@@ -619,147 +591,3 @@ def _environment() -> dict[str, str]:
         "scipy": scipy.__version__,
         "xarray": xr.__version__,
     }
-
-
-def _float(number: float) -> float | None:
-    """JSON has no NaN."""
-    return float(number) if math.isfinite(number) else None
-
-
-def _bounds(interval: np.ndarray) -> list[float] | None:
-    return interval.tolist() if np.isfinite(interval).all() else None
-
-
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    content = {key: value for key, value in record.items() if key != "checksum"}
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()
-
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _files(path: Any) -> tuple[Path, Path]:
-    """The page, and the data beside it. Either tells the other."""
-    file = Path(path)
-    if file.suffix not in (".html", ".json"):
-        raise ValueError(f"`path` must end in .html, or .json. Received: path={str(path)!r}")
-    return file.with_suffix(".html"), file.with_suffix(".json")
-
-
-def _save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
-    shown = page(record)
-    record = {**record, "page": hashlib.sha256(shown.encode()).hexdigest()}
-    record["checksum"] = _checksum(record)
-    text = _json(record)
-    contents = {json_file: text, html_file: with_data(shown, text)}
-    partial = {file: file.with_name(f"{file.name}.{os.getpid()}.partial") for file in contents}
-    try:
-        for file, content in contents.items():
-            partial[file].write_text(content, encoding="utf-8", newline="\n")
-        for file in contents:  # nobody sees half a file
-            os.replace(partial[file], file)
-    finally:
-        for file in contents:
-            partial[file].unlink(missing_ok=True)
-
-
-def _load(file: Path) -> tuple[dict[str, Any], str, str]:
-    """What is in one of the two files: the record, the page without it, and the record as it is written there."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        shown, data = without_data(text) if file.suffix == ".html" else ("", text)
-        record = json.loads(data)
-        name, _, version = record["schema"].partition("/")
-        newer = int(version) > _VERSION
-        if name != _SCHEMA:
-            raise ValueError(f"its schema is {name!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is not an audit made by `explain.audit`, or it is damaged: {error}") from None
-    if newer:
-        raise ValueError(
-            f"{file} was made by a newer kerasfactory: it has schema {version}, and this one reads up to {_VERSION}. "
-            "Verify it with that."
-        )
-    return record, shown, data
-
-
-def _intact(files: tuple[Path, Path], given: Path) -> tuple[dict[str, Any], list[str]]:
-    """The record in the given one of the two files, and what was done to either since they were written."""
-    loaded = {given: _load(given)}
-    findings = []
-    for file in files:
-        if file not in loaded:
-            try:
-                loaded[file] = _load(file)
-            except (FileNotFoundError, ValueError) as error:
-                findings.append(f"{file.name} is missing." if isinstance(error, FileNotFoundError) else str(error))
-                continue
-        record, shown, data = loaded[file]
-        text = _json(record) if "NaN" not in data else ""
-        if record.get("checksum") != _checksum(record):
-            findings.append(f"The data in {file.name} were changed: they do not have their checksum any more.")
-        elif data != (escaped(text) if shown else text):
-            findings.append(f"The data in {file.name} are not written as an audit writes them.")
-        elif shown and hashlib.sha256(shown.encode()).hexdigest() != record["page"]:
-            findings.append(f"What {file.name} shows was changed.")
-        elif shown and record["environment"]["kerasfactory"] == kerasfactory.__version__ and shown != page(record):
-            findings.append(f"{file.name} does not show what its data say.")
-    if len(loaded) == 2:
-        one, other = (dict(_leaves(loaded[file][0])) for file in files)
-        paths = [path for path in {**one, **other} if repr(one.get(path)) != repr(other.get(path))]
-        if paths:
-            findings.append(f"{files[0].name} and {files[1].name} differ in {_some_of(paths)}.")
-    return loaded[given][0], findings
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list) and value:
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(entry, f"{path}/{key}" if path else str(key))
-    else:
-        yield path, value
-
-
-_SAID_OF_HASHES = {
-    "model/weights": "The weights of the model are not those that were audited.",
-    "model/configuration": "The configuration of the model is not the one that was audited.",
-    "data/x": "The data are not those of the audit.",
-    "data/labels": "The labels are not those of the audit.",
-    "data/background": "The background data are not those of the audit.",
-}
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], absolute: float) -> list[str]:
-    """What two records say differently, in sentences; numbers if they lie further apart than rounding puts them."""
-    findings = []
-    for old, new in zip(before["claims"], now["claims"], strict=False):
-        if old["verdict"] != new["verdict"]:
-            findings.append(f"“{old['claim']}” was {old['verdict']} and is now {new['verdict']}. {new['reason']}")
-    by_section: dict[str, list[str]] = {}
-    one, other = dict(_leaves(before)), dict(_leaves(now))
-    for path in {**one, **other}:
-        section, _, rest = path.partition("/")
-        if section in ("environment", "page", "checksum") or rest.endswith(("/verdict", "/reason")):
-            continue
-        old, new = one.get(path), other.get(path)
-        if not _same(old, new, _PROBABILITY if "/p_" in path else absolute):
-            if path in _SAID_OF_HASHES:
-                findings.append(_SAID_OF_HASHES[path])
-            else:
-                by_section.setdefault(section, []).append(f"{rest} was {old} and is now {new}")
-    return findings + [f"In “{section}”, {_some_of(differing)}." for section, differing in by_section.items()]
-
-
-def _same(old: Any, new: Any, absolute: float) -> bool:
-    if isinstance(old, float) and isinstance(new, float):
-        return math.isclose(old, new, rel_tol=_RELATIVE, abs_tol=absolute)
-    return bool(old == new)
-
-
-def _some_of(entries: list[str]) -> str:
-    return "; ".join(entries[:3]) + (f"; and {len(entries) - 3} more" if len(entries) > 3 else "")

@@ -107,6 +107,19 @@ def page(record: dict[str, Any]) -> str:
             _faithfulness(record),
         ),
         _section(
+            "Is it in the weights?",
+            "The weights of the attention layers are shuffled, and the attribution is made again. Its distance to the "
+            "one above, the mean total variation, stands beside that of the same attribution with its features "
+            "relabelled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names.",
+            _randomisation(record),
+        ),
+        _section(
+            "Would it come out again?",
+            "Models trained alike, from other seeds, attribute the same samples. The overlap is the part of the "
+            "features ranked first that two models have in common, the mean over all pairs.",
+            _seeds(record),
+        ),
+        _section(
             "Proof of capture",
             f"Outputs with and without observation differ by {_number(captured['prediction_difference'])} of the "
             f"largest. This and every recomposition error may be {captured['tolerance']:g}. "
@@ -245,6 +258,49 @@ def _faithfulness(record: dict[str, Any]) -> str:
             "</figcaption>\n</figure>\n"
         )
     return "".join(parts)
+
+
+def _randomisation(record: dict[str, Any]) -> str:
+    found = record["randomisation"]
+    if found is None:
+        return "<p>Not tested: see the claims.</p>\n"
+    claim = record["claims"][5]
+    means = [("shuffled weights", np.mean(found["distance"])), ("relabelled features", np.mean(found["chance"]))]
+    bars = _bars([(name, float(mean), None) for name, mean in means])
+    left = _cell(_number(found["median_kept"]), "", _interval(found["interval"])), _verdict(claim["verdict"])
+    return _table(
+        f"The attribution after {found['draws']} shuffles of the attention's weights, in {found['samples']} samples",
+        ["Attribution", "Distance, drawn", "Distance", "Left of it (median)", "Claim"],
+        [
+            [_cell(name), bar, _cell(_number(mean)), *cells]
+            for (name, mean), bar, cells in zip(means, bars, (left, (_cell("by chance: 0"), _cell("–"))), strict=True)
+        ],
+    )
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    found, claim = record["seeds"], record["claims"][6]
+    if found is None:
+        return f"<p>Not tested. {html.escape(claim['reason'])}</p>\n"
+    models = 1 + len(found["models"])
+    caption = (
+        f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
+        f"rankings drawn at random, and a line at {_number(found['overlap'])}, that of the models"
+    )
+    label = f"{caption}: {claim['verdict']}"
+    ranked = sorted(found["features"], key=lambda one: -one["mean"])
+    ends = [(one["feature"], one["mean"], [one["mean"] - one["spread"], one["mean"] + one["spread"]]) for one in ranked]
+    return (
+        f"<figure>\n{_histogram(found['null'], found['overlap'], label)}\n"
+        f"<figcaption>{html.escape(caption)}: {_span(claim['verdict'])}.</figcaption>\n</figure>\n"
+    ) + _table(
+        f"The share of the attribution to each feature, mean and standard deviation over {models} models",
+        ["Feature", "Share, drawn", "Mean", "Standard deviation"],
+        [
+            [_cell(one["feature"], "long"), bar, _cell(_number(one["mean"])), _cell(_number(one["spread"]))]
+            for one, bar in zip(ranked, _bars(ends), strict=True)
+        ],
+    )
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:

@@ -18,13 +18,8 @@ from keras import ops
 from scipy import stats
 
 from kerasfactory._arguments import positive_integer
-from kerasfactory.explain._faithfulness import (
-    _checked_attribution,
-    _finite,
-    _table,
-    _without_nan,
-    predictions,
-)
+from kerasfactory.explain._faithfulness import _checked_attribution
+from kerasfactory.explain._outputs import _checked_level, _finite, _table, _without_nan, predictions
 
 _RESAMPLES = 1999
 _FEWEST = 20  # samples: with fewer, neither a conditional distribution nor an interval is worth its name
@@ -114,8 +109,7 @@ def feature_claims(
         ValueError: If `x` is no table, `y` is missing or does not fit, there is NaN anywhere, the model has no loss, or
             an argument is out of range.
     """
-    if not 0 < level < 0.5:
-        raise ValueError(f"`level` must be a number between 0 and 0.5. Received: level={level!r}")
+    _checked_level(level)
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)

@@ -12,7 +12,7 @@ import pytest
 from keras import layers
 
 from kerasfactory import explain
-from kerasfactory.explain import _audit
+from kerasfactory.explain import _audit, _audit_file
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 NAMES = ["decides", "helps", "noise", "more noise"]
@@ -39,17 +39,26 @@ def _quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def model():
-    keras.utils.set_random_seed(0)
+def trained(seed):
+    keras.utils.set_random_seed(seed)
     model = build()
     model.fit(X, Y, batch_size=100, epochs=30, verbose=0)
     return model
 
 
 @pytest.fixture(scope="module")
-def written(model, tmp_path_factory):
-    return explain.audit(model, X, Y, tmp_path_factory.mktemp("audit") / "audit.html", verbose=0)
+def model():
+    return trained(0)
+
+
+@pytest.fixture(scope="module")
+def others():
+    return [trained(1), trained(2)]
+
+
+@pytest.fixture(scope="module")
+def written(model, others, tmp_path_factory):
+    return explain.audit(model, X, Y, tmp_path_factory.mktemp("audit") / "audit.html", models=others, verbose=0)
 
 
 @pytest.fixture
@@ -102,6 +111,20 @@ def test_an_audit_says_what_was_audited_and_how_each_claim_came_out(model, writt
     assert by_feature["more noise"]["verdict"] != "supported"
 
 
+def test_weights_are_shuffled_and_other_seeds_are_asked(model, others, written):
+    record = data(written)
+    shuffled, seeds = record["claims"][5:7]
+    expected = explain.parameter_randomisation(model, X, verbose=0)
+    assert shuffled["statistic"]["value"] == pytest.approx(expected["median_kept"].item(), abs=1e-5)
+    assert (shuffled["verdict"] == "supported") == (shuffled["interval"][1] <= 0.5)
+    of_models = [explain.attribute(one, X, verbose=0) for one in (model, *others)]
+    assert seeds["statistic"]["value"] == explain.seed_agreement(of_models)["overlap"].item()
+    assert len(record["seeds"]["models"]) == 2
+    # Three models that choose one of four: by chance all are of one mind in 1 of 16 cases.
+    assert seeds["verdict"] == "undetermined"
+    assert record["seeds"]["p_value"] > 0.04
+
+
 def test_p_values_are_adjusted_for_all_claims_together(written):
     tested = [claim for claim in data(written)["claims"] if claim["p_value"] is not None]
     assert len(tested) > len(NAMES)
@@ -113,8 +136,8 @@ def test_p_values_are_adjusted_for_all_claims_together(written):
         assert claim["verdict"] != "supported" or claim["p_adjusted"] <= 0.05
 
 
-def test_the_same_audit_is_the_same_file(model, written, tmp_path):
-    again = explain.audit(model, X, Y, tmp_path / "audit.html", verbose=0)
+def test_the_same_audit_is_the_same_file(model, others, written, tmp_path):
+    again = explain.audit(model, X, Y, tmp_path / "audit.html", models=others, verbose=0)
     for suffix in (".html", ".json"):
         assert again.with_suffix(suffix).read_bytes() == written.with_suffix(suffix).read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.html", "audit.json"]
@@ -127,26 +150,27 @@ def test_an_audit_tells_nothing_of_the_machine(written):
             assert private == "/" or private not in re.sub(r"[0-9a-f]{64}|\d+\.\d+", "", text)
 
 
-def test_what_holds_is_verified_for_the_loaded_model(model, written, tmp_path):
+def test_what_holds_is_verified_for_the_loaded_model(model, others, written, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert explain.verify(written.with_suffix(".json"), loaded, X, Y, verbose=0) == []
+    assert explain.verify(written.with_suffix(".json"), loaded, X, Y, models=others, verbose=0) == []
 
 
 def test_what_cannot_be_checked_or_only_may_matter_is_told_in_warnings(model, written, monkeypatch):
     monkeypatch.setattr(np, "__version__", "9.9.9")
     with (
         pytest.warns(UserWarning, match="claims about single features were not checked"),
+        pytest.warns(UserWarning, match="claim about models from other seeds was not checked"),
         pytest.warns(UserWarning, match=r"other versions: numpy .*, now 9\.9\.9"),
     ):
         assert explain.verify(written, model, X, verbose=0) == []
 
 
-def test_other_weights_configurations_data_and_labels_are_noticed(model, written):
+def test_other_weights_configurations_data_labels_and_seeds_are_noticed(model, others, written):
     other = keras.Model.from_config(model.get_config() | {"name": "renamed"})
     other.set_weights([weight + 0.3 for weight in model.get_weights()])
     other.compile(loss="binary_crossentropy")
-    found = explain.verify(written, other, X, Y, verbose=0)
+    found = explain.verify(written, other, X, Y, models=others, verbose=0)
     assert "The weights of the model are not those that were audited." in found
     assert "The configuration of the model is not the one that was audited." in found
     assert "In “model”, name was planted and is now renamed." in found
@@ -155,8 +179,12 @@ def test_other_weights_configurations_data_and_labels_are_noticed(model, written
     moved, flipped = X.copy(), Y.copy()
     moved[17, 2] += 1e-3
     flipped[5] = 1 - flipped[5]
-    found = explain.verify(written, model, moved, flipped, verbose=0)
-    assert {"The data are not those of the audit.", "The labels are not those of the audit."} <= set(found)
+    found = explain.verify(written, model, moved, flipped, models=others[:1], verbose=0)
+    assert {
+        "The data are not those of the audit.",
+        "The labels are not those of the audit.",
+        "The models from other seeds are not those of the audit.",
+    } <= set(found)
     assert not any("weights of the model" in one for one in found)
     (found,) = explain.verify(written, model, X[:, :3], Y, verbose=0)
     assert "a sample has shape [3], and had [4]" in found
@@ -187,24 +215,24 @@ def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
         assert findings, page[position - 40 : position + 40]
 
 
-def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(model, copied):
+def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(model, others, copied):
     record = data(copied)
     (claim,) = (claim for claim in record["claims"] if claim["feature"] == "noise")
     claim["verdict"], claim["p_value"], claim["statistic"]["value"] = "supported", 1e-4, 0.3
     forged = {key: value for key, value in record.items() if key not in ("page", "checksum")}
-    _audit._save(forged, copied, copied.with_suffix(".json"))
-    findings = explain.verify(copied, model, X, Y, verbose=0)
+    _audit_file.save(forged, copied, copied.with_suffix(".json"))
+    findings = explain.verify(copied, model, X, Y, models=others, verbose=0)
     assert any("noise" in sentence and "was supported and is now" in sentence for sentence in findings)
     assert any("statistic/value was 0.3" in sentence for sentence in findings)
 
 
 def test_a_page_that_does_not_show_its_data_is_noticed(model, copied):
     record = data(copied)
-    shown = _audit.page(record).replace("supported", "proven")
-    record["page"] = _audit.hashlib.sha256(shown.encode()).hexdigest()
-    record["checksum"] = _audit._checksum(record)
-    text = _audit._json(record)
-    copied.write_text(_audit.with_data(shown, text))
+    shown = _audit_file.page(record).replace("supported", "proven")
+    record["page"] = _audit_file.hashlib.sha256(shown.encode()).hexdigest()
+    record["checksum"] = _audit_file._checksum(record)
+    text = _audit_file.as_json(record)
+    copied.write_text(_audit_file.with_data(shown, text))
     copied.with_suffix(".json").write_text(text)
     assert explain.verify(copied, model, X, Y) == ["audit.html does not show what its data say."]
 
@@ -247,7 +275,7 @@ def test_what_cannot_be_written_leaves_what_was_there(copied, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        _audit._save({**data(copied), "settings": {"level": 0.1}}, copied, copied.with_suffix(".json"))
+        _audit_file.save({**data(copied), "settings": {"level": 0.1}}, copied, copied.with_suffix(".json"))
     assert copied.read_bytes() == before
     assert sorted(file.name for file in copied.parent.iterdir()) == ["audit.html", "audit.json"]
 
@@ -270,6 +298,10 @@ def test_bad_input_is_refused(model, tmp_path):
         explain.audit(model, X, Y, path, background=X[:, :2])
     with pytest.raises(ValueError, match="`level` must be a number between 0 and 0"):
         explain.audit(model, X, Y, path, level=95)
+    with pytest.raises(ValueError, match="`models` must be a list"):
+        explain.audit(model, X, Y, path, models=model)
+    with pytest.raises(ValueError, match="a copy would agree with itself"):
+        explain.audit(model, X, Y, path, models=[model])
     assert not list(tmp_path.iterdir())
 
 
@@ -317,4 +349,4 @@ def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, capsys
     assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
     assert all(map(np.array_equal, weights, model.get_weights()))
     np.testing.assert_array_equal(x, X[:30])
-    assert "5/5" in capsys.readouterr().out
+    assert "7/7" in capsys.readouterr().out

@@ -12,14 +12,9 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from kerasfactory import explain
-from kerasfactory.explain._faithfulness import (
-    _distance,
-    _permuted,
-    attention_controls,
-    predictions,
-    randomised_parameters,
-    seed_agreement,
-)
+from kerasfactory.explain._controls import _distance, _permuted, attention_controls
+from kerasfactory.explain._outputs import predictions
+from kerasfactory.explain._sanity import randomised_parameters, seed_agreement
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RNG = np.random.default_rng(3)

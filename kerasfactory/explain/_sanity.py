@@ -1,0 +1,311 @@
+"""Whether an attribution comes from what a model has learned, and whether models trained alike agree on it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import xarray as xr
+from keras import ops, tree
+
+from kerasfactory import _backend
+from kerasfactory._arguments import positive_integer
+from kerasfactory.explain._attribution import attribute
+from kerasfactory.explain._observe import batch_size_of, find_attention, progress_bar
+from kerasfactory.explain._outputs import _checked_level, _interval, _sign_tests, _some, _without_nan
+
+_SAMPLES = 256
+_RELABELLINGS = 100
+_RESAMPLES = 1000
+_NOTHING = 1e-6  # a distance that is rounding
+
+
+def parameter_randomisation(
+    model: keras.Model,
+    x: Any,
+    method: str | Callable[[keras.Model, Any], Any] = "attention",
+    layers: str | Sequence[str] | None = None,
+    weights: str = "attention",
+    draws: int = 20,
+    tolerance: float = 0.5,
+    level: float = 0.05,
+    verbose: int | str = "auto",
+    seed: int = 0,
+) -> xr.Dataset:
+    r"""How much of an attribution is left when what the model has learned is taken out of it.
+
+    An attribution that stays where it is without the learned weights shows the architecture or the data, not the model
+    (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). There, weights are
+    initialised anew. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
+    with it how sharp attention can be; what they have learned goes.
+
+    With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model and
+    \(b^{(r)}\), those after shuffle \(r\), the distance is the total variation, averaged over the \(S\) samples,
+
+    $$
+    d(a, b) = \frac{1}{S} \sum_s \frac{1}{2} \sum_f |a_{sf} - b_{sf}| , \qquad
+    \operatorname{kept}_r = 1 - \frac{d(a, b^{(r)})}{\operatorname{mean}_\pi d(a, \pi b^{(r)})} .
+    $$
+
+    \(\pi b\) are the null distribution, attributions of the same shape that know nothing: those of the shuffled model
+    with its features relabelled at random, in the same way for all samples. 1 is kept if the attribution stays what it
+    was, 0 if it is no nearer to it than with other names on its features. It may be below 0.
+
+    To pass is no evidence that an attribution is faithful: that of a model that was never trained passes. To fail is
+    evidence that it is not about the model. Keys that a mask takes out of view are so with any weights, and count as
+    kept.
+
+    Args:
+        model: A `keras.Model`, as for `attribute`. It keeps its weights.
+        x: Arrays, as `model.predict` takes them. Up to 256 samples are used, drawn at random.
+        method: The attribution: a method of `attribute`, or a function of a model and samples that returns one,
+            (sample, feature). It is called with the same model, in a `keras.StatelessScope` with other values.
+        layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
+        weights: Which are shuffled: those of all `"attention"` layers, or `"all"` of the model.
+        draws: How often.
+        tolerance: The share that may be kept, between 0 and 1.
+        level: The interval covers \(1 - \text{level}\); between 0 and 0.5.
+        verbose: As for `capture`. The steps are the draws.
+        seed: Of all that is drawn.
+
+    Returns:
+        xr.Dataset: With these variables, all from 0 to 1 but for `kept`, and without unit.
+
+        - `distance` (draw) and `null` (draw, relabelling): of the shuffled model's attribution, and of its
+          relabellings.
+        - `kept` (draw), its median over the draws, `median_kept`, and the `interval` (bound: `lower`, `upper`) of that,
+          a percentile bootstrap over the draws. NaN if the attribution does not tell one feature from another, so that
+          there is nothing to keep.
+        - `p_value`: of the exact sign test that the median is at most the `tolerance`; and `p_opposite`, that it is
+          above. 1 if there is nothing to keep.
+
+        The attributes say `method`, `weights`, `samples`, `draws`, `tolerance`, `level` and `seed`.
+
+    Raises:
+        ValueError: As `attribute`; if `x` is no array, or an argument is out of range; if the function `method` returns
+            something that is not (sample, feature), or holds NaN.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6, 8))
+        attended = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")(inputs, inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(attended)))
+        x = np.random.default_rng(0).normal(size=(100, 6, 8))
+
+        result = explain.parameter_randomisation(model, x, verbose=0)
+        print(result["median_kept"].item() < 0.5, result["p_value"].item() < 0.05)
+        #> True True
+
+        size = explain.parameter_randomisation(model, x, lambda model, x: np.abs(x).sum(axis=2), verbose=0)
+        print(size["median_kept"].item())  # it looks at the data alone
+        #> 1.0
+        ```
+    """
+    if weights not in ("attention", "all"):
+        raise ValueError(f'`weights` must be "attention" or "all". Received: weights={weights!r}')
+    if not 0 < tolerance < 1:
+        raise ValueError(f"`tolerance` must be a number between 0 and 1. Received: tolerance={tolerance!r}")
+    _checked_level(level)
+    draws = positive_integer("draws", draws)
+    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
+        raise ValueError(
+            f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = _some(len(tree.flatten(x)[0]), _SAMPLES, rng)
+    x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
+
+    def attributed():
+        if callable(method):
+            return _shares(method(model, x))
+        size = batch_size_of(x, _SAMPLES)
+        return _shares(attribute(model, x, method, layers=layers, batch_size=size, verbose=0, seed=seed))
+
+    own = attributed()
+    attentions = list(find_attention(model).values())
+    variables = {
+        id(weight): weight for layer in (attentions if weights == "attention" else [model]) for weight in layer.weights
+    }
+    distance, null = np.empty(draws), np.empty((draws, _RELABELLINGS))
+    progress = progress_bar(draws, verbose, "draw")
+    for draw in range(draws):
+        values = []
+        for variable in variables.values():
+            trained = _backend.as_numpy(ops.convert_to_tensor(variable))
+            shuffled = rng.permutation(trained.reshape(-1)).reshape(trained.shape)
+            values.append((variable, ops.convert_to_tensor(shuffled, dtype=variable.dtype)))
+        with keras.StatelessScope(values):
+            other = attributed()
+        if other.shape != own.shape:
+            raise ValueError(
+                "`method(model, x)` must return an attribution of one shape, whatever the weights. Received shapes: "
+                f"{own.shape} and {other.shape}"
+            )
+        distance[draw] = np.abs(own - other).sum(axis=1).mean() / 2
+        for relabelling in range(_RELABELLINGS):
+            relabelled = other[:, rng.permutation(other.shape[1])]
+            null[draw, relabelling] = np.abs(own - relabelled).sum(axis=1).mean() / 2
+        progress.add(1)
+
+    of_chance = null.mean(axis=1)
+    kept = np.where(of_chance > _NOTHING, 1 - distance / np.maximum(of_chance, _NOTHING), np.nan)
+    above, below = (1.0, 1.0) if np.isnan(kept).any() else _sign_tests(kept, tolerance)
+    return xr.Dataset(
+        {
+            "distance": ("draw", distance),
+            "null": (("draw", "relabelling"), null),
+            "kept": ("draw", kept),
+            "median_kept": np.median(kept),
+            "interval": ("bound", _interval(kept, np.median, level, seed)),
+            "p_value": below,
+            "p_opposite": above,
+        },
+        {"bound": ["lower", "upper"]},
+        {
+            "method": getattr(method, "__name__", "function") if callable(method) else method,
+            "weights": weights,
+            "samples": len(chosen),
+            "draws": draws,
+            "tolerance": tolerance,
+            "level": level,
+            "seed": seed,
+        },
+    )
+
+
+def seed_agreement(
+    attributions: Sequence[Any], top_k: int | None = None, draws: int = 1000, level: float = 0.05, seed: int = 0
+) -> xr.Dataset:
+    r"""Whether models that differ only in the seed of their training attribute to the same features.
+
+    The attributions are of the same samples by several models. Each is turned into shares,
+    \(|a_f| / \sum_f |a_f|\), and averaged over the samples. With \(T_i\), the \(k\) features with the largest mean
+    share in model \(i\) of \(M\),
+
+    $$
+    \operatorname{overlap} = \frac{2}{M (M - 1)} \sum_{i < j} \frac{|T_i \cap T_j|}{k} .
+    $$
+
+    The null distribution is the overlap of as many rankings drawn at random. Rankings are compared by what they put
+    first, as a reader does; a rank correlation over all features would reward agreement on the order of what does
+    not matter.
+
+    To agree is no evidence of faithfulness: models may agree on what is wrong. To disagree is a reason not to say
+    anything about the task from the map of one of them (Wiegreffe & Pinter 2019, [*Attention is not not
+    Explanation*](https://arxiv.org/abs/1908.04626), section 3.3, and D'Amour et al. 2022, [*Underspecification Presents
+    Challenges for Credibility in Modern Machine Learning*](https://arxiv.org/abs/2011.03395)).
+
+    Args:
+        attributions: Those of at least 2 models, (sample, feature) each, as from `attribute`.
+        top_k: How many features to compare, at least 1 and fewer than there are; a quarter of all if not given.
+        draws: Of the null distribution.
+        level: The interval covers \(1 - \text{level}\); between 0 and 0.5.
+        seed: Of all that is drawn.
+
+    Returns:
+        xr.Dataset: With these variables, all from 0 to 1, without unit.
+
+        - `mean`, `spread` (feature): of the models' mean shares, and their standard deviation over the models.
+        - `overlap`, and its `interval` (bound: `lower`, `upper`): a percentile bootstrap over the samples. The models
+          stay as they are in it; NaN for a single sample.
+        - `null` (draw), and one-sided p-values: `p_value` that models agree more than by chance,
+          \((1 + \#\{\text{null} \ge \text{overlap}\}) / (1 + \text{draws})\), and `p_opposite` that they agree less.
+          Few features or models cannot give a small one: two models and three features, of which one is compared,
+          agree by chance in a third of all cases.
+
+        The attributes say `models`, `top_k`, `chance` (the mean of `null`), `draws`, `level` and `seed`.
+
+    Raises:
+        ValueError: If there are fewer than 2 attributions, or they are not of the same samples and features, or hold
+            NaN; if an argument is out of range.
+
+    Example:
+        ```python
+        import numpy as np
+
+        from kerasfactory import explain
+
+        rng = np.random.default_rng(0)
+        task = np.arange(12.0)  # what the models have in common
+        alike = [task + rng.normal(size=(100, 12)) for _ in range(4)]
+        result = explain.seed_agreement(alike)
+        print(result["overlap"].item(), result["p_value"].item() < 0.05)
+        #> 1.0 True
+
+        apart = [rng.permutation(task) + rng.normal(size=(100, 12)) for _ in range(4)]
+        print(explain.seed_agreement(apart)["p_value"].item() < 0.05)
+        #> False
+        ```
+    """
+    if len(attributions) < 2:
+        raise ValueError(f"`attributions` must hold those of at least 2 models. Received: {len(attributions)}")
+    shapes = {np.shape(attribution) for attribution in attributions}
+    names = [attribution.coords["feature"].values.tolist() for attribution in attributions if _is_named(attribution)]
+    if len(shapes) > 1 or any(other != names[0] for other in names):
+        raise ValueError(
+            "`attributions` must be of the same samples and features. Received: "
+            + (f"shapes {sorted(shapes)}" if len(shapes) > 1 else f"features {names}")
+        )
+    _checked_level(level)
+    draws = positive_integer("draws", draws)
+    shares = np.stack([_shares(attribution) for attribution in attributions])
+    models, samples, features = shares.shape
+    count = max(1, features // 4) if top_k is None else positive_integer("top_k", top_k)
+    if count >= features:
+        raise ValueError(f"`top_k` must be smaller than the number of features, {features}. Received: top_k={top_k!r}")
+    rng = np.random.default_rng(seed)
+
+    def overlap(scores):
+        """Of (…, model, feature), chance deciding among equals."""
+        ranks = np.argsort(np.lexsort((rng.random(scores.shape), -scores)))
+        chosen = (ranks < count).astype(float)
+        common = np.einsum("...if,...jf->...ij", chosen, chosen)[..., *np.triu_indices(models, 1)]
+        return common.mean(axis=-1) / count
+
+    means = shares.mean(axis=1)
+    observed = float(overlap(means))
+    null = overlap(rng.random((draws, models, features)))
+    bounds = np.full(2, np.nan)
+    if samples > 1:
+        # Not `scipy.stats.bootstrap`: a resample as weights of the samples makes all of them products of matrices.
+        resampled = rng.multinomial(samples, np.full(samples, 1 / samples), _RESAMPLES) / samples @ shares
+        bounds = np.quantile(overlap(resampled.swapaxes(0, 1)), [level / 2, 1 - level / 2])
+    return xr.Dataset(
+        {
+            "mean": ("feature", means.mean(axis=0)),
+            "spread": ("feature", means.std(axis=0, ddof=1)),
+            "overlap": observed,
+            "interval": ("bound", bounds),
+            "null": ("draw", null),
+            "p_value": (1 + np.sum(null >= observed - 1e-9)) / (1 + draws),
+            "p_opposite": (1 + np.sum(null <= observed + 1e-9)) / (1 + draws),
+        },
+        ({"feature": names[0]} if names else {}) | {"bound": ["lower", "upper"]},
+        {
+            "models": models,
+            "top_k": count,
+            "chance": float(null.mean()),
+            "draws": draws,
+            "level": level,
+            "seed": seed,
+        },
+    )
+
+
+def _is_named(attribution: Any) -> bool:
+    return isinstance(attribution, xr.DataArray) and "feature" in attribution.coords
+
+
+def _shares(attribution: Any) -> np.ndarray:
+    values = np.abs(np.asarray(attribution, "float64"))
+    if values.ndim != 2:
+        raise ValueError(f"An attribution must be (sample, feature). Received: shape {values.shape}")
+    _without_nan(values, "An attribution")
+    sums = values.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, values / np.where(sums > 0, sums, 1), 1 / values.shape[1])
