@@ -74,7 +74,9 @@ def _mathml(match):
     """The browser itself draws formulas: no script, no font, no other host."""
     latex = html.unescape(match[2]).strip()
     latex = latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
-    latex = latex.replace(r"\setminus", r"\mathrm{\backslash}")  # the sign that it is converted to is in hardly any font
+    latex = latex.replace(
+        r"\setminus", r"\mathrm{\backslash}"
+    )  # the sign that it is converted to is in hardly any font
     return convert(latex) if match[1] == "span" else _scrolling("Formula", convert(latex, display="block"))
 
 

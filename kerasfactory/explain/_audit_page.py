@@ -281,7 +281,7 @@ def _randomisation(record: dict[str, Any]) -> str:
 def _seeds(record: dict[str, Any]) -> str:
     found, claim = record["seeds"], record["claims"][6]
     if found is None:
-        return f"<p>Not tested. {html.escape(claim['reason'])}</p>\n"
+        return f"<p>Not tested. {_words(claim['reason'])}</p>\n"
     models = 1 + len(found["models"])
     caption = (
         f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
@@ -330,13 +330,17 @@ def _fact(value: Any) -> str:
     return f'<td class="value"><details><summary>{len(value)} entries</summary>{entries}</details></td>'
 
 
+def _words(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _cell(text: str, kind: str = "", below: str = "") -> str:
-    small = f"<br><small>{html.escape(below)}</small>" if below else ""
+    small = f"<br><small>{_words(below)}</small>" if below else ""
     return f'<td class="{kind}">{html.escape(text)}{small}</td>' if kind else f"<td>{html.escape(text)}{small}</td>"
 
 
 def _verdict(verdict: str, reason: str = "") -> str:
-    return f"<td>{_span(verdict)}{f'<br><small>{html.escape(reason)}</small>' if reason else ''}</td>"
+    return f"<td>{_span(verdict)}{f'<br><small>{_words(reason)}</small>' if reason else ''}</td>"
 
 
 def _span(verdict: str) -> str:
