@@ -110,7 +110,7 @@ for sample in range(4):
 
 # %% [markdown]
 # `plot.interactive` makes a map of all heads and the first samples, complete in one piece of HTML that needs no network.
-# Move the sliders: the column follows the mark from sample to sample, and the heads differ in how dark it is. Point at a
+# Move the sliders: the column follows the mark from sample to sample, and the heads differ in how strong it is. Point at a
 # cell, or tab to the map and use the arrow keys, to read its score.
 
 # %% tags=["interactive", "nbval-ignore-output"]
