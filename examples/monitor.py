@@ -51,7 +51,7 @@ fit = model.fit(
     x_train, y_train, batch_size=50, epochs=20, validation_data=(x_test, y_test), callbacks=[monitor], verbose=0
 )
 history = monitor.history["attention"]
-print(history.sizes)
+print(dict(history.sizes))
 
 # %% [markdown]
 # ## Four heads over 20 epochs
@@ -96,8 +96,9 @@ others = history["redundancy"].where(history["head"] != history["head_other"]).m
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained", sharex=True)
 left.plot(range(1, 21), loss, color="black")
 left.set_title("loss on new samples, share of the variance")
-for head, marker in enumerate("os^D"):
-    right.plot(history["epoch"], others.sel(head=head), marker=marker, markevery=2, markersize=4, label=f"head {head}")
+for head, drawn in enumerate(figure.axes[0].lines):  # each head as above
+    style = {"color": drawn.get_color(), "marker": drawn.get_marker(), "markevery": 2, "markersize": 4}
+    right.plot(history["epoch"], others.sel(head=head), label=f"head {head}", **style)
 right.set_title("distance to the most similar head")
 right.legend(ncols=2)
 for ax in (left, right):
