@@ -88,8 +88,7 @@ print(f"By gradient, the largest is less than 3 times the smallest: {gradient.ma
 print(f"By ablation, it is more than 4 times the smallest: {ablation.max() > 4 * ablation.min()}")
 
 # %% [markdown]
-# The estimate sorts the heads roughly right, but not all: by it one head of the first layer comes before one of the
-# second. How much is lost it does not say: a mask of 0 is far from where the gradient was taken.
+# The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a mask of 0 is far from where the gradient was taken.
 #
 # ## Ablation is what it says
 #
@@ -197,8 +196,8 @@ print(f"After five more epochs: less than 3 points lost: {accuracy - retrained <
 # ## What importance says, and what it does not
 #
 # **It says** how much this model, as it is, loses on new data without a head; and the smaller model proves it, for its outputs are
-# the same. The estimate by gradients gave nearly the same order for less work; that is one model and eight heads,
-# so let the experiment decide.
+# the same. Heads removed by the estimate cost about as much as heads removed by the experiment; that is one
+# model of eight heads, so let the experiment decide.
 #
 # **It does not say** what a head is for, nor that the task needs it: after a few epochs the others do its work. It does not add up,
 # either: heads that can go one by one may be needed together. And 400 digits leave an accuracy uncertain by about two points

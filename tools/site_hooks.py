@@ -15,6 +15,7 @@ from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
+DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
 PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
 PUBLIC_NAMES |= {
     f"{package}.{name}": f"kerasfactory.{package}.{name}"
@@ -93,11 +94,15 @@ def _scrolling(name: str, content: str) -> str:
 
 
 def _size(url: str, picture: str) -> str:
-    """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives."""
+    """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives.
+
+    In the browser's pixels, so that a figure is as large as it was drawn, and its letters as those of the text.
+    """
     path = ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))
     if not path.is_file():
         return ""  # MkDocs says what is missing
-    return 'width="{}" height="{}" '.format(*struct.unpack(">II", path.read_bytes()[16:24]))
+    dots = struct.unpack(">II", path.read_bytes()[16:24])
+    return 'width="{}" height="{}" '.format(*(round(96 / DOTS_PER_INCH * number) for number in dots))
 
 
 def _write(path: Path, content: str | bytes) -> Path:
