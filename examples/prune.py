@@ -88,7 +88,8 @@ print(f"By gradient, the largest is less than 3 times the smallest: {gradient.ma
 print(f"By ablation, it is more than 4 times the smallest: {ablation.max() > 4 * ablation.min()}")
 
 # %% [markdown]
-# The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a mask of 0 is far from where the gradient was taken.
+# The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a
+# mask of 0 is far from where the gradient was taken.
 #
 # ## Ablation is what it says
 #

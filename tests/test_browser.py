@@ -104,6 +104,9 @@ def layout_problems(page):
         yield f"scrolls sideways: {width} > {limit} pixels"
     if (headings := page.locator("h1").count()) != 1:
         yield f"{headings} first-level headings"
+    for printed in page.locator(".output code").all():
+        if printed.evaluate("code => code.scrollWidth > code.clientWidth"):
+            yield f"what is printed is cut off: {printed.inner_text()[:80]}"
     for image in page.locator("img").all():
         # No alternative is one: for a picture that says nothing, and is therefore kept from screen readers.
         if not image.get_attribute("alt") and not image.evaluate("image => image.closest('[aria-hidden=true]')"):

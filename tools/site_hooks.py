@@ -78,7 +78,11 @@ def _mathml(match):
     latex = latex.replace(
         r"\setminus", r"\mathrm{\backslash}"
     )  # the sign that it is converted to is in hardly any font
-    return convert(latex) if match[1] == "span" else _scrolling("Formula", convert(latex, display="block"))
+    display = "inline" if match[1] == "span" else "block"
+    # A name of several letters, such as ln, is upright, and apart from what follows.
+    mathml = re.sub(r"<mi>([a-z]{2,})</mi>", r'<mi mathvariant="normal">\1</mi>', convert(latex, display=display))
+    mathml = re.sub(r'(?<!<msub>)(<mi mathvariant="normal">\w+)(?=</mi>)', r"\1&#x2009;", mathml)
+    return mathml if display == "inline" else _scrolling("Formula", mathml)
 
 
 def _table(match):
