@@ -58,10 +58,12 @@ clean:
 	rm -rf .venv site docs/recipes
 
 # PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
+# So does Captum, with which the tests on PyTorch compare: it needs PyTorch, tqdm, and what is in requirements.txt.
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "kerasfactory needs Python 3.11, 3.12 or 3.13 for its development environment (TensorFlow has no other). Found %d.%d. Choose another with: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(PIP) install torch==2.13.0
 	$(PIP) install --require-hashes -r requirements.txt
+	$(PIP) install --no-deps captum==0.9.0 tqdm==4.70.1
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch .venv/ready

@@ -25,6 +25,7 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 SAMPLES = 400  # to train on
 FEATURES = 6
 LEVEL = 0.05
+GROUP = 5  # models from as many seeds, on the same data
 # The process, how many samples claims are tested on, and on how many models.
 RUNS = [
     ("noise", 400, 150),
@@ -113,7 +114,7 @@ def trainer():
     model, its_twin = small_model(), small_model()
     fresh = [variable.numpy() for variable in model.optimizer.variables]
 
-    def trained(process, seed, epochs):
+    def trained(process, seed, epochs, data_seed=None):
         keras.utils.set_random_seed(seed)
         generator = np.random.default_rng([seed, 0])
         for variable in model.trainable_variables:
@@ -121,7 +122,7 @@ def trainer():
             variable.assign(generator.uniform(-spread, spread, variable.shape))
         for variable, value in zip(model.optimizer.variables, fresh, strict=True):
             variable.assign(value)
-        x, y = process(np.random.default_rng([seed, 1]), SAMPLES, training=True)
+        x, y = process(np.random.default_rng([seed if data_seed is None else data_seed, 1]), SAMPLES, training=True)
         model.fit(x.astype("float32"), y, batch_size=50, epochs=epochs, verbose=0)
         its_twin.set_weights(model.get_weights())
         return its_twin
@@ -138,6 +139,69 @@ def claims(trained, name, seed, samples=SAMPLES, epochs=25):
     scores = explain.capture(model, x, batch_size=SAMPLES, verbose=0)["attention"]
     attribution = scores.mean(["head", "query"]).rename(key="feature")
     return feature_claims(model, x, y, attribution, level=LEVEL, batch_size=SAMPLES, seed=seed)
+
+
+def size_of_numbers(model, x):
+    """An attribution that knows nothing of the model."""
+    return np.abs(x)
+
+
+def about_the_map(trained):
+    """The claims of an audit about a whole map: for each, models of which it is known to be false, and others."""
+
+    def held_out(name, seed):
+        x, _ = PROCESSES[name][0](np.random.default_rng([seed, 2]), 100, training=False)
+        return x.astype("float32")
+
+    def attributed(name, seed, epochs, data_seed):
+        model = trained(PROCESSES[name][0], seed, epochs, data_seed)
+        return explain.attribute(model, held_out(name, data_seed), batch_size=100, verbose=0)
+
+    def agreement(name, group, epochs):
+        seeds = range(GROUP * group, GROUP * (group + 1))
+        return explain.seed_agreement([attributed(name, seed, epochs, group) for seed in seeds], seed=group)
+
+    def in_weights(name, seed, epochs, method="attention"):
+        model = trained(PROCESSES[name][0], seed, epochs)
+        return explain.parameter_randomisation(model, held_out(name, seed), method, verbose=0, seed=seed)
+
+    def faithful(name, seed, method):
+        model, x = trained(PROCESSES[name][0], seed, 25), held_out(name, seed)
+        attribution = explain.attribute(model, x, method, batch_size=100, verbose=0, seed=seed)
+        return explain.faithfulness(model, x, attribution, verbose=0, seed=seed)
+
+    cases = [
+        (
+            "the ranking is faithful",
+            "random weights, additive data",
+            False,
+            100,
+            lambda k: faithful("additive", k, "random"),
+        ),
+        (
+            "the ranking is faithful",
+            "attention, additive data",
+            None,
+            30,
+            lambda k: faithful("additive", k, "attention"),
+        ),
+        ("other seeds agree", "never trained", False, 100, lambda k: agreement("noise", k, 0)),
+        ("other seeds agree", "noise", None, 10, lambda k: agreement("noise", k, 25)),
+        ("other seeds agree", "additive", None, 10, lambda k: agreement("additive", k, 25)),
+        ("other seeds agree", "redundant copies", None, 10, lambda k: agreement("redundant copies", k, 25)),
+        (
+            "it is in the weights",
+            "size of the numbers",
+            False,
+            30,
+            lambda k: in_weights("additive", k, 0, size_of_numbers),
+        ),
+        ("it is in the weights", "attention, never trained", True, 30, lambda k: in_weights("noise", k, 0)),
+        ("it is in the weights", "attention, additive data", True, 30, lambda k: in_weights("additive", k, 25)),
+    ]
+    for claim, what, truth, runs, run in cases:
+        p_values = np.array([run(number)["p_value"].item() for number in range(runs)])
+        yield {"claim": claim, "of": what, "truth": truth, "significant": share(p_values <= LEVEL)}
 
 
 def share(hits):
@@ -189,6 +253,10 @@ def main():
     for name, samples, models in RUNS:
         rows.append(measured(trained, name, samples, models))
         print(json.dumps(rows[-1]), flush=True)
+    maps = []
+    for row in about_the_map(trained):
+        maps.append(row)
+        print(json.dumps(row), flush=True)
     backend = keras.config.backend()
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -197,6 +265,8 @@ def main():
         "training_samples": SAMPLES,
         "features": FEATURES,
         "rows": rows,
+        "group": GROUP,
+        "maps": maps,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
 

@@ -67,8 +67,8 @@ for claim in record["claims"]:
 
 # %% [markdown]
 # A claim is *supported* only if its p-value is still at most 0.05 when it is adjusted for all claims in the file. It is
-# *refuted* if the data speak against it, and *undetermined* if they leave it open. That is a result, too: with ten
-# samples, all but the first would be undetermined.
+# *refuted* if the data speak against it, and *undetermined* if they leave it open. That is a result, too: one model cannot
+# tell what other seeds would do, and with ten samples all but the first claim would be undetermined.
 #
 # ## Which features?
 #
@@ -125,8 +125,10 @@ for sentence in explain.verify(page, model, x_test, y_test, verbose=0):
 # ## What the audit says, and what it does not
 #
 # **It says** that the captured scores are the model's, that the output depends on them, that the features ranked first are
-# those that the output depends on, and that of these only `income` is one that the model could not do without.
+# those that the output depends on, that the ranking is in the model's weights, and that of these features only `income` is
+# one that the model could not do without.
 #
-# **It does not say** that `turnover` is of no use, that `employee` does not matter, that the model is good, fair or
-# causal, nor that another training run would attend to the same features. And the checksums are no signature: they show
+# **It does not say** that `turnover` is of no use, that `employee` does not matter, or that the model is good, fair or
+# causal. Whether another training run would attend to the same features is left open here; given
+# `models=[...]` from other seeds, [an audit tests that, too](seeds.md). And the checksums are no signature: they show
 # that a file was changed, not who made it.

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kerasfactory import explain
-from kerasfactory.explain._controls import attention_controls
 
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
@@ -79,11 +78,10 @@ plt.show()
 #
 # Run the model with other scores than its own. *Uniform*: every station gets the same weight. *Permuted*: the weights
 # are dealt out at random. If the output stays, attention was not what decided. And *adversarial* (Jain & Wallace
-# 2019): look for scores as far from the model's own as possible that keep the output within 2% of its spread. (An
-# `audit` runs the same controls; as a function of its own it is not public yet.)
+# 2019): look for scores as far from the model's own as possible that keep the output within 2% of its spread.
 
 # %%
-controls = {name: attention_controls(model, x_test, steps=30) for name, model in models.items()}
+controls = {name: explain.attention_controls(model, x_test, verbose=0) for name, model in models.items()}
 for name, result in controls.items():
     print(name)
     for control in ("uniform", "permuted"):

@@ -137,9 +137,11 @@ plt.show()
 # tumours that the model has not seen. Of the claims that it supports, one in ten may be wrong (`level=0.1`).
 
 # %%
-page = explain.audit(models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", level=0.1, verbose=0)
+page = explain.audit(
+    models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", models=models[1:], level=0.1, verbose=0
+)
 record = json.loads(page.with_suffix(".json").read_text())
-for claim in record["claims"][:5]:
+for claim in record["claims"][:7]:
     print(f"{claim['verdict']:13} {claim['claim']}")
 verdicts = [claim["verdict"] for claim in record["claims"] if claim["feature"]]
 print("Measurements of which the claim is supported:", verdicts.count("supported"))

@@ -4,6 +4,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def positive_integer(name: str, value: Any) -> int:
     """The value as an `int`, or a `ValueError` that names the argument."""
@@ -14,6 +16,15 @@ def positive_integer(name: str, value: Any) -> int:
     if number <= 0:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     return number
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """A random generator of its own for each function that is named.
+
+    People give one seed to all of them, and to the generator of their data. From one stream, what a test draws would
+    depend on the attribution or the data that it tests.
+    """
+    return np.random.default_rng([*name.encode(), seed])
 
 
 def checked_names(feature_names: Any) -> list[str]:

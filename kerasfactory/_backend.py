@@ -74,15 +74,11 @@ def summary_writer(log_dir):
             from tensorboard.summary import Writer  # needs none of the backends
 
             return Writer(log_dir)
-        with contextlib.suppress(ImportError):
-            from tensorboardX import SummaryWriter
-
-            return SummaryWriter(log_dir)
     try:
         import tensorflow
     except ImportError:
         raise ImportError(
-            "Writing for TensorBoard needs one of tensorboard, tensorboardX and tensorflow: `pip install tensorboard`."
+            "Writing for TensorBoard needs tensorboard or tensorflow: `pip install tensorboard`."
         ) from None
     return _TensorFlowWriter(tensorflow, log_dir)
 

@@ -280,6 +280,14 @@ def _claims_true(result):
     return _rows([*header, "significant, claimed or not", "wrongly “refuted”"], *rows)
 
 
+def _claims_maps(result):
+    known = {True: "true", False: "false", None: "not known"}
+    rows = [
+        [row["claim"], row["of"], known[row["truth"]], f"**{_part(row['significant'])}**"] for row in result["maps"]
+    ]
+    return _rows(["claim", "of", "the claim is", "p at most 5 %"], *rows)
+
+
 TABLES = {
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
@@ -292,4 +300,5 @@ TABLES = {
     "summary.json": _summary,
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
+    "claims.json maps": _claims_maps,
 }

@@ -13,7 +13,7 @@ import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_names
+from kerasfactory._arguments import checked_names, generator
 from kerasfactory.explain._capture import _attention_axes, _check_axes, _float_scores, _labels, _warn
 from kerasfactory.explain._edit import editor
 from kerasfactory.explain._observe import Batch, Call, _batches, _size, observe, progress_bar
@@ -84,8 +84,7 @@ def attribute(
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
 
-    It runs batch by batch, and keeps nothing but the result. Gradients are not compiled: for many samples, give a
-    `batch_size` of some hundreds.
+    It runs batch by batch, and keeps nothing but the result.
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,
@@ -158,7 +157,7 @@ def attribute(
         measure = _value_norms if method == "value_norm" else _float_scores
         seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
 
-    generator = np.random.default_rng(seed)
+    rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for batch in seen:
@@ -170,7 +169,7 @@ def attribute(
         for name, (values, _) in parts.items():
             if values.shape[1:] != shapes[name]:
                 raise ValueError(_differing(name, values.shape[1:], shapes[name]))
-        rows.append(_attributed(method, list(parts.values()), position, generator))
+        rows.append(_attributed(method, list(parts.values()), position, rng))
 
     _warn(model, batch.difference, {}, {})
     result = np.concatenate(rows)
@@ -380,7 +379,7 @@ def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> st
 
 
 def _attributed(
-    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, generator: np.random.Generator
+    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, rng: np.random.Generator
 ) -> np.ndarray:
     """(sample, feature), of what was measured of each layer: (sample, query, key), and who looks: (sample, query)."""
     if method == "rollout":
@@ -395,7 +394,7 @@ def _attributed(
         return mean
     shares = np.where(np.isnan(mean), mean, mean > 0).astype(mean.dtype)
     if method == "random":
-        shares *= generator.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
+        shares *= rng.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
     total = shares.sum(axis=1, keepdims=True)
     return shares / np.where(total == 0, 1, total)
 
@@ -468,13 +467,13 @@ def _gradients(
         _mean_of_heads(seen, name)  # raises where a key is not a feature
     edit = editor(model, first, layers)
 
-    def chosen(outputs):
+    def chosen(outputs, more):
         return _chosen_output(outputs, target)
 
     done = 0
     for data in itertools.chain([first], batches):
         deltas = {name: np.zeros((_size(data), *shape), "float32") for name, shape in edit.shapes.items()}
-        gradients, _, scores = edit.gradient(data, _added, deltas, chosen)
+        gradients, _, scores = edit.gradient(data, _added, deltas, chosen, once=expected == 1)
         measured = {}
         for name in edit.shapes:
             weights = ops.cast(scores[name], "float32")
@@ -497,14 +496,14 @@ def _added(name: str, scores: Any, given: Any) -> Any:
 def _chosen_output(outputs: Any, target: int | None) -> Any:
     """The sum over the samples of the output that is asked for."""
     flat = tree.flatten(outputs)
-    if len(flat) != 1 or len(flat[0].shape) > 2:
+    if len(flat) != 1 or len(flat[0].shape) not in (1, 2):
         shapes = [tuple(output.shape) for output in flat]
         raise ValueError(
             "Gradients need one output for each sample and class, (sample,) or (sample, class). Make a model of the "
             "output you want: `keras.Model(model.inputs, model.outputs[0])`, of one position if it has several. "
             f"Received outputs of shape: {', '.join(map(str, shapes))}"
         )
-    output = ops.reshape(flat[0], (flat[0].shape[0], -1))
+    output = flat[0] if len(flat[0].shape) == 2 else flat[0][:, None]
     classes = output.shape[1]
     if target is None:
         return ops.sum(ops.take_along_axis(output, ops.argmax(output, axis=1)[:, None], axis=1))

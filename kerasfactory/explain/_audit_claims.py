@@ -96,8 +96,8 @@ def ranking_claims(ranking: dict[str, Any] | None, why_not: str, method: str, le
             verdict = "supported"
         elif found["p_opposite"] <= level:
             verdict = "refuted"
-        worse = np.mean(np.sign(np.subtract(found["null"], found["observed"])) == (-1 if name[0] == "c" else 1))
-        reason = f"It does better than {worse:.0%} of {len(found['null'])} rankings that know nothing."
+        worse = np.sum(np.sign(np.subtract(found["null"], found["observed"])) == (-1 if name[0] == "c" else 1))
+        reason = f"It does better than {worse} of {len(found['null'])} rankings that know nothing."
         yield _claim(claim, f"AOPC {name}", found["aopc"], found["p_value"], found["interval"], verdict, reason)
 
 

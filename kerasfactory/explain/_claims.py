@@ -17,7 +17,7 @@ import xarray as xr
 from keras import ops
 from scipy import stats
 
-from kerasfactory._arguments import positive_integer
+from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._faithfulness import _checked_attribution
 from kerasfactory.explain._outputs import _checked_level, _finite, _table, _without_nan, predictions
 
@@ -132,16 +132,16 @@ def feature_claims(
     if min(samples, len(rows)) < max(_FEWEST, features):
         testable[:] = False
     losses = np.tile(of_model, (features, 1 + draws, 1))  # own, then drawn
-    generator = np.random.default_rng(seed)
+    rng = generator(seed, "feature_claims")
     for feature in np.flatnonzero(testable).tolist():
-        drawn = _drawn(x, rows, feature, draws, generator)
+        drawn = _drawn(x, rows, feature, draws, rng)
         if drawn is not None:
             changed = np.tile(x, (draws, 1))
             changed[:, feature] = drawn.reshape(-1)
             outputs = _finite(predictions(model, changed, batch_size), "`x` with a column drawn anew")
             losses[feature, 1:] = loss_of(np.concatenate([y] * draws), outputs).reshape(draws, samples)
 
-    p_values = _exchanged(losses, level, generator)
+    p_values = _exchanged(losses, level, rng)
     differences = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
     effects = differences.mean(axis=1)
     intervals = np.full((features, 2), np.nan)
@@ -154,7 +154,7 @@ def feature_claims(
             batch=max(1, _NUMBERS // differences.size),
             confidence_level=1 - level,
             method="percentile",
-            rng=generator,
+            rng=rng,
         )
         intervals[testable] = np.stack(of_all.confidence_interval, axis=1)
     effects[~testable], p_values[~testable] = np.nan, 1
@@ -264,7 +264,7 @@ def _check_range(name: str, y: np.ndarray, outputs: np.ndarray) -> None:
             )
 
 
-def _exchanged(losses: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:
+def _exchanged(losses: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
     """The p-value of each feature: how often its mean loss is as small, if own and drawn values change places."""
     features, alternatives, samples = losses.shape
     resamples = max(_RESAMPLES, int(np.ceil(2 * features / level)))  # so that one feature alone can be significant
@@ -273,14 +273,12 @@ def _exchanged(losses: np.ndarray, level: float, generator: np.random.Generator)
     starts = np.arange(samples) * alternatives
     as_small = np.zeros(features, int)
     for _ in range(resamples):
-        mean = rows.take(starts + generator.integers(alternatives, size=samples), axis=0).mean(axis=0)
+        mean = rows.take(starts + rng.integers(alternatives, size=samples), axis=0).mean(axis=0)
         as_small += mean <= own + 1e-12 * np.abs(own)
     return (1 + as_small) / (1 + resamples)
 
 
-def _drawn(
-    x: np.ndarray, rows: np.ndarray, feature: int, draws: int, generator: np.random.Generator
-) -> np.ndarray | None:
+def _drawn(x: np.ndarray, rows: np.ndarray, feature: int, draws: int, rng: np.random.Generator) -> np.ndarray | None:
     """Draws (draw, sample) of a column of `x` given the others, as in `rows`; `None` if the others determine it."""
     column = rows[:, feature].astype("float64")
     location, residual, at_x = _regressed(rows, x, feature)
@@ -290,7 +288,7 @@ def _drawn(
     count = max(1, len(rows) // _CELL)
     cell = np.minimum(np.searchsorted(location[order], at_x) * count // len(rows), count - 1)
     first, last = -(-cell * len(rows) // count), -(-(cell + 1) * len(rows) // count)
-    donors = order[generator.integers(first, last, size=(draws, len(x)))]
+    donors = order[rng.integers(first, last, size=(draws, len(x)))]
     whole = (column == np.floor(column)).all() or len(np.unique(column)) <= _LEVELS
     return (column[donors] if whole else at_x + residual[donors]).astype(x.dtype)
 

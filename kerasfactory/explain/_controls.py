@@ -10,7 +10,7 @@ from keras import ops, tree
 from scipy import special
 
 from kerasfactory import _backend
-from kerasfactory._arguments import positive_integer
+from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._capture import capture
 from kerasfactory.explain._edit import Editor, editor
 from kerasfactory.explain._observe import _batches, _size, batch_size_of, progress_bar
@@ -136,14 +136,23 @@ def attention_controls(
     samples = len(tree.flatten(x)[0])
     if samples < 2:
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {samples}")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "attention_controls")
     chosen = _some(samples, _SAMPLES, rng)
     x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
     batch_size = batch_size_of(x, 1024) if batch_size is None else batch_size
 
     outputs = _finite(predictions(model, x, batch_size), "`x`")
     columns = list(range(outputs.shape[1])) if target is None else [_checked_target(target, outputs.shape[1])]
-    change, said_of_change = _change_of(outputs, columns)
+    distance, said_of_change = _change_of(outputs, columns)
+
+    def change(outputs_of_batch, own):
+        flat = ops.reshape(ops.cast(outputs_of_batch, "float32"), (-1, outputs.shape[1]))
+        return distance(ops.take(flat, columns, axis=1), own)
+
+    def penalty(outputs_of_batch, more):
+        weights, own = more
+        return ops.sum(weights * ops.maximum(change(outputs_of_batch, own) - tolerance, 0))
+
     captured = capture(model, x, layers, batch_size=batch_size, verbose=0)
     for name, scores in captured.items():
         if scores.dims[0] != "sample" or scores.dims[-2:] != ("query", "key"):
@@ -163,7 +172,7 @@ def attention_controls(
         own = {name: scores.values[start:stop].astype("float32") for name, scores in captured.items()}
         # A weight may be 0 without a mask, by underflow.
         view = {name: (of > 0) | (captured[name].attrs["masks"] == "none") for name, of in own.items()}
-        run = _Run(edit, batch, own, view, outputs[start:stop], change, columns)
+        run = _Run(edit, batch, own, view, outputs[start:stop, columns], change, penalty)
         uniform = run({name: _uniform(view[name]) for name in own})
         permuted = np.stack(
             [run({name: _permuted(scores, view[name], rng) for name, scores in own.items()}) for _ in range(draws)]
@@ -210,14 +219,11 @@ class _Run:
         view: dict[str, np.ndarray],
         outputs: np.ndarray,
         change: Callable,
-        columns: list[int],
+        penalty: Callable,
     ):
-        self.edit, self.batch, self.own, self.view, self.columns = edit, batch, own, view, columns
-        self.outputs = ops.convert_to_tensor(outputs[:, columns], "float32")
-        self.change = lambda outputs: change(self._chosen(outputs), self.outputs)
-
-    def _chosen(self, outputs: Any) -> Any:
-        return ops.take(ops.reshape(ops.cast(outputs, "float32"), (len(self.outputs), -1)), self.columns, axis=1)
+        self.edit, self.batch, self.own, self.view, self.penalty = edit, batch, own, view, penalty
+        self.outputs = ops.convert_to_tensor(outputs, "float32")
+        self.change = lambda outputs: change(outputs, self.outputs)
 
     def __call__(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         outputs = self.edit.predict(self.batch, _replaced, scores)
@@ -251,12 +257,8 @@ class _Run:
                 name: (special.softmax(of, axis=-1) * self.view[name].any(axis=-1, keepdims=True)).astype("float32")
                 for name, of in logits.items()
             }
-            weights = ops.convert_to_tensor(pressure, "float32")
-
-            def penalty(outputs, weights=weights):
-                return ops.sum(weights * ops.maximum(self.change(outputs) - tolerance, 0))
-
-            gradients, outputs, _ = self.edit.gradient(self.batch, _replaced, scores, penalty)
+            more = pressure.astype("float32"), self.outputs
+            gradients, outputs, _ = self.edit.gradient(self.batch, _replaced, scores, self.penalty, more)
             change = _backend.as_numpy(self.change(outputs))
             keep(np.stack([change, _distance(self.own, scores)]))
             pressure *= np.where(change > tolerance, 1.3, 0.9)

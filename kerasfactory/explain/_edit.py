@@ -3,6 +3,7 @@
 Nothing of the model is changed, as with `observe`.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,16 +30,15 @@ class Editor(NamedTuple):
     it, and returns others of the same shape. `given` holds arrays, in dictionaries or lists: what changes from run to
     run belongs there, for an `edit` may be compiled, once for each function.
 
-    `gradient` returns the gradient of `scalar(outputs)` by `given`, in the form of that, the outputs, and the scores
-    before the edit, by name.
+    `gradient` returns the gradient of `scalar(outputs, more)` by `given`, in the form of that, the outputs, and the
+    scores before the edit, by name. It may be compiled too, once for each pair of functions: `more` holds arrays, as
+    `given` does, of at least one axis. `once` says that there is but one batch.
     """
 
     found: dict[str, Found]  # the calls, by the names that `capture` gives them, in the order of `layers`
     shapes: dict[str, tuple[int, ...]]  # of their scores: (head, query, key)
     predict: Callable[[tuple, Callable, Any], Any]  # (batch, edit, given): the outputs
-    gradient: Callable[
-        [tuple, Callable, Any, Callable], tuple[Any, Any, dict[str, Any]]
-    ]  # (batch, edit, given, scalar)
+    gradient: Callable[..., tuple[Any, Any, dict[str, Any]]]  # (batch, edit, given, scalar, more=(), once=False)
 
 
 def editor(model: Any, batch: tuple, layers: Any) -> Editor:
@@ -62,28 +62,45 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
 
     with _unchanged(model):
         how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+    eagerly = {"run_eagerly": True, "jit_compile": False}
     steps: dict[Callable, Callable] = {}
+    slopes: dict[tuple[Callable, Callable], Callable] = {}
 
     def predict(batch, edit, given):
         if edit not in steps:
             steps[edit] = _backend.compiled(lambda state, both: run(state, both[0], edit, both[1])[0], **how)
         return steps[edit](_state(model), (batch, _tensors(given)))
 
-    def gradient(batch, edit, given, scalar):
-        def of(given):
-            outputs, scores = run(state, batch, edit, given)
-            return scalar(outputs), (outputs, scores)
+    def gradient(batch, edit, given, scalar, more=(), once=False):
+        def step(state, data):
+            batch, given, more = data
 
-        state = _state(model)
-        gradients, (outputs, scores) = _backend.gradient(of, _tensors(given))
-        return gradients, outputs, scores
+            def of(given):
+                outputs, scores = run(state, batch, edit, given)
+                return scalar(outputs, more), (outputs, scores)
+
+            gradients, (outputs, scores) = _backend.gradient(of, given)
+            return gradients, outputs, scores
+
+        data = (batch, _tensors(given), _tensors(more))
+        if (edit, scalar) not in slopes:
+            slopes[edit, scalar] = _backend.compiled(step, **how, once=once)
+        with contextlib.suppress(Exception):
+            return slopes[edit, scalar](_state(model), data)
+        # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.
+        slopes[edit, scalar] = _backend.compiled(step, **eagerly)
+        return slopes[edit, scalar](_state(model), data)
 
     def unedited(state, data):
         with _unchanged(model):
             return _backend.predict_step(model, state, data)[0]
 
-    expected = _backend.compiled(unedited, run_eagerly=True, jit_compile=False)(_state(model), batch)
-    difference = _difference(expected, predict(batch, _as_they_are, {}))
+    def as_it_is(state, data):
+        return run(state, data, lambda name, scores, given: scores, {})[0]
+
+    # Compiling would take longer than these two runs.
+    expected, outputs = (_backend.compiled(step, **eagerly)(_state(model), batch) for step in (unedited, as_it_is))
+    difference = _difference(expected, outputs)
     if not difference <= _rounding(model):
         raise ValueError(
             "The model's outputs are not made of its attention scores: with the same scores, formed and multiplied "
@@ -92,10 +109,6 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
             "`explain.recomposition_error` tells which they are. Random outputs, and NaN in `x`, do this too."
         )
     return Editor(first.found, shapes, predict, gradient)
-
-
-def _as_they_are(name: str, scores: Any, given: Any) -> Any:
-    return scores
 
 
 def _edit(layer: Any, name: str, names: dict[tuple[str, int], str], edit: Callable, before: dict[str, Any]) -> None:

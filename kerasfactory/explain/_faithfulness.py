@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import xarray as xr
 
-from kerasfactory._arguments import positive_integer
+from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._observe import progress_bar
 from kerasfactory.explain._outputs import _checked_target, _finite, _interval, _some, _table, _without_nan, predictions
 
@@ -143,7 +143,7 @@ def faithfulness(
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1. Received: level={level!r}")
     samples, features = importance.shape
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "faithfulness")
     donors, said_of_background = _donors(x, removal, background, mask_value)
     rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 

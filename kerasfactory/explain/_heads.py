@@ -226,10 +226,11 @@ def head_importance(
         x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
         y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
         loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
-            tensors, that returns one value, or several to be averaged, for each sample. If not given, the loss that the
-            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
-            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs
-            a function here.
+            tensors, that returns one value, or several to be averaged, for each sample. Write it with `keras.ops`, for
+            it is differentiated: what leaves tensors has no gradient. It is compiled as the model is; one that cannot
+            be runs as it is, more slowly. If not given, the loss that the model was compiled with. Its reduction over
+            the samples is not used, for it is the values of single samples that count; nor are weights of classes, or
+            losses that layers add. A model with several outputs needs a function here.
         layers: Names of the attention layers, as for `capture`.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
@@ -305,6 +306,9 @@ def head_importance(
         shape = [{"sample": -1, "head": heads[name]}.get(dim, 1) for dim in dims[name]]
         return scores * ops.cast(ops.reshape(mask, shape), scores.dtype)
 
+    def total(outputs, targets):
+        return ops.sum(_losses(loss, targets, outputs))
+
     gradient = {name: np.zeros(number) for name, number in heads.items()}
     ablation = {name: np.zeros(number) for name, number in heads.items()}
     intact = 0.0
@@ -312,9 +316,7 @@ def head_importance(
     for data, (targets,) in zip(batches, _batches(y, batch_size)[0], strict=True):
         size = _size(data)
         masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}
-        gradients, _, _ = edit.gradient(
-            data, masked, masks, lambda outputs, targets=targets: ops.sum(_losses(loss, targets, outputs))
-        )
+        gradients, _, _ = edit.gradient(data, masked, masks, total, targets, once=expected == 1)
         masks = {name: np.ones((1, number), "float32") for name, number in heads.items()}
         before = _values(loss, targets, edit.predict(data, masked, masks))
         intact += before.sum()
@@ -372,7 +374,7 @@ def _losses(loss: Any, targets: Any, outputs: Any) -> Any:
             f"`loss` must return one value, or several, for each of the {samples} samples in a batch, and not their "
             f"mean. Received: values of shape {tuple(losses.shape)} from loss={loss!r}"
         )
-    return ops.mean(ops.reshape(losses, (samples, -1)), axis=1)
+    return ops.mean(losses[:, None], axis=tuple(range(1, len(losses.shape) + 1)))
 
 
 def _values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:

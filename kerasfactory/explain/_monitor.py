@@ -32,7 +32,7 @@ class AttentionMonitor(keras.callbacks.Callback):
         every: Record after every how many epochs, by their numbers from 1.
         log_dir: A directory for TensorBoard. Scalars are called `attention/LAYER/entropy/HEAD` and so on, those of
             redundancy `attention/LAYER/redundancy/HEAD-OTHER`, and their step is the number of epochs done. On
-            TensorFlow nothing else is needed; with the other backends one of tensorboard, tensorboardX and tensorflow.
+            TensorFlow nothing else is needed; with the other backends tensorboard or tensorflow.
         batch_size: Samples in a batch, as for `capture`.
 
     Attributes:

@@ -72,7 +72,7 @@ def _some(samples: int, limit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, statistic: Callable, level: float, seed: int) -> np.ndarray:
-    if len(values) < 2:
+    if len(values) < 2 or np.isnan(values).any():
         return np.full(2, np.nan)
     result = stats.bootstrap(
         (values,),

@@ -9,7 +9,7 @@ import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory._arguments import positive_integer
+from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._observe import batch_size_of, find_attention, progress_bar
 from kerasfactory.explain._outputs import _checked_level, _interval, _sign_tests, _some, _without_nan
@@ -117,7 +117,7 @@ def parameter_randomisation(
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "parameter_randomisation")
     chosen = _some(len(tree.flatten(x)[0]), _SAMPLES, rng)
     x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
 
@@ -259,7 +259,7 @@ def seed_agreement(
     count = max(1, features // 4) if top_k is None else positive_integer("top_k", top_k)
     if count >= features:
         raise ValueError(f"`top_k` must be smaller than the number of features, {features}. Received: top_k={top_k!r}")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "seed_agreement")
 
     def overlap(scores):
         """Of (…, model, feature), chance deciding among equals."""

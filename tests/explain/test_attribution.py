@@ -10,6 +10,7 @@ import xarray as xr
 from keras import layers, ops
 
 from kerasfactory import explain
+from kerasfactory.explain import _attribution
 from kerasfactory.explain._attribution import _projected
 from kerasfactory.explain._observe import observe
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
@@ -220,6 +221,19 @@ def test_gradient_attention_is_that_of_finite_differences(depth, target):
     assert result.attrs["target"] == ("predicted" if target is None else 0)
     of_one = attribute(model, TABLE, "attention_gradient", target, query="pulse")
     np.testing.assert_allclose(of_one, expected[:, 1], rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_compiled_once_for_all_sizes_of_batches(monkeypatch):
+    model, runs, chosen_output = on_table("ours"), [], _attribution._chosen_output
+
+    def counted(outputs, target):
+        runs.append(outputs)
+        return chosen_output(outputs, target)
+
+    monkeypatch.setattr(_attribution, "_chosen_output", counted)
+    result = attribute(model, TABLE, "attention_gradient", batch_size=3)  # 3, 3 and 1 samples
+    assert len(runs) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 3)  # `jax.jit` is for one size
+    np.testing.assert_allclose(result, attribute(model, TABLE, "attention_gradient"), rtol=1e-4, atol=1e-7)
 
 
 def test_one_output_needs_no_target():

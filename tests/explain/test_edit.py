@@ -44,6 +44,10 @@ def added(name, scores, given):
     return scores + given[name]
 
 
+def second_output(outputs, more):
+    return ops.sum(outputs[:, 1])
+
+
 def numbers(tensor):
     return ops.convert_to_numpy(tensor)
 
@@ -81,7 +85,7 @@ def test_gradients_are_finite_differences(kind):
     model = two_layers(ATTENTIONS[kind])
     edit = editor(model, batch(), None)
     deltas = {name: np.zeros((3, *shape), "float32") for name, shape in edit.shapes.items()}
-    gradients, outputs, scores = edit.gradient(batch(), added, deltas, lambda outputs: ops.sum(outputs[:, 1]))
+    gradients, outputs, scores = edit.gradient(batch(), added, deltas, second_output)
     np.testing.assert_allclose(numbers(outputs), model.predict(X, verbose=0), atol=1e-6)
     for name, captured in explain.capture(model, X, verbose=0).items():
         np.testing.assert_allclose(numbers(scores[name]), captured, atol=1e-6)
@@ -103,9 +107,48 @@ def test_only_the_named_layers_are_edited_and_the_model_stays_as_it_was():
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
     edit = editor(model, batch(), "second")
     assert set(edit.shapes) == {"second"}
-    edit.gradient(batch(), scaled_heads, {"second": np.ones(2, "float32")}, ops.sum)
+    edit.gradient(batch(), scaled_heads, {"second": np.ones(2, "float32")}, second_output)
     edit.predict(batch(), scaled_heads, {"second": np.zeros(2, "float32")})
     assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_gradients_are_compiled_once_for_all_sizes_of_batches_and_what_else_changes(run_eagerly):
+    model = two_layers(ATTENTIONS["keras"])
+    model.compile(run_eagerly=run_eagerly)
+    edit = editor(model, batch(), None)
+    runs = []
+
+    def weighted(outputs, more):
+        runs.append(outputs)
+        return ops.sum(more["weights"] * outputs[:, 1])
+
+    for size in (3, 2, 3, 1, 2):
+        weights = np.arange(1.0, size + 1, dtype="float32")
+        deltas = {name: np.zeros((size, *shape), "float32") for name, shape in edit.shapes.items()}
+        gradients, outputs, _ = edit.gradient(batch(X[:size]), added, deltas, weighted, {"weights": weights})
+        plain, _, _ = edit.gradient(batch(X[:size]), added, deltas, second_output, once=True)
+        for name in edit.shapes:
+            expected = weights[:, None, None, None] * numbers(plain[name])
+            np.testing.assert_allclose(numbers(gradients[name]), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(numbers(outputs), model.predict(X[:size], verbose=0), atol=1e-6)
+    compiled = {"tensorflow": 1, "jax": 3}.get(keras.config.backend(), 5)  # `jax.jit` is for one size
+    assert len(runs) == (5 if run_eagerly else compiled)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is():
+    model = two_layers(ATTENTIONS["keras"])
+    edit = editor(model, batch(), None)
+    deltas = {name: np.zeros((3, *shape), "float32") for name, shape in edit.shapes.items()}
+
+    def by_values(outputs, more):
+        return ops.sum(outputs[:, int(numbers(more)[0])])
+
+    for _ in range(2):
+        gradients, _, _ = edit.gradient(batch(), added, deltas, by_values, np.array([1, 0]))
+        expected, _, _ = edit.gradient(batch(), added, deltas, second_output)
+        for name in edit.shapes:
+            np.testing.assert_allclose(numbers(gradients[name]), numbers(expected[name]), rtol=1e-4, atol=1e-6)
 
 
 class Twisted(layers.MultiHeadAttention):

@@ -1,4 +1,4 @@
-"""`faithfulness` and the other tests that an attribution could fail, on models whose truth is known."""
+"""`faithfulness`, a test that an attribution could fail, on models whose truth is known."""
 
 import gc
 import weakref
@@ -9,12 +9,10 @@ import pytest
 import xarray as xr
 from keras import layers, ops
 from scipy import stats
-from scipy.spatial.distance import jensenshannon
 
 from kerasfactory import explain
-from kerasfactory.explain._controls import _distance, _permuted, attention_controls
+from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._outputs import predictions
-from kerasfactory.explain._sanity import randomised_parameters, seed_agreement
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RNG = np.random.default_rng(3)
@@ -27,18 +25,6 @@ def linear(kernel, activation=None):
     kernel = np.asarray(kernel, "float32").reshape(len(kernel), -1)
     model = keras.Sequential([keras.Input((len(kernel),)), layers.Dense(kernel.shape[1], activation=activation)])
     model.set_weights([kernel, np.full(kernel.shape[1], 0.1, "float32")])
-    return model
-
-
-def attentive(sharpness=1.0, activation=None, outputs=1, **call):
-    """A model that is nothing but attention, which looks at single keys if it is sharp."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((5, 8))
-    attended = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs, **call)
-    decided = layers.Dense(outputs, activation=activation)(layers.GlobalAveragePooling1D()(attended))
-    model = keras.Model(inputs, decided)
-    attention = model.get_layer("attention")
-    attention._query_dense.kernel.assign(sharpness * attention._query_dense.kernel)
     return model
 
 
@@ -172,6 +158,25 @@ def test_attributions_that_know_nothing_are_seldom_called_faithful(alike):
     assert stats.binom.ppf(0.001, attempts, 0.5) <= np.sum(np.array(p_values) <= 0.5)  # nor is the test deaf
 
 
+def test_one_seed_for_all_does_not_make_what_is_tested_depend_on_the_test(monkeypatch):
+    """From one stream, random attributions passed this test in 14 of 100 cases at a level of 0.05."""
+    seeds, default_rng = [], np.random.default_rng
+
+    def recorded(seed):
+        seeds.append(str(seed))
+        return default_rng(seed)
+
+    model = subclassed()
+    monkeypatch.setattr(np.random, "default_rng", recorded)
+    attribution = explain.attribute(model, X, "random", verbose=0, seed=0)
+    explain.faithfulness(model, X, attribution, draws=1, verbose=0, seed=0)
+    explain.attention_controls(model, X, draws=1, steps=1, verbose=0, seed=0)
+    explain.parameter_randomisation(model, X, draws=1, verbose=0, seed=0)
+    explain.seed_agreement([attribution, attribution], seed=0)
+    feature_claims(model, X, np.zeros(40), attribution, loss="sparse_categorical_crossentropy", seed=0)
+    assert len({seed for seed in seeds if seed.startswith("[")}) == 6  # the others are those of intervals
+
+
 def test_what_changes_nothing():
     constant = X.copy()
     constant[:, 0] = 2  # its removal cannot show, whatever the model makes of it
@@ -291,10 +296,6 @@ def received(model, x):
     return explain.attribute(model, x, verbose=0)
 
 
-def by_gradient(model, x):
-    return explain.attribute(model, x, "attention_gradient", target=0, verbose=0)
-
-
 def test_the_model_stays_as_it_was():
     model = subclassed()
     model.predict(X, verbose=0)
@@ -302,183 +303,7 @@ def test_the_model_stays_as_it_was():
     x = X.copy()
     attribution = received(model, x)
     explain.faithfulness(model, x, attribution, draws=2, verbose=0)
-    attention_controls(model, x, draws=1, steps=2)
-    randomised_parameters(model, x, attribution, received, draws=2)
+    explain.attention_controls(model, x, draws=1, steps=2, verbose=0)
+    explain.parameter_randomisation(model, x, draws=2, verbose=0)
     assert state(model) == before
     np.testing.assert_array_equal(x, X)
-
-
-def test_uniform_attention_is_that_of_a_query_that_asks_nothing():
-    model = attentive(sharpness=20)
-    result = attention_controls(model, SEQUENCE, draws=2, steps=1)
-    own = model.predict(SEQUENCE, verbose=0)
-    attention = model.get_layer("attention")
-    attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / own.std()
-    np.testing.assert_allclose(result["change"].sel(control="uniform"), expected, rtol=1e-3, atol=1e-5)
-    assert result.attrs["change"] == "relative to the standard deviation"
-    assert result["median_change"].sel(control="uniform").item() == pytest.approx(np.median(expected), rel=1e-3)
-    lower, upper = result["interval"].sel(control="uniform").values
-    assert lower <= np.median(expected) <= upper
-
-
-def test_uniform_keeps_to_the_keys_in_view():
-    model = attentive(sharpness=3, use_causal_mask=True)
-    own = model.predict(SEQUENCE, verbose=0)
-    result = attention_controls(model, SEQUENCE, draws=1, steps=1)
-    attention = model.get_layer("attention")
-    attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / own.std()
-    np.testing.assert_allclose(result["change"].sel(control="uniform"), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_changes_of_probabilities_are_total_variation():
-    model = attentive(sharpness=20, activation="softmax", outputs=3)
-    own = model.predict(SEQUENCE, verbose=0)
-    whole = attention_controls(model, SEQUENCE, draws=1, steps=1)
-    one = attention_controls(model, SEQUENCE, target=1, draws=1, steps=1)
-    attention = model.get_layer("attention")
-    attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    difference = np.abs(model.predict(SEQUENCE, verbose=0) - own)
-    uniform = {"control": "uniform"}
-    np.testing.assert_allclose(whole["change"].sel(uniform), difference.sum(axis=1) / 2, atol=1e-5)
-    np.testing.assert_allclose(one["change"].sel(uniform), difference[:, 1], atol=1e-5)
-    assert whole.attrs["change"] == "total variation"
-
-
-def looks_once(keys):
-    """One query, one head, and an output from which its weights can be told if there are two keys."""
-    keras.utils.set_random_seed(1)
-    inputs = keras.Input((keys, 8))
-    attended = layers.MultiHeadAttention(1, 8, name="attention")(inputs[:, :1], inputs)
-    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(attended)))
-
-
-def test_the_adversary_finds_other_scores_where_there_are_any():
-    determined = attention_controls(looks_once(2), SEQUENCE[:, :2], tolerance=0.01, steps=10)
-    idle = looks_once(5)
-    output = idle.get_layer("attention")._output_dense
-    output.kernel.assign(1e-4 * output.kernel)
-    pooled = layers.Dense(3)(layers.GlobalAveragePooling1D()(idle.input))
-    idle = keras.Model(idle.input, idle.output + pooled)
-    scores = explain.capture(idle, SEQUENCE, verbose=0)["attention"].values[:, 0, 0]
-    idle = attention_controls(idle, SEQUENCE, steps=30)
-    for result in (determined, idle):
-        assert (result["change"].sel(control="adversarial") <= result.attrs["tolerance"]).all()
-        assert ((result["jsd"] >= 0) & (result["jsd"] <= 1)).all()
-    assert determined["jsd"].sel(control="adversarial").max() < 0.01
-    farthest = jensenshannon(scores, np.eye(5)[scores.argmin(axis=1)], base=2, axis=1) ** 2  # all on the lightest key
-    reached = idle["jsd"].sel(control="adversarial") / farthest
-    assert 0.85 < reached.min() <= reached.max() < 1 + 1e-6  # it climbs one of several hills
-    assert idle["median_change"].sel(control="uniform") < 0.01 < determined["median_change"].sel(control="uniform")
-
-
-def test_the_adversary_finds_mixtures_that_give_the_same_number():
-    """A sharp model is not safe from it: what one key says, two others say together."""
-    inputs = keras.Input((5, 2))  # a number and a mark; attention is on the marked number, and the output is the number
-    attended = layers.MultiHeadAttention(1, 2, name="attention", use_bias=False)(ops.ones_like(inputs[:, :1]), inputs)
-    model = keras.Model(inputs, layers.Flatten()(attended)[:, :1])
-    to_mark, to_number = np.array([[0, 0], [9, 9]]), np.array([[1, 0], [0, 0]])
-    kernels = [np.ones((2, 2)), to_mark, to_number, np.eye(2)]
-    shapes = [weight.shape for weight in model.get_weights()]
-    model.set_weights([kernel.reshape(shape) for kernel, shape in zip(kernels, shapes, strict=True)])
-    numbers = np.array([[0.0, -1, 1, -2, 2], [0.5, -1, 1, -2, 2], [3, -1, 1, -2, 2], [2, -1, 1, -2, 1.5]])
-    x = np.stack([numbers, np.eye(5)[np.zeros(4, int)]], axis=-1).astype("float32")
-    np.testing.assert_allclose(model.predict(x, verbose=0)[:, 0], numbers[:, 0], atol=1e-3)
-    reached = attention_controls(model, x, steps=50)["jsd"].sel(control="adversarial").values
-    assert (reached[:2] > 0.9).all()  # in reach of the others
-    assert (reached[2:] < 0.2).all()  # the largest of all numbers
-
-
-def test_more_steps_take_the_adversary_further():
-    model = attentive(sharpness=2)
-    few, many = (attention_controls(model, SEQUENCE, draws=1, steps=steps)["jsd"] for steps in (1, 20))
-    adversarial = {"control": "adversarial"}
-    assert (many.sel(adversarial) >= few.sel(adversarial) - 1e-6).all()
-    assert many.sel(adversarial).median() > few.sel(adversarial).median() + 0.05
-
-
-def test_permuted_weights_stay_in_view():
-    scores = RNG.random((3, 2, 4, 6)).astype("float32")
-    scores[:, :, :, 4:] = 0
-    scores[0, 0, 0] = 0
-    permuted = _permuted(scores, scores > 0, np.random.default_rng(0))
-    np.testing.assert_array_equal(np.sort(permuted), np.sort(scores))
-    np.testing.assert_array_equal(permuted > 0, scores > 0)
-    assert (permuted != scores)[scores > 0].mean() > 0.5
-
-
-def test_the_distance_is_scipys():
-    one, other = RNG.dirichlet(np.ones(6), (2, 3, 2, 4))
-    one[..., -1], other[..., 0] = 0, 0
-    one, other = (scores / scores.sum(axis=-1, keepdims=True) for scores in (one, other))
-    expected = (jensenshannon(one, other, base=2, axis=-1) ** 2).mean(axis=(1, 2))
-    np.testing.assert_allclose(_distance({"a": one}, {"a": other}), expected, atol=1e-6)
-    blind = np.concatenate([one, 0 * one], axis=2), np.concatenate([other, 0 * other], axis=2)
-    np.testing.assert_allclose(_distance({"a": blind[0]}, {"a": blind[1]}), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tolerance": 0}, "`tolerance` must be above 0"),
-        ({"draws": 0}, "`draws` must be"),
-        ({"target": 4}, "from 0 to 0"),
-        ({"x": SEQUENCE[:1]}, "at least 2 samples"),
-        ({"x": SEQUENCE * np.nan}, "NaN or infinite"),
-        ({"layers": "atention"}, "Did you mean 'attention'"),
-        ({"x": iter([SEQUENCE])}, "must be an array"),
-    ],
-)
-def test_controls_refuse_what_they_cannot_test(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        attention_controls(**({"model": attentive(), "x": SEQUENCE, "steps": 1} | arguments))
-
-
-def test_an_attribution_without_the_learned_weights():
-    model = subclassed()
-    for weight in model.attention.weights:
-        weight.assign(weight * 8)  # as if it had learned something
-    attribution = received(model, X)
-    result = randomised_parameters(model, X, attribution, received, draws=4)
-    assert (result["distance"] > 0).all()
-    assert result["interval"][0] < result["mean_distance"] < result["interval"][1]
-    assert (result["sample_distance"] >= result["distance"] - 1e-9).all()
-    gradient = randomised_parameters(model, X, by_gradient(model, X), by_gradient, draws=1)
-    assert gradient["distance"] > 0
-    assert np.isnan(gradient["interval"]).all()
-    whole = randomised_parameters(model, X, attribution, received, weights="all", draws=2)
-    assert not np.allclose(whole["distance"], result["distance"][:2])
-
-    blind = randomised_parameters(model, X, np.abs(X), lambda model, x: np.abs(x), draws=2)
-    np.testing.assert_array_equal(blind["distance"], 0)
-    assert (blind["halves"] > 0).all()
-    with pytest.raises(ValueError, match='"attention" or "all"'):
-        randomised_parameters(model, X, attribution, received, weights="none")
-    with pytest.raises(ValueError, match="of the shape of `attribution`"):
-        randomised_parameters(model, X, attribution, lambda model, x: x[:, :2])
-
-
-def test_models_that_agree_and_models_that_do_not():
-    names = {"feature": list("abcdefgh")}
-    truth = np.broadcast_to(np.arange(1.0, 9), (40, 8))
-    alike = [xr.DataArray(truth * (1 + 0.01 * k), names, ("sample", "feature")) for k in range(3)]
-    result = seed_agreement(alike)
-    assert result["overlap"] == 1
-    assert result["p_value"] < 0.05
-    np.testing.assert_allclose(result["mean"], np.arange(1, 9) / 36)
-    np.testing.assert_allclose(result["spread"], 0, atol=1e-12)
-    assert result["mean"].sel(feature="h") == result["mean"].max()
-    assert result["null"].mean().item() == pytest.approx(2 / 8, abs=0.05)  # two of eight are in a top of two by chance
-
-    apart = seed_agreement([truth, truth[:, ::-1]])
-    assert (apart["overlap"], apart["p_value"]) == (0, 1)
-    assert seed_agreement([truth, truth], top_k=5).attrs["top_k"] == 5
-    with pytest.raises(ValueError, match="at least 2 models"):
-        seed_agreement([truth])
-    with pytest.raises(ValueError, match="same samples and features"):
-        seed_agreement([truth, truth[:, 1:]])
-    with pytest.raises(ValueError, match="same samples and features"):
-        seed_agreement([alike[0], alike[0].assign_coords(feature=list("hgfedcba"))])
-    with pytest.raises(ValueError, match="smaller than the number of features"):
-        seed_agreement([truth, truth], top_k=8)

@@ -7,7 +7,7 @@ import xarray as xr
 from keras import layers, ops
 from scipy.spatial.distance import jensenshannon
 
-from kerasfactory import explain
+from kerasfactory import _backend, explain
 from kerasfactory.explain import _heads
 from kerasfactory.layers import InterpretableMultiHeadAttention
 
@@ -235,6 +235,29 @@ def test_targets_without_the_axis_of_the_outputs_do_not_broadcast():
     model = two_layers()
     squared = explain.head_importance(model, X, Y, loss=lambda y, outputs: (y - outputs) ** 2, verbose=0)["second"]
     xr.testing.assert_allclose(squared, explain.head_importance(model, X, Y[:, None], loss="mse", verbose=0)["second"])
+
+
+def test_a_loss_is_compiled_once_for_all_sizes_of_batches():
+    model, traced = two_layers(), []
+
+    def loss(y, outputs):
+        if _backend.concrete(outputs) is None:
+            traced.append(outputs)
+        return (y - outputs) ** 2
+
+    importance = explain.head_importance(model, X, Y, loss, batch_size=16, verbose=0)["second"]  # 16, 16 and 8 samples
+    assert len(traced) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 0)  # `jax.jit` is for one size
+    model.compile(loss="mse", run_eagerly=True)
+    xr.testing.assert_allclose(importance, explain.head_importance(model, X, Y, verbose=0)["second"], rtol=1e-4)
+
+
+def test_a_loss_that_cannot_be_compiled_runs_as_it_is():
+    def loss(y, outputs):
+        return ops.square(outputs - ops.convert_to_tensor(np.tanh(ops.convert_to_numpy(y))))  # a graph has no values
+
+    importance = explain.head_importance(two_layers(), X, Y, loss, batch_size=16, verbose=0)["second"]
+    expected = explain.head_importance(two_layers(), X, np.tanh(Y), "mse", batch_size=16, verbose=0)["second"]
+    xr.testing.assert_allclose(importance, expected, rtol=1e-4)
 
 
 def test_several_outputs_and_several_inputs():

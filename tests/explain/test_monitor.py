@@ -1,13 +1,18 @@
 """A model trains as if nobody watched, and what was seen is what `capture` sees."""
 
+import itertools
 import sys
-import types
 
 import keras
 import numpy as np
 import pytest
+import tensorboard.summary
 import xarray as xr
 from keras import layers
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.scalar import metadata
 
 from kerasfactory import _backend, explain
 from kerasfactory.layers import InterpretableMultiHeadAttention
@@ -128,50 +133,58 @@ def test_a_training_that_ends_in_nan_is_recorded_and_not_stopped():
     assert np.isnan(monitor.history["second"]["entropy"].sel(epoch=2)).all()
 
 
-def test_scalars_for_tensorboard(tmp_path, monkeypatch):
-    for module in ("tensorboard", "tensorboard.summary", "tensorboardX"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monitor = explain.AttentionMonitor(X[:8], log_dir=tmp_path / "logs")
-    fit(compiled(), monitor, epochs=2)
-    import tensorflow as tf  # which wrote them, whatever the backend, in want of the others
+def shown(log_dir):
+    """What TensorBoard's page of scalars gets to show: for each tag, the numbers by their steps."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(log_dir))
+    runs.Reload()
+    data = MultiplexerDataProvider(runs, str(log_dir))
+    (series,) = data.read_scalars(
+        RequestContext(), experiment_id="", plugin_name=metadata.PLUGIN_NAME, downsample=100
+    ).values()
+    return {tag: {point.step: point.value for point in points} for tag, points in series.items()}
 
-    found = {}
-    for path in (tmp_path / "logs").glob("*tfevents*"):
-        for record in tf.data.TFRecordDataset(str(path)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            for value in event.summary.value:
-                assert event.step > 0 or value.metadata.plugin_data.plugin_name == "scalars"
-                found[f"{value.tag} {event.step}"] = float(tf.make_ndarray(value.tensor))
-    assert len(found) == 3 * (3 * 2 + 1 + 3 * 3 + 3)  # epochs, and for 2 and 3 heads: numbers and pairs
-    history = monitor.history["second"]
-    np.testing.assert_allclose(
-        found["attention/second/entropy/2 1"], history["entropy"].sel(epoch=1, head=2), rtol=1e-6
-    )
-    expected = history["redundancy"].sel(epoch=2, head=0, head_other=2)
-    np.testing.assert_allclose(found["attention/second/redundancy/0-2 2"], expected, rtol=1e-6)
+
+def recorded(monitor):
+    series = {}
+    for layer, history in monitor.history.items():
+        heads = history["head"].values
+        for head in heads:
+            for variable in ("entropy", "confidence", "distance"):
+                series[f"attention/{layer}/{variable}/{head}"] = history[variable].sel(head=head)
+        for one, other in itertools.combinations(heads, 2):
+            redundancy = history["redundancy"].sel(head=one, head_other=other)
+            series[f"attention/{layer}/redundancy/{one}-{other}"] = redundancy
+    assert len(series) == (3 * 2 + 1) + (3 * 3 + 3)  # for 2 and 3 heads: numbers and pairs
+    return {
+        tag: dict(zip(values["epoch"].values.tolist(), values.values.astype("float32").tolist(), strict=True))
+        for tag, values in series.items()
+    }
+
+
+def test_tensorboard_shows_what_its_own_writer_wrote(tmp_path, monkeypatch):
+    with monkeypatch.context() as installed:
+        installed.setattr(keras.config, "backend", lambda: "jax")  # on TensorFlow, that would write
+        installed.setitem(sys.modules, "tensorflow", None)  # TensorBoard would make use of it
+        monitor = explain.AttentionMonitor(X[:8], every=2, log_dir=tmp_path)
+    assert isinstance(monitor._writer, tensorboard.summary.Writer)
+    fit(compiled(), monitor, epochs=4)
+    assert shown(tmp_path) == recorded(monitor)
+
+
+def test_tensorboard_shows_what_tensorflow_wrote(tmp_path, monkeypatch):
+    with monkeypatch.context() as installed:
+        for module in ("tensorboard", "tensorboard.summary"):
+            installed.setitem(sys.modules, module, None)
+        monitor = explain.AttentionMonitor(X[:8], every=2, log_dir=tmp_path)
+        fit(compiled(), monitor, epochs=4)
+    assert shown(tmp_path) == recorded(monitor)
 
 
 def test_without_anything_that_writes_for_tensorboard(monkeypatch):
-    for module in ("tensorboard.summary", "tensorboardX", "tensorflow"):
+    for module in ("tensorboard.summary", "tensorflow"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         explain.AttentionMonitor(X, log_dir="logs")
-
-
-@pytest.mark.parametrize(("module", "writer"), [("tensorboard.summary", "Writer"), ("tensorboardX", "SummaryWriter")])
-def test_other_backends_write_with_what_is_installed(module, writer, monkeypatch):
-    class Recorder:  # stands in for the library's class, which this environment need not have
-        def __init__(self, log_dir):
-            self.log_dir = log_dir
-
-    for name in ("tensorboard", "tensorboard.summary", "tensorboardX"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, module.split(".")[0], types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{writer: Recorder}))
-    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    recorder = _backend.summary_writer("logs")
-    assert isinstance(recorder, Recorder)
-    assert recorder.log_dir == "logs"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+# %% [markdown] level="advanced"
+# # Would another training show the same map?
+#
+# **A map comes out of one training run. How much of it was learned, and how much of it would another run, from another seed,
+# show again?**
+#
+# Two checks answer that, and neither needs labels. They are about maps, not about truth: what passes may still be wrong, but
+# what fails should not be shown. The applications for credit below are simulated, so we know what there is to find.
+
+# %%
+import json
+import tempfile
+from pathlib import Path
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kerasfactory import explain
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+# %% [markdown]
+# ## Planted truth
+#
+# For an `employee` the `income` decides whether a loan is repaid, for everybody else the `turnover` of the business.
+# `receipts` is `turnover` as another system stored it: the same numbers, up to a little noise. A model can read either.
+# The other four columns are noise.
+
+# %%
+rng = np.random.default_rng(0)
+names = ["employee", "income", "turnover", "receipts", "age", "requests", "tenure", "region"]
+x = rng.normal(size=(3200, 8)).astype("float32")
+x[:, 0] = np.sign(x[:, 0])
+x[:, 3] = x[:, 2] + 0.02 * x[:, 3]
+y = (np.where(x[:, 0] > 0, x[:, 1], x[:, 2]) + 0.2 * rng.logistic(size=3200) > 0).astype("float32")
+x_train, x_test, y_train, y_test = x[:3000], x[3000:], y[:3000], y[3000:]
+
+
+def train(seed):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((8,))
+    tokens = FeatureTokenizer(8, feature_names=names)(inputs)
+    attended = InterpretableMultiHeadAttention(d_model=8, n_head=1, dropout_rate=0.0, name="attention")(
+        tokens[:, :1], tokens
+    )
+    outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
+    model = keras.Model(inputs, outputs, name="credit")
+    model.compile(keras.optimizers.Adam(0.03), "binary_crossentropy", metrics=["accuracy"])
+    model.fit(x_train, y_train, batch_size=100, epochs=8, verbose=0)
+    return model
+
+
+models = [train(seed) for seed in range(4)]
+accuracies = [model.evaluate(x_test, y_test, verbose=0)[1] for model in models]
+print(f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.2f} to {max(accuracies):.2f}")
+
+# %% [markdown]
+# Four models, the same data, the same code. By their accuracy nobody could tell them apart.
+#
+# ## Check 1: is the map in the weights?
+#
+# Shuffle the weights of the attention layer and make the map again. What stays was never learned: it is in the data, or
+# in the form of the model (Adebayo et al. 2018). `kept` is 1 if all of it stays, and 0 if the two maps have no more in
+# common than by chance. For comparison, a "map" that looks at the data alone: the size of each number.
+
+# %%
+attention = explain.parameter_randomisation(models[0], x_test, verbose=0)
+size = explain.parameter_randomisation(models[0], x_test, lambda model, x: np.abs(x), verbose=0)
+for name, result in {"attention": attention, "size of the numbers": size}.items():
+    kept = "all" if result["median_kept"] > 0.99 else "less than half" if result["median_kept"] < 0.5 else "much"
+    print(
+        f"{name}: {kept} is left after a shuffle; p for 'at most half': {'small' if result['p_value'] < 0.01 else 'large'}"
+    )
+
+# %% [markdown]
+# Attention passes. That is little: the map of a model that was *never trained* is in its weights, too. The check is made to
+# catch maps that are not about the model at all, and it catches the second one.
+#
+# ## Check 2: do the seeds agree?
+
+# %% tags=["cover"] alt="Mean attention to eight features, one marker for each of four seeds. At income all four are high. At turnover and receipts the seeds differ: the more a model attends to one, the less to the other, up to nothing at all. At the other five features all markers are near zero."
+shares = [explain.attribute(model, x_test, verbose=0) for model in models]
+for seed, share in enumerate(shares):
+    plt.scatter(names, share.mean("sample"), s=60, alpha=0.8, marker="os^D"[seed], label=f"seed {seed}")
+plt.ylabel("mean attention")
+plt.xticks(rotation=30, ha="right")
+plt.legend()
+plt.show()
+
+# %%
+agreement = explain.seed_agreement(shares)
+spread = agreement["spread"].to_series().sort_values(ascending=False)
+print("The seeds differ most on:", ", ".join(sorted(spread.index[:2])))
+print(f"Overlap of the first {agreement.attrs['top_k']} features: {agreement['overlap'].item():.2f}")
+print(f"By chance: {agreement.attrs['chance']:.2f}; p small: {bool(agreement['p_value'] < 0.05)}")
+
+# %% [markdown]
+# The seeds agree far better than chance, and yet one sentence is not safe to say: "the model looks at `turnover`". Which of
+# the two copies it looks at was decided by the seed. What all of them look at is the pair.
+
+# %%
+pair = [float(share.sel(feature=["turnover", "receipts"]).sum("feature").mean()) for share in shares]
+one = [float(share.sel(feature="turnover").mean()) for share in shares]
+print(f"turnover alone, largest minus smallest over the seeds, above 0.2: {max(one) - min(one) > 0.2}")
+print(f"turnover and receipts together, the same, below 0.1: {max(pair) - min(pair) < 0.1}")
+
+# %% [markdown]
+# ## Both in an audit
+#
+# An [audit](audit.md) makes the first check always, and the second if it is given the other models.
+
+# %%
+page = explain.audit(
+    models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", models=models[1:], batch_size=4096, verbose=0
+)
+for claim in json.loads(page.with_suffix(".json").read_text())["claims"][5:7]:
+    print(f"{claim['verdict']}: {claim['claim']}")
+
+# %% [markdown]
+# ## Judgement
+#
+# **It says** that the map is in the model's weights, that models from other seeds put the same features first more often than
+# chance would, and that between two copies of a feature the seed decides.
+#
+# **It does not say** that the map is right: models may agree on a shortcut, and an untrained one passes the first check. Test
+# that with [`explain.faithfulness`](faithfulness.md). Four seeds are few: they show that a map can change, and not how often.
+# And with few features no agreement can be told from chance: two models that put the same one of three first do so in a
+# third of all cases without having learned anything.

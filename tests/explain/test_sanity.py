@@ -1,0 +1,168 @@
+"""Attributions without what was learned, and those of models from other seeds."""
+
+import keras
+import numpy as np
+import pytest
+import xarray as xr
+from keras import layers, ops
+from scipy import stats
+
+from kerasfactory import explain
+from kerasfactory.layers import FeatureTokenizer
+
+RNG = np.random.default_rng(3)
+X = RNG.normal(size=(60, 8)).astype("float32")
+
+
+def tabular(seed=0, sharpness=1.0, features=8):
+    """A model that was never trained; sharp, as if it had been."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((features,))
+    tokens = FeatureTokenizer(8)(inputs)
+    attended = layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens)
+    model = keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.Flatten()(attended)))
+    attention = model.get_layer("attention")
+    attention._query_dense.kernel.assign(sharpness * attention._query_dense.kernel)
+    return model
+
+
+def test_what_is_kept_by_hand():
+    """A model whose attribution is its first weights: the shares, the shuffles and the relabellings are NumPy's."""
+    model = tabular()
+    kernel = model.get_layer("attention")._query_dense.kernel
+
+    def first_weights(model, x):
+        return np.tile(np.abs(ops.convert_to_numpy(ops.convert_to_tensor(kernel))).reshape(-1)[:8], (len(x), 1))
+
+    own = first_weights(model, X)[0]
+    own = own / own.sum()
+    result = explain.parameter_randomisation(model, X, first_weights, draws=30, verbose=0)
+    values = ops.convert_to_numpy(kernel).reshape(-1)
+    # All that another shuffle can put there, and so what all distances are made of on average.
+    shuffled = np.abs(np.stack([np.random.default_rng(k).permutation(values)[:8] for k in range(3000)]))
+    expected = np.abs(shuffled / shuffled.sum(axis=1, keepdims=True) - own).sum(axis=1) / 2
+    spread = expected.std() / np.sqrt(30)
+    assert abs(result["distance"].mean() - expected.mean()) < 4 * spread
+    assert abs(result["null"].mean() - expected.mean()) < 4 * spread  # the order of what is shuffled says nothing
+    np.testing.assert_allclose(result["kept"], 1 - result["distance"] / result["null"].mean("relabelling"))
+    assert result["median_kept"] == np.median(result["kept"])
+    above = int((result["kept"] > 0.5).sum())
+    assert result["p_value"] == stats.binomtest(above, 30, alternative="less").pvalue
+    assert result["interval"][0] <= result["median_kept"] <= result["interval"][1]
+
+
+def test_attention_is_in_the_weights_and_data_are_not():
+    model = tabular(sharpness=8)
+    attention = explain.parameter_randomisation(model, X, draws=10, verbose=0)
+    assert attention["interval"].sel(bound="upper") < 0.5
+    assert attention["p_value"] == 0.5**10
+    assert attention.attrs["method"] == "attention"
+
+    data = explain.parameter_randomisation(model, X, lambda model, x: np.abs(x), draws=10, verbose=0)
+    np.testing.assert_allclose(data["kept"], 1)
+    assert (data["p_value"], data["p_opposite"]) == (1, 0.5**10)
+
+    even = explain.parameter_randomisation(model, X, "uniform", draws=10, verbose=0)
+    assert np.isnan(even["kept"]).all()
+    assert (even["p_value"], even["p_opposite"]) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["rollout", "attention_gradient", "value_norm"])
+def test_each_method_runs_with_other_weights(method):
+    result = explain.parameter_randomisation(tabular(), X, method, draws=2, verbose=0)
+    assert (result["distance"] > 0).all()
+    assert np.isfinite(result["kept"]).all()
+
+
+def test_which_weights_are_shuffled_and_which_samples_are_used():
+    model = tabular()
+    tokens = explain.parameter_randomisation(model, X, lambda model, x: model.layers[1](x)[..., 0], draws=2, verbose=0)
+    np.testing.assert_array_equal(tokens["distance"], 0)  # those of the tokenizer are not attention's
+    assert (
+        explain.parameter_randomisation(
+            model, X, lambda model, x: model.layers[1](x)[..., 0], weights="all", draws=2, verbose=0
+        )["distance"]
+        > 0
+    ).all()
+    many = explain.parameter_randomisation(model, np.tile(X, (5, 1)), draws=1, verbose=0)
+    assert many.attrs["samples"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "none"}, '"attention" or "all"'),
+        ({"tolerance": 1}, "`tolerance` must be a number between 0 and 1"),
+        ({"draws": 0}, "`draws` must be a positive integer"),
+        ({"level": 95}, "`level` must be"),
+        ({"x": iter([X])}, "must be an array"),
+        ({"method": "atention"}, "Did you mean 'attention'"),
+        ({"method": lambda model, x: x[0]}, r"must be \(sample, feature\)"),
+        ({"method": lambda model, x: x * np.nan}, "NaN or infinite"),
+    ],
+)
+def test_randomisation_refuses_what_it_cannot_test(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        explain.parameter_randomisation(**({"model": tabular(), "x": X, "verbose": 0} | arguments))
+
+
+def test_an_attribution_that_changes_its_shape_is_refused():
+    widths = iter([4, 5])
+    with pytest.raises(ValueError, match="of one shape, whatever the weights"):
+        explain.parameter_randomisation(tabular(), X, lambda model, x: x[:, : next(widths)], verbose=0)
+
+
+def test_models_that_were_never_trained_agree_by_chance():
+    """Over many pairs of them, a p-value is at most 0.05 in about one of twenty."""
+    few = X[:20]
+    attributions = [explain.attribute(tabular(seed), few, batch_size=20, verbose=0) for seed in range(60)]
+    p_values = [
+        explain.seed_agreement(attributions[first : first + 3], draws=400)["p_value"].item()
+        for first in range(0, 60, 3)
+    ]
+    found = sum(p_value <= 0.05 for p_value in p_values)
+    assert stats.binomtest(found, len(p_values), 0.05, alternative="greater").pvalue > 0.01
+
+
+def test_models_that_agree_and_models_that_do_not():
+    names = {"feature": list("abcdefgh")}
+    truth = np.broadcast_to(np.arange(1.0, 9), (40, 8))
+    alike = [xr.DataArray(truth * (1 + 0.01 * k), names, ("sample", "feature")) for k in range(3)]
+    result = explain.seed_agreement(alike)
+    assert result["overlap"] == 1
+    assert result["p_value"] < 0.05
+    np.testing.assert_allclose(result["mean"], np.arange(1, 9) / 36)
+    np.testing.assert_allclose(result["spread"], 0, atol=1e-12)
+    assert result["mean"].sel(feature="h") == result["mean"].max()
+    assert result["null"].mean().item() == pytest.approx(2 / 8, abs=0.05)  # two of eight are in a top of two by chance
+
+    apart = explain.seed_agreement([truth, truth[:, ::-1]])
+    assert (apart["overlap"], apart["p_value"]) == (0, 1)
+    assert apart["p_opposite"] < 0.7 < apart["p_value"]
+    assert explain.seed_agreement([truth, truth], top_k=5).attrs["top_k"] == 5
+    one = explain.seed_agreement([truth[:1], truth[:1]])
+    assert np.isnan(one["interval"]).all()
+    with pytest.raises(ValueError, match="at least 2 models"):
+        explain.seed_agreement([truth])
+    with pytest.raises(ValueError, match="same samples and features"):
+        explain.seed_agreement([truth, truth[:, 1:]])
+    with pytest.raises(ValueError, match="same samples and features"):
+        explain.seed_agreement([alike[0], alike[0].assign_coords(feature=list("hgfedcba"))])
+    with pytest.raises(ValueError, match="smaller than the number of features"):
+        explain.seed_agreement([truth, truth], top_k=8)
+
+
+def test_the_interval_of_an_overlap_is_that_of_other_samples():
+    """In half of the samples the models agree: which features come first depends on the samples that are drawn."""
+    rng = np.random.default_rng(0)
+    common = rng.random((50, 8)) ** 4
+    attributions = [common + 0.2 * rng.random((50, 8)) for _ in range(3)]
+    result = explain.seed_agreement(attributions, level=0.1)
+
+    def overlap(index):
+        tops = [set(np.argsort(-(one / one.sum(1, keepdims=True))[index].mean(0))[:2]) for one in attributions]
+        return np.mean([len(tops[i] & tops[j]) / 2 for i, j in ((0, 1), (0, 2), (1, 2))])
+
+    assert result["overlap"] == overlap(np.arange(50))
+    by_hand = np.quantile([overlap(rng.integers(50, size=50)) for _ in range(2000)], [0.05, 0.95])
+    np.testing.assert_allclose(result["interval"], by_hand, atol=0.17)  # it moves in steps of 1/6
