@@ -285,7 +285,8 @@ def _seeds(record: dict[str, Any]) -> str:
     models = 1 + len(found["models"])
     caption = (
         f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
-        f"rankings drawn at random, and a line at {_number(found['overlap'])}, that of the models"
+        f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
+        f"{_number(found['overlap'])}, that of the models"
     )
     label = f"{caption}: {claim['verdict']}"
     ranked = sorted(found["features"], key=lambda one: -one["mean"])
