@@ -80,7 +80,7 @@ for length in lengths:
 print("Its weight falls from length to length:", weights == sorted(weights, reverse=True))
 print(f"It is above 0.7 at 64 tokens: {weights[0] > 0.7}, and below 0.2 at 32,000: {weights[-1] < 0.2}")
 
-# %% tags=["cover"] alt="Left, the weights that the last of 32,000 tokens gives to all keys, on a logarithmic scale: a flat band of all other keys, and one ringed point, the needle, a hundred times and more above it. Right, the weight of the needle by length: it falls from near 1 at 64 tokens to near 0 at 32,000."
+# %% tags=["cover"] alt="Left, the weights that the last of 32,000 tokens gives to all keys, on a logarithmic scale: a flat band of all other keys, one ringed point, the needle, a hundred times and more above it, and a dot a little above the band at its right end. Right, the weight of the needle by length: it falls from near 1 at 64 tokens to near 0 at 32,000."
 row = longest["row"].isel(sample=0, head=0, row=0).values
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.semilogy(np.arange(32_000) / 1000, row, ".", markersize=2, color="#0072b2")
@@ -95,7 +95,7 @@ right.set_xlabel("tokens")
 plt.show()
 
 # %% [markdown]
-# The needle stands out at every length: first among 32,000 keys. And yet nearly all of the weight has gone, to thousands of
+# The needle stands out at every length: first among 32,000 keys. (The dot at the right end is the last token itself.) And yet nearly all of the weight has gone, to thousands of
 # tokens that get next to nothing each. What the model answers is the weighted sum of all their numbers, so it no longer
 # works. **Top keys alone would have told a wrong story**; read them together with weight and entropy. The reason is
 # arithmetic: to keep its weight, the needle's logit must lie above the others by more than the logarithm of their number,

@@ -121,7 +121,7 @@ for column in np.argsort(-(first + second))[:3]:
 print(f"Rank correlation between the two runs:       {spearmanr(first, second).statistic:.1f}")
 print(f"Rank correlation with logistic coefficients: {spearmanr(first + second, weight).statistic:.1f}")
 
-# %% tags=["cover"] alt="Heat map with two rows, one per training run, and 30 tumour measurements as columns sorted by attention. Both rows are darkest on the left, at about the same measurements."
+# %% tags=["cover"] alt="Heat map with two rows, one per training run, and 30 tumour measurements as columns sorted by attention. The first row fades from left to right, but for mean concavity, dark in the middle. The second is flatter, darkest among the first four, and mean concavity is pale in it."
 order = np.argsort(-(first + second))
 fig, ax = plt.subplots(figsize=(9, 4))
 image = ax.imshow(np.stack([first, second])[:, order], cmap="Blues", vmin=0, aspect="auto")

@@ -51,10 +51,10 @@ fit = model.fit(
     x_train, y_train, batch_size=50, epochs=20, validation_data=(x_test, y_test), callbacks=[monitor], verbose=0
 )
 history = monitor.history["attention"]
-print(history.sizes)
+print(dict(history.sizes))
 
 # %% [markdown]
-# ## Four heads, four lives
+# ## Four heads over 20 epochs
 #
 # - **Entropy**: 1 is even over all keys, 0 is all on one.
 # - **Confidence**: the mean of the largest weight.
@@ -86,18 +86,19 @@ for head in range(4):
 # %% [markdown]
 # ## The loss is done before the heads are
 #
-# The model has solved the task long before attention stands still. What is left is to separate the keys a little better, which
-# the loss hardly sees. Redundancy, on the right, is the Jensen–Shannon distance of two heads' rows: 0 for twins, 1 for heads
-# that share no key. In the beginning all four are twins; heads 0 and 1 end closest to each other.
+# The model has solved the task long before attention stands still: the loss is nearly flat while entropy goes on falling.
+# Redundancy, on the right, is the Jensen–Shannon distance of two heads' rows: 0 for twins, 1 for heads that share no key. In
+# the beginning all four are twins. Heads 0 and 1 end closest to each other, with one line for both.
 
-# %% alt="Two charts over 20 epochs. Left, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Right, the redundancy of head 3 and its nearest head goes on rising until the end."
+# %% alt="Two charts over 20 epochs. Left, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Right, the distance of each head to the one most like it: that of head 3 goes on rising until the end, those of the others are flat or fall a little after epoch 8, and heads 0 and 1 share one line."
 loss = np.array(fit.history["val_loss"]) / y_test.var()
 others = history["redundancy"].where(history["head"] != history["head_other"]).min("head_other")
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained", sharex=True)
 left.plot(range(1, 21), loss, color="black")
 left.set_title("loss on new samples, share of the variance")
-for head, marker in enumerate("os^D"):
-    right.plot(history["epoch"], others.sel(head=head), marker=marker, markevery=2, markersize=4, label=f"head {head}")
+for head, drawn in enumerate(figure.axes[0].lines):  # each head as above
+    style = {"color": drawn.get_color(), "marker": drawn.get_marker(), "markevery": 2, "markersize": 4}
+    right.plot(history["epoch"], others.sel(head=head), label=f"head {head}", **style)
 right.set_title("distance to the most similar head")
 right.legend(ncols=2)
 for ax in (left, right):
@@ -118,8 +119,8 @@ print(
 # ## What the curves say, and what they do not
 #
 # **It says** when a head leaves the even start, that two heads found the two things that the task asks for, and that attention
-# moves on while the loss stands still. A model stopped at its best loss has attention that is still on its way: a heat map
-# of it depends on when you stopped.
+# moves on while the loss hardly does. Stop as soon as the loss is flat, and attention is still on its way: a heat map
+# depends on when you stopped.
 #
 # **It does not say** what a head looks at: a mean distance of 4 may be a habit or an average of two. Nor that a head which
 # formed is needed, or that one which stayed even is not: that is an experiment, and

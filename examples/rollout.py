@@ -3,8 +3,8 @@
 #
 # **When a model has several attention layers, which layer's map shows what the answer depends on?**
 #
-# Planted truth: in each sample one day is marked, and the answer is the reading of that day. Each layer may look four days
-# back and no further. A reading from further back has to travel: one layer carries it part of the way, the next one the
+# Planted truth: in each sample one day is marked, and the answer is the reading of that day. A layer looks at most four
+# days away. A reading from further back has to travel: one layer carries it part of the way, the next one the
 # rest. So we know what the answer depends on, and that no single map can show it.
 
 # %%
@@ -72,7 +72,7 @@ scores = explain.capture(model, x_test, feature_names=days, batch_size=250, verb
 rolled = explain.rollout(scores)
 print("Rollout:", dict(rolled.sizes), "| every row sums to 1:", np.allclose(rolled.sum("key"), 1))
 
-# %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the last day's row has nothing at day 2. In the rollout that cell is filled."
+# %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the framed cell, day 9 looking at day 2, is empty. In the rollout it is filled, faintly."
 sample = int(np.flatnonzero(marked == 1)[0])
 maps = {name: array.sel(sample=sample).mean("head") for name, array in scores.items()} | {
     "rollout": rolled.sel(sample=sample)
@@ -93,7 +93,8 @@ for name, values in maps.items():
 
 # %% [markdown]
 # The frame marks the cell in question: what day 9, which answers, takes from day 2, which is marked. Both layers have exactly 0
-# there, for they cannot look that far. The rollout has not.
+# there, for they cannot look that far. The rollout does not: day 6 looks at day 2 in the first layer, and day 9 at day 6 in the
+# second.
 #
 # ## Over all samples
 #
@@ -122,15 +123,15 @@ for name, attribution in attributions.items():
 
 # %% [markdown]
 # Near days: every one of them finds the marked day in most samples. Far days: only the rollout gives it anything at all. Yet
-# in most samples it gives more to others. To which?
+# in most samples it gives more to another day. To which?
 #
-# ## The ladder that rollout leans on
+# ## What rollout gives to every sample
 #
 # Rollout has a shape of its own, whatever the sample: the last day gets at least a quarter through the two residual connections,
-# and days within reach get more than days that need two steps. The mean over all samples shows that shape. What
-# stands out **against it** is what this sample is about.
+# and days within reach get more than days that need two steps. The mean over all samples shows that shape. Subtract it,
+# and what is left is about this sample.
 
-# %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. Left, the rollout of this sample and the mean rollout of all samples: both are high at days 5 to 9 and low at days 1 to 4. Right, the difference: day 2 stands out above all other days."
+# %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. Left, the rollout of this sample beside the mean of all samples. The mean is highest at day 9, lower at days 5 to 8, and close to 0 at days 1 to 4; this sample has far more than that at day 2, but still most at day 9. Right, the difference: day 2 stands out, day 6 is next, all others are below 0."
 rollout = attributions["rollout"].values
 usual = rollout.mean(axis=0)
 against_usual = rollout - usual
@@ -173,8 +174,8 @@ for name, changed in [("the marked day", marked), ("another day", other)]:
 # - Rollout knows no values. A day may be looked at and contribute nothing.
 # - Layers must be one behind the other, over the same positions. After cross-attention or pooling there is nothing to multiply.
 #
-# **It says** through which days information can have reached the answer: the day that decides gets weight in the rollout though each
-# single layer's map has 0 there, and against the rollout of the other samples it stands out.
+# **It says** from which days information can have reached the answer: the day that decides gets weight in the rollout though each
+# single layer's map has 0 there, and in most samples it stands out against the mean of all.
 #
-# **It does not say** how much the answer depends on a day. By size alone, in most samples days on the way got more than the day at
-# the end of it.
+# **It does not say** how much the answer depends on a day. By size alone, in most samples with a far day some other
+# day got more.

@@ -107,7 +107,7 @@ print(f"turnover and receipts together, the same, below 0.1: {max(pair) - min(pa
 # %% [markdown]
 # ## Both in an audit
 #
-# An [audit](audit.md) makes the first check always, and the second if it is given the other models.
+# An [audit](audit.ipynb) makes the first check always, and the second if it is given the other models.
 
 # %%
 page = explain.audit(
@@ -123,6 +123,6 @@ for claim in json.loads(page.with_suffix(".json").read_text())["claims"][5:7]:
 # chance would, and that between two copies of a feature the seed decides.
 #
 # **It does not say** that the map is right: models may agree on a shortcut, and an untrained one passes the first check. Test
-# that with [`explain.faithfulness`](faithfulness.md). Four seeds are few: they show that a map can change, and not how often.
+# that with [`explain.faithfulness`](faithfulness.ipynb). Four seeds are few: they show that a map can change, and not how often.
 # And with few features no agreement can be told from chance: two models that put the same one of three first do so in a
 # third of all cases without having learned anything.

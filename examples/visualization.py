@@ -78,12 +78,12 @@ ax = plot.heatmap(scores.sel(sample=0, head=best), vmax=1)
 # all others look at. `vmax=1` fixes the scale, so that this map can be compared with those below; without it, the
 # scale ends at the largest score, and the colour bar says where that is.
 #
-# ## All heads side by side
+# ## All heads on one scale
 #
 # One scale for all of them: with a scale each, a head that does nothing looks as busy as one that does the work.
 
-# %% alt="Four heat maps side by side on one colour scale. Every head has a column at the marked day; it is darkest in head 1 and faintest in head 0."
-figure = plot.heads(scores.sel(sample=0), vmax=1)
+# %% alt="Four heat maps, two by two, on one colour scale. Every head has a column at the marked day; it is darkest in head 1 and faintest in head 0."
+figure = plot.heads(scores.sel(sample=0), vmax=1, columns=2)
 
 # %% [markdown]
 # ## The average hides it
@@ -110,7 +110,7 @@ for sample in range(4):
 
 # %% [markdown]
 # `plot.interactive` makes a map of all heads and the first samples, complete in one piece of HTML that needs no network.
-# Move the sliders: the column follows the mark from sample to sample, and the heads differ in how dark it is. Point at a
+# Move the sliders: the column follows the mark from sample to sample, and the heads differ in how strong it is. Point at a
 # cell, or tab to the map and use the arrow keys, to read its score.
 
 # %% tags=["interactive", "nbval-ignore-output"]

@@ -104,6 +104,9 @@ def layout_problems(page):
         yield f"scrolls sideways: {width} > {limit} pixels"
     if (headings := page.locator("h1").count()) != 1:
         yield f"{headings} first-level headings"
+    for printed in page.locator(".output code").all():
+        if printed.evaluate("code => code.scrollWidth > code.clientWidth"):
+            yield f"what is printed is cut off: {printed.inner_text()[:80]}"
     for image in page.locator("img").all():
         # No alternative is one: for a picture that says nothing, and is therefore kept from screen readers.
         if not image.get_attribute("alt") and not image.evaluate("image => image.closest('[aria-hidden=true]')"):
@@ -244,7 +247,7 @@ def audits(tmp_path_factory):
     inputs = keras.Input((len(names),))
     attended = InterpretableMultiHeadAttention(4, 1, name="attention")(FeatureTokenizer(4, feature_names=names)(inputs))
     outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
-    model = keras.Model(inputs, outputs)
+    model = keras.Model(inputs, outputs, name="the_name_of_a_model_is_one_word_and_does_not_break")
     model.compile("adam", "binary_crossentropy")
     x = np.random.default_rng(0).normal(size=(80, len(names)))
     folder = tmp_path_factory.mktemp("audits")

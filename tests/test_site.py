@@ -63,5 +63,7 @@ def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):
 
 def test_formulas_are_mathml(site):
     for page in site.rglob("*.html"):
-        assert "arithmatex" not in page.read_text(), f"a formula was left as source on {page}"
+        text = page.read_text()
+        assert "arithmatex" not in text, f"a formula was left as source on {page}"
+        assert not re.search(r"<mi>(&#x029F5;|[a-z]{2,})", text), f"a sign without font, or a slanted name, on {page}"
     assert "<math" in (site / "api/layers/index.html").read_text()

@@ -15,6 +15,7 @@ from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
+DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
 PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
 PUBLIC_NAMES |= {
     f"{package}.{name}": f"kerasfactory.{package}.{name}"
@@ -54,6 +55,9 @@ def on_page_content(content, page, **_):
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
     content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
     content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
+    # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
+    figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
+    content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
     return re.sub(
@@ -71,7 +75,14 @@ def _mathml(match):
     """The browser itself draws formulas: no script, no font, no other host."""
     latex = html.unescape(match[2]).strip()
     latex = latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
-    return convert(latex) if match[1] == "span" else _scrolling("Formula", convert(latex, display="block"))
+    latex = latex.replace(
+        r"\setminus", r"\mathrm{\backslash}"
+    )  # the sign that it is converted to is in hardly any font
+    display = "inline" if match[1] == "span" else "block"
+    # A name of several letters, such as ln, is upright, and apart from what follows.
+    mathml = re.sub(r"<mi>([a-z]{2,})</mi>", r'<mi mathvariant="normal">\1</mi>', convert(latex, display=display))
+    mathml = re.sub(r'(?<!<msub>)(<mi mathvariant="normal">\w+)(?=</mi>)', r"\1&#x2009;", mathml)
+    return mathml if display == "inline" else _scrolling("Formula", mathml)
 
 
 def _table(match):
@@ -87,11 +98,15 @@ def _scrolling(name: str, content: str) -> str:
 
 
 def _size(url: str, picture: str) -> str:
-    """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives."""
+    """Width and height, from the head of the PNG file: the page then does not jump when the picture arrives.
+
+    In the browser's pixels, so that a figure is as large as it was drawn, and its letters as those of the text.
+    """
     path = ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))
     if not path.is_file():
         return ""  # MkDocs says what is missing
-    return 'width="{}" height="{}" '.format(*struct.unpack(">II", path.read_bytes()[16:24]))
+    dots = struct.unpack(">II", path.read_bytes()[16:24])
+    return 'width="{}" height="{}" '.format(*(round(96 / DOTS_PER_INCH * number) for number in dots))
 
 
 def _write(path: Path, content: str | bytes) -> Path:

@@ -16,9 +16,10 @@ _STYLE = """
   --bar: #6f9fe0; --supported: #7fd79c; --refuted: #ff9a9a; --undetermined: #e6c463 } }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; box-sizing: border-box }
-h1, h2 { line-height: 1.2 }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
 figure { margin: 1rem 0 }
 figcaption, .note { color: var(--faint) }
+figcaption { margin-top: .4rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
@@ -26,7 +27,7 @@ td { font-variant-numeric: tabular-nums }
 td.long { min-width: 8rem }
 td.drawn { min-width: 5rem; width: 22% }
 small { color: var(--faint) }
-td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace }
+td.value { width: 75%; overflow-wrap: anywhere; font-family: ui-monospace, monospace }
 svg { display: block; width: 100%; height: 1.5rem }
 svg.tall { height: 8rem }
 rect { fill: var(--bar) }
@@ -34,6 +35,17 @@ line { stroke: var(--text); stroke-width: 2; vector-effect: non-scaling-stroke }
 line.zero { stroke: var(--line); stroke-width: 1 }
 .supported, .refuted, .undetermined { font-weight: 700 }
 .supported { color: var(--supported) } .refuted { color: var(--refuted) } .undetermined { color: var(--undetermined) }
+/* On a phone a row of many cells is a block, and each of its cells a line with its heading. */
+@media (max-width: 40rem) {
+  .wide, .wide tbody, .wide tr { display: block }
+  .wide thead { display: none }
+  .wide tr { padding: .6rem 0; border-bottom: 1px solid var(--line) }
+  .wide td { display: flow-root; width: auto; padding: 0 0 0 8rem; border: 0 }
+  .wide td::before { float: left; width: 7.5rem; margin-left: -8rem; color: var(--faint); content: attr(data-head) }
+  .wide td:first-child { padding-left: 0; font-weight: 600; overflow-wrap: anywhere }
+  .wide small { font-weight: 400 }
+  .wide td:first-child::before, .wide td.drawn::before { content: none }
+}
 """
 
 
@@ -89,7 +101,8 @@ def page(record: dict[str, Any]) -> str:
             "Is the ranking faithful?",
             "Comprehensiveness is the change of the output when the features that come first are removed, and should "
             "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
-            "several numbers of features. Each stands beside the same ranking with its features relabelled at random."
+            "several numbers of features. Each stands beside the same ranking with its features relabelled at random: "
+            "both with one background row for each sample, so that the line is not quite at the AOPC of the claims."
             + "".join(f" {name.capitalize()}: {removal[name]}." for name in ("removal", "background") if removal),
             _faithfulness(record),
         ),
@@ -167,10 +180,14 @@ def _section(title: str, note: str, *content: str) -> str:
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A figure that can be scrolled with the keyboard, where it is wider than the window."""
     head = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
-    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
-    caption = html.escape(caption)
+    cells = [  # with their headings, for where there is no room for a row of these
+        [cell.replace("<td", f'<td data-head="{html.escape(head)}"', 1) for head, cell in zip(heads, row, strict=True)]
+        for row in rows
+    ]
+    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in cells)
+    caption, wide = html.escape(caption), ' class="wide"' if len(heads) > 2 else ""
     return (
-        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n<table>\n'
+        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n<table{wide}>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
         f"<figcaption>{caption}</figcaption>\n</figure>\n"
     )
@@ -207,7 +224,7 @@ def _controls(record: dict[str, Any]) -> str:
     bars = _bars([(one["control"], one["median_change"], one["interval"]) for one in found])
     return _table(
         f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples",
-        ["Attention", "Change, drawn", "Change", "Distance of the scores", "Claim"],
+        ["Attention", "Change, drawn", "Change", "JSD of the scores", "Claim"],
         [
             [
                 _cell(one["control"]),
@@ -232,8 +249,8 @@ def _faithfulness(record: dict[str, Any]) -> str:
             f"{_number(min(null))} to {_number(max(null))}, and a line at {_number(observed)}, that of the ranking: "
             f"{claim['verdict']}"
         )
-        counts = zip(found["removed"], found["mean_change"], strict=True)
-        changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts)
+        counts = dict(zip(found["removed"], found["mean_change"], strict=True))  # two fractions may be one number
+        changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts.items())
         parts.append(
             f"<h3>{html.escape(found['name'].capitalize())}</h3>\n<figure>\n{_histogram(null, observed, label)}\n"
             f"<figcaption>{html.escape(label.partition(': ')[0])}: {_span(claim['verdict'])}. "
@@ -264,11 +281,12 @@ def _randomisation(record: dict[str, Any]) -> str:
 def _seeds(record: dict[str, Any]) -> str:
     found, claim = record["seeds"], record["claims"][6]
     if found is None:
-        return f"<p>Not tested. {html.escape(claim['reason'])}</p>\n"
+        return f"<p>Not tested. {_words(claim['reason'])}</p>\n"
     models = 1 + len(found["models"])
     caption = (
         f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
-        f"rankings drawn at random, and a line at {_number(found['overlap'])}, that of the models"
+        f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
+        f"{_number(found['overlap'])}, that of the models"
     )
     label = f"{caption}: {claim['verdict']}"
     ranked = sorted(found["features"], key=lambda one: -one["mean"])
@@ -301,17 +319,29 @@ def _layers(layers: Sequence[dict[str, Any]]) -> str:
 
 
 def _facts(caption: str, facts: dict[str, Any]) -> str:
-    rows = [[_cell(name.replace("_", " ")), _cell(_text(value), "value")] for name, value in facts.items()]
+    rows = [[_cell(name.replace("_", " ")), _fact(value)] for name, value in facts.items()]
     return _table(caption, ["What", "Value"], rows)
 
 
+def _fact(value: Any) -> str:
+    """Names may hold commas, and be many."""
+    if not isinstance(value, list) or len(value) <= 8:
+        return _cell(_text(value), "value")
+    entries = "<br>".join(html.escape(_text(entry)) for entry in value)
+    return f'<td class="value"><details><summary>{len(value)} entries</summary>{entries}</details></td>'
+
+
+def _words(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _cell(text: str, kind: str = "", below: str = "") -> str:
-    small = f"<br><small>{html.escape(below)}</small>" if below else ""
+    small = f"<br><small>{_words(below)}</small>" if below else ""
     return f'<td class="{kind}">{html.escape(text)}{small}</td>' if kind else f"<td>{html.escape(text)}{small}</td>"
 
 
 def _verdict(verdict: str, reason: str = "") -> str:
-    return f"<td>{_span(verdict)}{f'<br><small>{html.escape(reason)}</small>' if reason else ''}</td>"
+    return f"<td>{_span(verdict)}{f'<br><small>{_words(reason)}</small>' if reason else ''}</td>"
 
 
 def _span(verdict: str) -> str:

@@ -33,8 +33,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     of that query,
 
     $$
-    \operatorname{entropy}_i = -\frac{1}{\ln n_i} \sum_j A_{ij} \ln A_{ij}, \qquad
-    \operatorname{confidence}_i = \max_j A_{ij}, \qquad
+    \operatorname{entropy}_i = -\frac{1}{\ln n_i} \sum_j A_{ij} \ln A_{ij}, \quad
+    \operatorname{confidence}_i = \max_j A_{ij}, \quad
     \operatorname{distance}_i = \sum_j A_{ij}\, |i - j| ,
     $$
 

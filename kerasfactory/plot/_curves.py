@@ -54,7 +54,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     """
     layers = of_layers(history, "history", dict.fromkeys(STATISTICS, ("epoch", "head")))
     figure, grid = plt.subplots(
-        len(layers), 3, squeeze=False, sharex=True, figsize=(10, 1.0 + 2.2 * len(layers)), layout="constrained"
+        len(layers), 3, squeeze=False, sharex=True, figsize=(9, 1.4 + 2.2 * len(layers)), layout="constrained"
     )
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         epochs = dataset["epoch"].values
@@ -84,13 +84,8 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         missing = np.flatnonzero(np.isnan(dataset["entropy"].transpose("epoch", "head").values).any(axis=1))
         gap = f"\nNaN from epoch {epochs[missing[0]]} on" if len(missing) else ""
         axes[0].set_ylabel(layer + gap if layer else gap.strip())
-        axes[-1].legend(
-            loc="center left",
-            bbox_to_anchor=(1.02, 0.5),
-            fontsize="small",
-            frameon=False,
-            ncols=-(-dataset.sizes["head"] // 12),
-        )
+    most = max(grid[:, 0], key=lambda ax: len(ax.lines))
+    figure.legend(handles=most.lines, loc="outside lower center", ncols=min(6, len(most.lines)), frameon=False)
     return figure
 
 

@@ -164,7 +164,7 @@ def interactive(
     drawn = maps(scores, (), top, samples)
     end, words = scale(drawn.values, vmax)
     queries, keys = drawn.queries.cells(), drawn.keys.cells()
-    cell = int(np.clip(480 // max(len(queries), len(keys)), 12, 30))
+    cell = int(np.clip(280 // max(len(queries), len(keys)), 12, 30))  # fits on a phone, if there are not many
     query_ticks, key_ticks = _ticks(drawn.queries), _ticks(drawn.keys)
     data = {
         "samples": drawn.samples,

@@ -1,5 +1,6 @@
 """Rankings: of features by attribution or by a claim's effect, of heads by their statistics."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kerasfactory._arguments import positive_integer
-from kerasfactory.plot._maps import short
 
 # Okabe and Ito's colours, which differ with any colour vision; shapes and words say the same.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -109,8 +109,13 @@ def features(
     leading = np.nan_to_num(next(iter(means.values())))  # a claim may have no effect to draw, but a verdict
     order = np.argsort(-np.abs(leading), kind="stable")[:top]
     order = order[np.argsort(-leading[order], kind="stable")]
+    # Two lines for a long name, not its two ends: features are often told apart in the middle.
+    labels = ["\n".join(textwrap.wrap(names[index], 34, max_lines=2, placeholder="…")) for index in order]
+    if claims is not None:
+        labels = [f"{label} ({claims['verdict'].values[index]})" for label, index in zip(labels, order, strict=True)]
     if ax is None:
-        _, ax = plt.subplots(figsize=(6.4, 1.2 + len(order) * (0.22 + 0.1 * len(means))), layout="constrained")
+        room = 0.22 + 0.1 * max(len(means), 1 + any("\n" in label for label in labels))
+        _, ax = plt.subplots(figsize=(6.4, 1.2 + len(order) * room), layout="constrained")
     for number, (method, mean) in enumerate(means.items()):
         rows = np.arange(len(order)) + (number - (len(means) - 1) / 2) * 0.7 / len(means)
         if method in bounds:
@@ -125,9 +130,6 @@ def features(
                 if (verdicts == verdict).any():
                     at = verdicts == verdict
                     ax.plot(mean[order][at], rows[at], marker, color=colour, label=verdict, linestyle="none")
-    labels = [short(names[index]) for index in order]
-    if claims is not None:
-        labels = [f"{label} ({claims['verdict'].values[index]})" for label, index in zip(labels, order, strict=True)]
     ax.set_yticks(range(len(order)), labels)
     ax.set_ylim(len(order) - 0.4, -0.6)
     ax.grid(axis="both", color="#dddddd", linewidth=0.6)
@@ -139,7 +141,7 @@ def features(
     ax.set_xlabel(what)
     if len(order) < len(names):
         ax.set_title(f"{len(order)} of {len(names)} features", fontsize="medium")
-    if claims is not None or len(means) > 1:
+    if len(means) > 1:  # verdicts are in the labels
         ax.legend(loc="best", fontsize="small")
     return ax
 

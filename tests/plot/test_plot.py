@@ -305,6 +305,13 @@ def test_claims_carry_their_verdict_as_shape_and_word():
     assert len({line.get_marker() for line in ax.lines if line.get_label() in ("refuted", "supported")}) == 2
 
 
+def test_long_names_that_differ_in_the_middle_stay_apart():
+    names = [f"measurement {number} of the systolic blood pressure, maximum" for number in range(20)]
+    ax = plot.features(attribution_of(np.ones(20)).assign_coords(feature=names))
+    assert {label.replace("\n", " ") for label in texts(ax.get_yticklabels())} == set(names)
+    assert not overlaps(ax)
+
+
 @pytest.mark.parametrize(
     ("attribution", "message"),
     [
@@ -388,6 +395,17 @@ def test_training_has_a_line_for_each_head():
         np.testing.assert_allclose(line.get_ydata(), history["entropy"].sel(head=head))
     assert figure.axes[2].get_ylim()[1] > history["distance"].max()
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_the_legend_of_a_training_names_all_heads_within_the_figure(heads):
+    figure = plot.training({"first": history_of(), "second": history_of(heads=heads)})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert texts(legend.get_texts()) == [f"head {head}" for head in range(heads)]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_training_that_diverged_says_from_when():
