@@ -7,6 +7,7 @@
 # simulated, so we know what the audit ought to find.
 
 # %%
+import html
 import json
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
+from IPython.display import HTML
 
 from kerasfactory import explain, plot
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
@@ -68,8 +70,17 @@ for claim in record["claims"]:
 # %% [markdown]
 # A claim is *supported* only if its p-value is still at most 0.05 when it is adjusted for all claims in the file. It is
 # *refuted* if the data speak against it, and *undetermined* if they leave it open. That is a result, too: one model cannot
-# tell what other seeds would do, and with ten samples all but the first claim would be undetermined.
+# tell what other seeds would do. With fewer samples than claims, only the first claim is tested.
 #
+# This is the page, as you would hand it over:
+
+# %% tags=["nbval-ignore-output"]
+HTML(
+    '<iframe title="The audit of the model credit" style="width: 100%; height: 32rem; border: 1px solid #999" '
+    f'srcdoc="{html.escape(page.read_text()).replace(chr(10), "&#10;")}"></iframe>'
+)
+
+# %% [markdown]
 # ## Which features?
 #
 # A feature is claimed to matter if its attention is above the mean of all. The test draws its values anew, given the
@@ -92,7 +103,8 @@ claims = xr.Dataset(
     },
     {"feature": names, "bound": ["lower", "upper"]},
 )
-plot.features(claims)
+ax = plot.features(claims)
+ax.set_xlabel("increase of the loss without the feature, with its interval")
 plt.show()
 
 # %% [markdown]
@@ -124,11 +136,11 @@ for sentence in explain.verify(page, model, x_test, y_test, verbose=0):
 #
 # ## What the audit says, and what it does not
 #
-# **It says** that the captured scores are the model's, that the output depends on them, that the features ranked first are
-# those that the output depends on, that the ranking is in the model's weights, and that of these features only `income` is
-# one that the model could not do without.
+# **It says** that the captured scores are the model's, that the output depends on them, that it needs the features ranked
+# first more than others, that the ranking is in the model's weights, and that of these features only `income` is one that
+# the model could not do without.
 #
 # **It does not say** that `turnover` is of no use, that `employee` does not matter, or that the model is good, fair or
 # causal. Whether another training run would attend to the same features is left open here; given
-# `models=[...]` from other seeds, [an audit tests that, too](seeds.md). And the checksums are no signature: they show
+# `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb). And the checksums are no signature: they show
 # that a file was changed, not who made it.

@@ -56,7 +56,7 @@ for name, model in models.items():
 
 # %% alt="Two heat maps of attention, twelve samples by eight stations. Left, a token for each station: in each row the ringed cell is dark and all others are pale. Right, mixed before attention: all cells are nearly the same pale blue, and the rings are nowhere special."
 attention = {name: explain.attribute(model, x_test, verbose=0) for name, model in models.items()}
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
 for ax, (name, scores) in zip(axes, attention.items(), strict=True):
     image = ax.imshow(scores[:12], cmap="Blues", vmin=0, vmax=1, aspect="auto")
     ax.scatter(marked_test[:12], range(12), s=90, facecolors="none", edgecolors="#d55e00")
@@ -94,7 +94,7 @@ for name, result in controls.items():
     )
 
 # %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Left, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Right, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharex=True, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True)
 for ax, (name, result) in zip(axes, controls.items(), strict=True):
     for control, marker, color in [
         ("uniform", "o", "#0072b2"),
@@ -134,13 +134,14 @@ for name, result in results.items():
     )
 
 # %% tags=["cover"] alt="Two histograms, one for each model: comprehensiveness of 100 maps that know nothing, and a vertical line for the model's own map. Left, a token for each station: the line is far to the right of the histogram. Right, mixed before attention: it is inside."
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharex=True)
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True, sharey=True)
 for ax, (name, result) in zip(axes, results.items(), strict=True):
     ax.hist(result["null"], bins=15, color="#999999", label="maps that know nothing")
     ax.axvline(result.attrs["observed"], color="#d55e00", linewidth=3, label="the model's attention")
     ax.set_title(name)
     ax.set_xlabel("comprehensiveness (AOPC)")
 axes[0].set_ylabel("maps")
+axes[0].yaxis.get_major_locator().set_params(integer=True)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
