@@ -74,10 +74,10 @@ for claim in record["claims"]:
 #
 # This is the page, as you would hand it over:
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["interactive", "nbval-ignore-output"]
 HTML(
-    '<iframe title="The audit of the model credit" style="width: 100%; height: 32rem; border: 1px solid #999" '
-    f'srcdoc="{html.escape(page.read_text()).replace(chr(10), "&#10;")}"></iframe>'
+    '<div><iframe title="The audit of the model credit" style="width: 100%; height: 32rem; border: 1px solid #999" '
+    f'srcdoc="{html.escape(page.read_text()).replace(chr(10), "&#10;")}"></iframe></div>'
 )
 
 # %% [markdown]
