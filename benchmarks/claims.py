@@ -185,7 +185,7 @@ def about_the_map(trained):
             30,
             lambda k: faithful("additive", k, "attention"),
         ),
-        ("other seeds agree", "never trained", False, 100, lambda k: agreement("noise", k, 0)),
+        ("other seeds agree", "never trained", False, 400, lambda k: agreement("noise", k, 0)),
         ("other seeds agree", "noise", None, 10, lambda k: agreement("noise", k, 25)),
         ("other seeds agree", "additive", None, 10, lambda k: agreement("additive", k, 25)),
         ("other seeds agree", "redundant copies", None, 10, lambda k: agreement("redundant copies", k, 25)),
