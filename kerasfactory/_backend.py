@@ -246,7 +246,11 @@ else:
         with torch.enable_grad():
             given = keras.tree.map_structure(lambda tensor: tensor.detach().requires_grad_(), given)
             value, others = function(given)
-            flat = torch.autograd.grad(value, keras.tree.flatten(given), allow_unused=True, materialize_grads=True)
+            flat = keras.tree.flatten(given)
+            if value.requires_grad:
+                flat = torch.autograd.grad(value, flat, allow_unused=True, materialize_grads=True)
+            else:  # for which PyTorch raises an error, and the other backends return 0
+                flat = [torch.zeros_like(tensor) for tensor in flat]
         return keras.tree.pack_sequence_as(given, flat), others
 
     def compiled(step, run_eagerly, jit_compile, once=False):

@@ -1,5 +1,6 @@
 """What each head of an attention layer does, and how much the model needs it."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -226,11 +227,12 @@ def head_importance(
         x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
         y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
         loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
-            tensors, that returns one value, or several to be averaged, for each sample. Write it with `keras.ops`, for
-            it is differentiated: what leaves tensors has no gradient. It is compiled as the model is; one that cannot
-            be runs as it is, more slowly. If not given, the loss that the model was compiled with. Its reduction over
-            the samples is not used, for it is the values of single samples that count; nor are weights of classes, or
-            losses that layers add. A model with several outputs needs a function here.
+            tensors, that returns one value, or several to be averaged, for each sample. A `y` of shape (sample,) comes
+            as (sample, 1). Write it with `keras.ops`, for it is differentiated: what leaves tensors has no gradient. It
+            is compiled as the model is; one that cannot be runs as it is, more slowly. If not given, the loss that the
+            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
+            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs a
+            function here.
         layers: Names of the attention layers, as for `capture`.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
@@ -250,6 +252,9 @@ def head_importance(
             there is no loss, or it does not return values for each sample, or they are not finite; if the model's
             outputs are not made of its scores; and if a layer folds another axis into the batch, so that no head
             belongs to one sample.
+
+    Warns:
+        UserWarning: If the loss depends on the heads and has no gradient: `gradient` is 0 for all heads then.
 
     Example:
         ```python
@@ -328,6 +333,13 @@ def head_importance(
                 ablation[name][head] += (after - before).sum()
         progress.add(1)
 
+    if not any(map(np.any, gradient.values())) and any(map(np.any, ablation.values())):
+        warnings.warn(
+            "The gradient of the loss is 0 for every head of every sample, and yet the loss depends on the heads: it "
+            "passes no gradient on, as one that rounds its values, or leaves tensors for NumPy. Only `ablation` says "
+            "something.",
+            stacklevel=2,
+        )
     result = {}
     for name, found in edit.found.items():
         variables = {"gradient": gradient[name], "ablation": ablation[name]}

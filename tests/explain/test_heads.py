@@ -329,3 +329,16 @@ def test_bad_arguments_are_named(changes, message):
     arguments = {"x": X, "y": Y, "loss": "mse"} | changes
     with pytest.raises(ValueError, match=message):
         explain.head_importance(two_layers(), **arguments, batch_size=16, verbose=0)
+
+
+def test_a_loss_without_a_gradient_is_told_and_its_ablation_is_right():
+    def far_off(y, outputs):  # (sample, 1) both; 0 or 1
+        return ops.cast(ops.abs(y - outputs)[:, 0] > 0.5, "float32")
+
+    model = two_layers()
+    targets = (model.predict(X, verbose=0)[:, 0] + 0.4).astype("float32")
+    with pytest.warns(UserWarning, match="passes no gradient on"):
+        importance = explain.head_importance(model, X, targets, loss=far_off, verbose=0)
+    assert all((of["gradient"] == 0).all() for of in importance.values())
+    assert max(of["ablation"].max() for of in importance.values()) > 0
+    assert importance["second"].attrs["loss_value"] == 0
