@@ -40,11 +40,11 @@ def parameter_randomisation(
     with it how sharp attention can be; what they have learned goes.
 
     With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model and
-    \(b^{(r)}\), those after shuffle \(r\), the distance is the total variation, averaged over the \(S\) samples,
+    \(b_r\), those after shuffle \(r\), the distance is the total variation, averaged over the \(S\) samples,
 
     $$
     d(a, b) = \frac{1}{S} \sum_s \frac{1}{2} \sum_f |a_{sf} - b_{sf}| , \qquad
-    \operatorname{kept}_r = 1 - \frac{d(a, b^{(r)})}{\operatorname{mean}_\pi d(a, \pi b^{(r)})} .
+    \operatorname{kept}_r = 1 - \frac{d(a, b_r)}{\operatorname{mean}_\pi d(a, \pi b_r)} .
     $$
 
     \(\pi b\) are the null distribution, attributions of the same shape that know nothing: those of the shuffled model
