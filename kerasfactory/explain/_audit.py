@@ -20,6 +20,7 @@ import kerasfactory
 from kerasfactory import _backend
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit_claims import (
+    SEED_CLAIM,
     as_float,
     attention_claims,
     bounds,
@@ -36,7 +37,7 @@ from kerasfactory.explain._audit_file import (
     as_json,
     differences,
     files_of,
-    hash_of_config,
+    hash_of_json,
     hashed,
     intact,
     load,
@@ -195,7 +196,9 @@ def audit(
         "batch_size": batch_size,
         "seed": seed,
     }
-    save(_record(model, x, y, background, models, settings, verbose), html_file, json_file)
+    record = _record(model, x, y, background, models, settings, verbose)
+    judge(record["claims"], level)
+    save(record, html_file, json_file)
     return html_file
 
 
@@ -229,7 +232,7 @@ def verify(
 
     Returns:
         list[str]: A sentence for each thing that does not hold any more: a changed file, other weights, another
-            configuration, other data or labels, other verdicts, other numbers. Empty if all holds.
+            configuration, other data, labels or models, other verdicts, other numbers. Empty if all holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -282,12 +285,11 @@ def verify(
         warnings.warn("Without labels, `y`, the claims about single features were not checked.", stacklevel=2)
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
-        unchecked |= {seed_claim(None, "", 0)["claim"]}
+        unchecked |= {SEED_CLAIM}
         warnings.warn("Without `models`, the claim about models from other seeds was not checked.", stacklevel=2)
-    if unchecked:
-        before = {claim["claim"]: claim for claim in record["claims"] if claim["claim"] in unchecked}
-        now["claims"] = [before.get(claim["claim"], claim) for claim in now["claims"]]
-        judge(now["claims"], record["settings"]["level"])
+    before = {claim["claim"]: claim for claim in record["claims"] if claim["claim"] in unchecked}
+    now["claims"] = [before.get(claim["claim"], claim) for claim in now["claims"]]
+    judge(now["claims"], record["settings"]["level"])
     changed = [
         f"{name} {version}, now {now['environment'].get(name)}"
         for name, version in record["environment"].items()
@@ -301,7 +303,7 @@ def verify(
 def _record(
     model: Any, x: Any, y: Any, background: Any, models: Any, settings: dict[str, Any], verbose: Any
 ) -> dict[str, Any]:
-    """What an audit says, as JSON."""
+    """What an audit says, as JSON; its claims are still to be judged together."""
     x, y, background = _checked(x, y, background)
     digests = _checked_models(model, models)
     level, seed, batch_size = settings["level"], settings["seed"], settings["batch_size"]
@@ -320,15 +322,15 @@ def _record(
     few = f"{len(x)} samples are fewer than the {count} claims that they are to decide." if len(x) < count else ""
     controls = None if few else _controls(model, x, common, level, seed)
     progress.add(1)
-    no_ranking = few or _no_ranking(x, features)
+    alone = "There is one feature: nothing to rank." if len(features) < 2 else ""
+    no_ranking = few or alone or _no_ranking(x, features)
     arguments = {"background": background, "level": level, "batch_size": batch_size, "seed": seed}
     draws = max(_DRAWS, math.ceil(count / level))  # so that one claim alone can be significant after the adjustment
     ranking = None if no_ranking else _ranking(model, x, attribution, {**arguments, "draws": draws})
     progress.add(1)
     randomisation = None if few else _randomisation(model, x, settings)
     progress.add(1)
-    no_seeds = few or ("There is one feature: nothing to rank." if len(features) < 2 else "")
-    no_seeds = no_seeds or ("" if models else "No models from other seeds were given, `models=[...]`.")
+    no_seeds = few or alone or ("" if models else "No models from other seeds were given, `models=[...]`.")
     seeds = None
     if not no_seeds:
         others = [attribute(other, x, settings["method"], feature_names=names, seed=seed, **common) for other in models]
@@ -346,7 +348,6 @@ def _record(
         seed_claim(seeds, no_seeds, level),
         *claims_of_features(of_features, no_claims, features),
     ]
-    judge(claims, level)
     return {
         "schema": SCHEMA,
         "settings": settings,
@@ -479,8 +480,6 @@ def _controls(model: Any, x: np.ndarray, common: dict[str, Any], level: float, s
 
 def _no_ranking(x: np.ndarray, features: list[str]) -> str:
     """Why no feature can be removed, if so."""
-    if len(features) < 2:
-        return "There is one feature: nothing to rank."
     if x.shape[1] != len(features):
         return (
             f"The attribution is to {len(features)} keys, and axis 1 of `x` has {x.shape[1]} entries: there is no "
@@ -568,7 +567,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
     try:
         config = json.loads(model.to_json())
         config.pop("compile_config", None)  # how it was trained, which a model may be saved without
-        configuration = hash_of_config(config)
+        configuration = hash_of_json(config)
     except (NotImplementedError, TypeError):
         configuration = None  # of a subclass that does not say
     return {

@@ -8,6 +8,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+SEED_CLAIM = "Models trained alike from other seeds rank the same features first, more than by chance."
+
 
 def as_float(number: float) -> float | None:
     """JSON has no NaN."""
@@ -39,6 +41,13 @@ def _claim(
         "interval": interval,
         "reason": reason,
     }
+
+
+def _by_chance(found: dict[str, Any], level: float) -> str:
+    """The verdict on a number beside those that come about by chance."""
+    if found["p_value"] <= level:
+        return "supported"
+    return "refuted" if found["p_opposite"] <= level else "undetermined"
 
 
 def capture_claim(captured: dict[str, Any]) -> dict[str, Any]:
@@ -91,14 +100,10 @@ def ranking_claims(ranking: dict[str, Any] | None, why_not: str, method: str, le
             yield _claim(claim, f"AOPC {name}", reason=why_not)
             continue
         (found,) = (found for found in ranking["tests"] if found["name"] == name)
-        verdict = "undetermined"
-        if found["p_value"] <= level:
-            verdict = "supported"
-        elif found["p_opposite"] <= level:
-            verdict = "refuted"
         worse = np.sum(np.sign(np.subtract(found["null"], found["observed"])) == (-1 if name[0] == "c" else 1))
         reason = f"It does better than {worse} of {len(found['null'])} rankings that know nothing."
-        yield _claim(claim, f"AOPC {name}", found["aopc"], found["p_value"], found["interval"], verdict, reason)
+        numbers = (found["aopc"], found["p_value"], found["interval"])
+        yield _claim(claim, f"AOPC {name}", *numbers, _by_chance(found, level), reason)
 
 
 def randomisation_claim(found: dict[str, Any] | None, why_not: str, method: str) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def randomisation_claim(found: dict[str, Any] | None, why_not: str, method: str)
     if found is None or found["median_kept"] is None:
         return _claim(claim, name, reason=why_not or "It does not tell one feature from another: nothing can be left.")
     verdict, reason = "undetermined", "The interval does not decide it."
-    low, high = found["interval"] or (-math.inf, math.inf)
+    low, high = found["interval"]
     if high <= found["tolerance"]:
         verdict, reason = "supported", "A model that was never trained passes as well: this is no proof of more."
     elif low > found["tolerance"]:
@@ -119,20 +124,15 @@ def randomisation_claim(found: dict[str, Any] | None, why_not: str, method: str)
 
 
 def seed_claim(found: dict[str, Any] | None, why_not: str, level: float) -> dict[str, Any]:
-    claim = "Models trained alike from other seeds rank the same features first, more than by chance."
     name = "overlap of what is ranked first"
     if found is None:
-        return _claim(claim, name, reason=why_not)
-    verdict = "undetermined"
-    if found["p_value"] <= level:
-        verdict = "supported"
-    elif found["p_opposite"] <= level:
-        verdict = "refuted"
+        return _claim(SEED_CLAIM, name, reason=why_not)
     reason = (
         f"{1 + len(found['models'])} models, first {found['top_k']} of {len(found['features'])} features; chance gives "
         f"{found['chance']:.2g}."
     )
-    return _claim(claim, name, found["overlap"], found["p_value"], found["interval"], verdict, reason)
+    numbers = (found["overlap"], found["p_value"], found["interval"])
+    return _claim(SEED_CLAIM, name, *numbers, _by_chance(found, level), reason)
 
 
 def claims_of_features(found: xr.Dataset | None, why_not: str, features: list[str]) -> Iterator[dict[str, Any]]:

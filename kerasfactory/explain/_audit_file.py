@@ -28,13 +28,12 @@ def _canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def hash_of_config(config: Any) -> str:
-    return hashlib.sha256(_canonical(config).encode()).hexdigest()
+def hash_of_json(data: Any) -> str:
+    return hashlib.sha256(_canonical(data).encode()).hexdigest()
 
 
 def _checksum(record: dict[str, Any]) -> str:
-    content = {key: value for key, value in record.items() if key != "checksum"}
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+    return hash_of_json({key: value for key, value in record.items() if key != "checksum"})
 
 
 def as_json(record: dict[str, Any]) -> str:

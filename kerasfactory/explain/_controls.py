@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 import xarray as xr
-from keras import ops, tree
+from keras import ops
 from scipy import special
 
 from kerasfactory import _backend
@@ -19,8 +19,8 @@ from kerasfactory.explain._outputs import (
     _checked_target,
     _finite,
     _interval,
+    _sampled,
     _sign_tests,
-    _some,
     predictions,
 )
 
@@ -129,16 +129,10 @@ def attention_controls(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     _checked_level(level)
-    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
-        raise ValueError(
-            f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
-        )
-    samples = len(tree.flatten(x)[0])
-    if samples < 2:
-        raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {samples}")
     rng = generator(seed, "attention_controls")
-    chosen = _some(samples, _SAMPLES, rng)
-    x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
+    chosen, x = _sampled(x, _SAMPLES, rng)
+    if len(chosen) < 2:
+        raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {len(chosen)}")
     batch_size = batch_size_of(x, 1024) if batch_size is None else batch_size
 
     outputs = _finite(predictions(model, x, batch_size), "`x`")
@@ -158,8 +152,7 @@ def attention_controls(
         if scores.dims[0] != "sample" or scores.dims[-2:] != ("query", "key"):
             raise ValueError(
                 f"The scores of layer {name!r} have the axes {scores.dims}: they cannot be told apart by sample, "
-                f"query and key. "
-                "Leave it out with `layers=[...]`."
+                "query and key. Leave it out with `layers=[...]`."
             )
 
     batches, expected = _batches(x, batch_size)

@@ -58,9 +58,8 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
         if len(arrays) != 1 or arrays[0].ndim not in (1, 2) or len(arrays[0]) != _size(data):
             raise ValueError(
                 "The model must have one output, of shape (sample,) or (sample, output). Make a model of the part "
-                "that you "
-                "ask about, as with `keras.Model(model.input, model.output[:, 0])`. Received outputs of shapes: "
-                f"{[array.shape for array in arrays]}"
+                "that you ask about, as with `keras.Model(model.input, model.output[:, 0])`. Received outputs of "
+                f"shapes: {[array.shape for array in arrays]}"
             )
         parts.append(arrays[0].reshape(len(arrays[0]), -1).astype("float64"))
     return np.concatenate(parts)
@@ -69,6 +68,16 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
 def _some(samples: int, limit: int, rng: np.random.Generator) -> np.ndarray:
     """The numbers of all samples, or of some."""
     return np.arange(samples) if samples <= limit else np.sort(rng.choice(samples, limit, replace=False))
+
+
+def _sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+    """The numbers of all samples of the arrays `x`, or of some, and these samples."""
+    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
+        raise ValueError(
+            f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
+        )
+    chosen = _some(len(tree.flatten(x)[0]), limit, rng)
+    return chosen, tree.map_structure(lambda array: np.asarray(array)[chosen], x)
 
 
 def _interval(values: np.ndarray, statistic: Callable, level: float, seed: int) -> np.ndarray:
@@ -105,8 +114,7 @@ def _without_nan(values: np.ndarray, name: str) -> None:
     if len(bad):
         raise ValueError(
             f"{name} is NaN or infinite in {len(bad)} of {len(values)} samples, the first of them number {bad[0]}. "
-            f"Leave "
-            "them out, or find out why."
+            "Leave them out, or find out why."
         )
 
 
@@ -115,8 +123,7 @@ def _finite(outputs: np.ndarray, name: str) -> np.ndarray:
     if len(bad):
         raise ValueError(
             f"The model's output is NaN or infinite for {len(bad)} of {len(outputs)} rows of {name}. Look for NaN in "
-            f"`x` and in "
-            "`background`, and for values that the model does not know, as the mean of categories."
+            "`x` and in `background`, and for values that the model does not know, as the mean of categories."
         )
     return outputs
 

@@ -6,13 +6,13 @@ from typing import Any
 import keras
 import numpy as np
 import xarray as xr
-from keras import ops, tree
+from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._observe import batch_size_of, find_attention, progress_bar
-from kerasfactory.explain._outputs import _checked_level, _interval, _sign_tests, _some, _without_nan
+from kerasfactory.explain._outputs import _checked_level, _interval, _sampled, _sign_tests, _without_nan
 
 _SAMPLES = 256
 _RELABELLINGS = 100
@@ -113,13 +113,8 @@ def parameter_randomisation(
         raise ValueError(f"`tolerance` must be a number between 0 and 1. Received: tolerance={tolerance!r}")
     _checked_level(level)
     draws = positive_integer("draws", draws)
-    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
-        raise ValueError(
-            f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
-        )
     rng = generator(seed, "parameter_randomisation")
-    chosen = _some(len(tree.flatten(x)[0]), _SAMPLES, rng)
-    x = tree.map_structure(lambda array: np.asarray(array)[chosen], x)
+    chosen, x = _sampled(x, _SAMPLES, rng)
 
     def attributed():
         if callable(method):
@@ -132,13 +127,13 @@ def parameter_randomisation(
     variables = {
         id(weight): weight for layer in (attentions if weights == "attention" else [model]) for weight in layer.weights
     }
+    trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables.values()]
     distance, null = np.empty(draws), np.empty((draws, _RELABELLINGS))
     progress = progress_bar(draws, verbose, "draw")
     for draw in range(draws):
         values = []
-        for variable in variables.values():
-            trained = _backend.as_numpy(ops.convert_to_tensor(variable))
-            shuffled = rng.permutation(trained.reshape(-1)).reshape(trained.shape)
+        for variable, value in trained:
+            shuffled = rng.permutation(value.reshape(-1)).reshape(value.shape)
             values.append((variable, ops.convert_to_tensor(shuffled, dtype=variable.dtype)))
         with keras.StatelessScope(values):
             other = attributed()

@@ -166,6 +166,31 @@ def test_what_cannot_be_checked_or_only_may_matter_is_told_in_warnings(model, wr
         assert explain.verify(written, model, X, verbose=0) == []
 
 
+def test_claims_that_are_not_checked_are_still_judged_with_the_others(model, others, tmp_path, monkeypatch):
+    """Beside one more small p-value a claim can be supported that is not without it."""
+    made = _audit._record
+
+    def with_p_values(model, x, y, background, models, settings, verbose):
+        record = made(model, x, y, background, models, settings, verbose)
+        of_seeds = record["claims"][6]
+        for claim in record["claims"]:
+            if claim["p_value"] is not None:
+                claim["p_value"], claim["verdict"] = 0.9, "undetermined"
+        tested = [claim for claim in record["claims"] if claim["p_value"] is not None and claim is not of_seeds]
+        for claim, p_value in zip(tested, (0.001, 0.001, 0.001, 0.0245), strict=False):
+            claim["p_value"], claim["verdict"] = p_value, "supported"
+        if models:
+            of_seeds["p_value"], of_seeds["verdict"] = 0.001, "supported"
+        return record
+
+    monkeypatch.setattr(_audit, "_record", with_p_values)
+    path = explain.audit(model, X, Y, tmp_path / "audit.html", models=others, verbose=0)
+    supported = [claim for claim in data(path)["claims"] if claim["verdict"] == "supported"]
+    assert len(supported) == 6  # the capture, and five: 10 / 5 * 0.0245 is less than 0.05, and 9 / 4 * 0.0245 is not
+    with pytest.warns(UserWarning, match="models from other seeds was not checked"):
+        assert explain.verify(path, model, X, Y, verbose=0) == []
+
+
 def test_other_weights_configurations_data_labels_and_seeds_are_noticed(model, others, written):
     other = keras.Model.from_config(model.get_config() | {"name": "renamed"})
     other.set_weights([weight + 0.3 for weight in model.get_weights()])
