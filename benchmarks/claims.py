@@ -38,7 +38,7 @@ RUNS = [
 
 
 def columns(generator, samples):
-    """Five normal columns, neighbours correlated by 0.4, and one of three categories, which are integers."""
+    """Five normal columns, neighbors correlated by 0.4, and one of three categories, which are integers."""
     x = generator.normal(size=(samples, FEATURES))
     for column in range(1, FEATURES - 1):
         x[:, column] = 0.4 * x[:, column - 1] + 0.84**0.5 * x[:, column]
@@ -163,7 +163,7 @@ def about_the_map(trained):
 
     def in_weights(name, seed, epochs, method="attention"):
         model = trained(PROCESSES[name][0], seed, epochs)
-        return explain.parameter_randomisation(model, held_out(name, seed), method, verbose=0, seed=seed)
+        return explain.parameter_randomization(model, held_out(name, seed), method, verbose=0, seed=seed)
 
     def faithful(name, seed, method):
         model, x = trained(PROCESSES[name][0], seed, 25), held_out(name, seed)

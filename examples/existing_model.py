@@ -88,7 +88,7 @@ print(f"Test accuracy above 0.9: {np.mean(predicted.argmax(axis=1) == y_test) > 
 # ## One line
 #
 # `capture` finds the attention layers, wherever they are nested, and runs the model over the data. Every layer becomes one
-# labelled array. Both layers here are called `attention`, so their paths tell them apart.
+# labeled array. Both layers here are called `attention`, so their paths tell them apart.
 
 # %%
 names = [f"{row}{column}" for row in "ABCD" for column in "1234"]  # A1 is the patch at the top left
@@ -173,7 +173,7 @@ fig, axes = plt.subplots(3, 10, figsize=(9, 3.1), layout="constrained")
 largest = max(attention.max().item() for attention in received.values())
 for digit in range(10):
     axes[0, digit].set_title(digit)
-    axes[0, digit].imshow(images[labels == digit].mean(axis=0).reshape(8, 8), cmap="Greys")
+    axes[0, digit].imshow(images[labels == digit].mean(axis=0).reshape(8, 8), cmap="Grays")
     for ax, attention in zip(axes[1:, digit], received.values(), strict=True):
         image = ax.imshow(attention.sel(sample=digit).values.reshape(4, 4), cmap="Blues", vmin=0, vmax=largest)
 for ax, label in zip(axes[:, 0], ["mean image", *received], strict=True):

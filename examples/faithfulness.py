@@ -120,7 +120,7 @@ plt.show()
 #
 # [`explain.faithfulness`](../api/explain.md) gives the stations with the most attention the values of another sample, and looks
 # how far the output moves: *comprehensiveness*. Removing any station moves an output somewhat. So the same is done with
-# 100 maps that know nothing: the same map with its stations relabelled at random. Only beyond those there is evidence.
+# 100 maps that know nothing: the same map with its stations relabeled at random. Only beyond those there is evidence.
 
 # %%
 results = {

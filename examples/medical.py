@@ -3,7 +3,7 @@
 #
 # **Which measurements does a breast cancer classifier look at, and would another training run name the same ones?**
 #
-# The data are scikit-learn's breast cancer set: 569 tumours, 30 named measurements, benign or malignant. Before
+# The data are scikit-learn's breast cancer set: 569 tumors, 30 named measurements, benign or malignant. Before
 # them, a simulated diagnosis with five classes shows the order of work: build, train, then read.
 
 # %%
@@ -61,9 +61,9 @@ print("Mean score of each head:", scores.mean(axis=(0, 2, 3)).round(3))
 # All eight heads average exactly 1, because all 20 features went into one token. "Average attention per head" is a
 # number here, but not a finding.
 #
-# ## Real tumours, one token per measurement
+# ## Real tumors, one token per measurement
 #
-# A learned question, the same for every tumour, looks at 30 tokens: one row of 30 scores each. The model is trained
+# A learned question, the same for every tumor, looks at 30 tokens: one row of 30 scores each. The model is trained
 # twice, with two seeds, since a ranking that depends on the seed is a ranking of nothing.
 
 # %%
@@ -107,7 +107,7 @@ for label, probability in [
     print(f"{label:20} AUC {roc_auc_score(y_test, probability):.2f}   accuracy above 0.9: {accuracy > 0.9}")
 
 # %% [markdown]
-# On 143 tumours that no model has seen, attention does not beat a logistic regression. It need not: the question is
+# On 143 tumors that no model has seen, attention does not beat a logistic regression. It need not: the question is
 # what it shows.
 #
 # ## The ranking, and how far to trust it
@@ -121,7 +121,7 @@ for column in np.argsort(-(first + second))[:3]:
 print(f"Rank correlation between the two runs:       {spearmanr(first, second).statistic:.1f}")
 print(f"Rank correlation with logistic coefficients: {spearmanr(first + second, weight).statistic:.1f}")
 
-# %% tags=["cover"] alt="Heat map with two rows, one per training run, and 30 tumour measurements as columns sorted by attention. The first row fades from left to right, but for mean concavity, dark in the middle. The second is flatter, darkest among the first four, and mean concavity is pale in it."
+# %% tags=["cover"] alt="Heat map with two rows, one per training run, and 30 tumor measurements as columns sorted by attention. The first row fades from left to right, but for mean concavity, dark in the middle. The second is flatter, darkest among the first four, and mean concavity is pale in it."
 order = np.argsort(-(first + second))
 fig, ax = plt.subplots(figsize=(9, 4))
 image = ax.imshow(np.stack([first, second])[:, order], cmap="Blues", vmin=0, aspect="auto")
@@ -134,7 +134,7 @@ plt.show()
 # ## An audit of the first model
 #
 # Two seeds that agree may be wrong together. [An audit](audit.ipynb) tests what the attention map suggests, on the
-# tumours that the model has not seen. Of the claims that it supports, one in ten may be wrong (`level=0.1`).
+# tumors that the model has not seen. Of the claims that it supports, one in ten may be wrong (`level=0.1`).
 
 # %%
 page = explain.audit(

@@ -73,7 +73,7 @@ for layer, marker in zip(importance, "os", strict=True):
     ax.scatter(importance[layer]["gradient"], importance[layer]["ablation"], marker=marker, label=layer)
 for (_, head), x, y in zip(names, gradient, ablation, strict=True):
     ax.annotate(f" {head}", (x, y))
-ax.axhline(0, color="grey", linewidth=0.8)
+ax.axhline(0, color="gray", linewidth=0.8)
 ax.set_xlabel("gradient: how fast the loss changes at mask 1")
 ax.set_ylabel("ablation: rise of the loss at mask 0")
 ax.legend()
@@ -99,7 +99,7 @@ print(f"By ablation, it is more than 4 times the smallest: {ablation.max() > 4 *
 
 # %%
 def without(gone, x):
-    """What the model predicts with the slices of some heads at 0; afterwards they are as they were."""
+    """What the model predicts with the slices of some heads at 0; afterward they are as they were."""
     kernels = {layer: model.get_layer(layer)._output_dense.kernel for layer in importance}
     before = {layer: keras.ops.convert_to_numpy(kernel).copy() for layer, kernel in kernels.items()}
     for layer, kernel in kernels.items():
@@ -136,7 +136,7 @@ for (order, heads), marker in zip(orders.items(), "osv", strict=True):
         np.mean(without([names[head] for head in heads[:count]], x_test).argmax(axis=1) == y_test) for count in range(9)
     ]
     ax.plot(range(9), curves[order], marker=marker, label=order)
-ax.axhline(np.bincount(y_test).max() / len(y_test), color="grey", linestyle=":", label="always the most frequent digit")
+ax.axhline(np.bincount(y_test).max() / len(y_test), color="gray", linestyle=":", label="always the most frequent digit")
 ax.set_xlabel("heads removed, of 8")
 ax.set_ylabel("accuracy on the third part")
 ax.set_ylim(0, 1)

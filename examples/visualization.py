@@ -76,13 +76,13 @@ ax = plot.heatmap(scores.sel(sample=0, head=best), vmax=1)
 # %% [markdown]
 # Read it by rows: each row says how one day, the query, shares out 1 among all days, the keys. A dark column is a day that
 # all others look at. `vmax=1` fixes the scale, so that this map can be compared with those below; without it, the
-# scale ends at the largest score, and the colour bar says where that is.
+# scale ends at the largest score, and the color bar says where that is.
 #
 # ## All heads on one scale
 #
 # One scale for all of them: with a scale each, a head that does nothing looks as busy as one that does the work.
 
-# %% alt="Four heat maps, two by two, on one colour scale. Every head has a column at the marked day; it is darkest in head 1 and faintest in head 0."
+# %% alt="Four heat maps, two by two, on one color scale. Every head has a column at the marked day; it is darkest in head 1 and faintest in head 0."
 figure = plot.heads(scores.sel(sample=0), vmax=1, columns=2)
 
 # %% [markdown]

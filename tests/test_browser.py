@@ -20,7 +20,7 @@ DEVICES = {
     "desktop 1280": {"viewport": {"width": 1280, "height": 900}},
     "phone 390": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
 }
-SCHEMES = {"light": "default", "dark": "slate"}  # the system's name of a colour scheme: the theme's
+SCHEMES = {"light": "default", "dark": "slate"}  # the system's name of a color scheme: the theme's
 # Chromium calls home unless told not to; it runs as root in containers, where its sandbox does not.
 ARGUMENTS = [
     "--no-sandbox",
@@ -126,7 +126,7 @@ def test_every_page_is_sound(site, site_url, new_page, device, scheme):
         page.goto(address)
         found = [*layout_problems(page), *accessibility_problems(page), *heard]
         if page.locator("body").get_attribute("data-md-color-scheme") != SCHEMES[scheme]:
-            found.append("does not follow the system's colour scheme")
+            found.append("does not follow the system's color scheme")
         problems += [f"/{address} ({device}, {scheme}): {problem}" for problem in found]
     assert not problems, "\n" + "\n".join(problems)
 
@@ -194,17 +194,17 @@ def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_
     assert not heard
 
 
-def test_colour_scheme_can_be_switched_and_stays(new_page):
+def test_color_scheme_can_be_switched_and_stays(new_page):
     page = new_page(scheme="light")
     page.goto("")
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
-    page.get_by_title("Switch to dark colours").click()
+    page.get_by_title("Switch to dark colors").click()
     expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
     assert page.evaluate(background) != light
     page.goto("recipes/")
     expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
-    page.get_by_title("Switch to light colours").click()
+    page.get_by_title("Switch to light colors").click()
     page.reload()
     expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "default")
 

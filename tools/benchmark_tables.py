@@ -110,7 +110,7 @@ def _layer_speed(result):
 
 
 def _layer_picture(result):
-    """The same, drawn: an SVG without colours of its own, small enough for a phone."""
+    """The same, drawn: an SVG without colors of its own, small enough for a phone."""
     left, scale, step = 128, 105, 19  # pixels: before the axis, for a ratio of 1, between two lines
     panels = {("train", 0.0): "Training step, dropout 0", ("predict", 0.1): "Prediction, dropout 0.1"}
     top, marks = 0, []

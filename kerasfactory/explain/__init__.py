@@ -7,7 +7,7 @@ from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
 from kerasfactory.explain._monitor import AttentionMonitor
-from kerasfactory.explain._sanity import parameter_randomisation, seed_agreement
+from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 from kerasfactory.explain._summary import summarize
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "faithfulness",
     "head_importance",
     "head_statistics",
-    "parameter_randomisation",
+    "parameter_randomization",
     "recomposition_error",
     "rollout",
     "seed_agreement",

@@ -27,7 +27,7 @@ from kerasfactory.explain._audit_claims import (
     capture_claim,
     claims_of_features,
     judge,
-    randomisation_claim,
+    randomization_claim,
     ranking_claims,
     seed_claim,
 )
@@ -49,7 +49,7 @@ from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._observe import progress_bar
 from kerasfactory.explain._outputs import _checked_level, _interval
-from kerasfactory.explain._sanity import parameter_randomisation, seed_agreement
+from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 from kerasfactory.explain._store import _digest
 
 _EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
@@ -83,9 +83,9 @@ def audit(
       keys at random. Two sign tests of the median change against a tolerance of 0.02 (total variation of probabilities;
       else standard deviations of the output).
     - **The ranking is faithful**: two tests, of comprehensiveness and of sufficiency, against the same ranking with its
-      features relabelled at random, as in `faithfulness`. For sufficiency those that are at most as large count.
+      features relabeled at random, as in `faithfulness`. For sufficiency those that are at most as large count.
     - **The attribution is in the weights**: at most half of it is left when the weights of the attention layers are
-      shuffled, as in `parameter_randomisation`.
+      shuffled, as in `parameter_randomization`.
     - **It would come out again**: the models in `models`, trained alike from other seeds, rank the same features first,
       more than by chance, as in `seed_agreement`.
     - **Each feature** of which the attribution is above the mean tells the model what the other features do not. Its
@@ -132,7 +132,7 @@ def audit(
 
     Returns:
         pathlib.Path: The page. The JSON beside it has the keys `schema`, `settings`, `model`, `data`, `environment`,
-            `capture`, `attribution`, `controls`, `faithfulness`, `randomisation`, `seeds`, `features`, `claims`, `page`
+            `capture`, `attribution`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `claims`, `page`
             and `checksum`. Each claim has `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`,
             `value`), `p_value`, `p_adjusted`, `interval` (two bounds) and `reason`. What was not tested is null.
 
@@ -328,7 +328,7 @@ def _record(
     draws = max(_DRAWS, math.ceil(count / level))  # so that one claim alone can be significant after the adjustment
     ranking = None if no_ranking else _ranking(model, x, attribution, {**arguments, "draws": draws})
     progress.add(1)
-    randomisation = None if few else _randomisation(model, x, settings)
+    randomization = None if few else _randomization(model, x, settings)
     progress.add(1)
     no_seeds = few or alone or ("" if models else "No models from other seeds were given, `models=[...]`.")
     seeds = None
@@ -344,7 +344,7 @@ def _record(
         capture_claim(captured),
         *attention_claims(controls, few, level),
         *ranking_claims(ranking, no_ranking, settings["method"], level),
-        randomisation_claim(randomisation, few, settings["method"]),
+        randomization_claim(randomization, few, settings["method"]),
         seed_claim(seeds, no_seeds, level),
         *claims_of_features(of_features, no_claims, features),
     ]
@@ -375,7 +375,7 @@ def _record(
         },
         "controls": controls,
         "faithfulness": ranking,
-        "randomisation": randomisation,
+        "randomization": randomization,
         "seeds": seeds,
         "features": of_features and {key: of_features.attrs[key] for key in ("base_loss", "loss", "margin", "draws")},
         "claims": claims,
@@ -517,16 +517,16 @@ def _ranking(model: Any, x: np.ndarray, attribution: xr.DataArray, arguments: di
     return {**{key: removed.attrs[key] for key in keys}, "tests": tests}
 
 
-def _randomisation(model: Any, x: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
+def _randomization(model: Any, x: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
     """How much of the attribution is left when the weights of the attention layers are shuffled."""
     keys = ("method", "layers", "level", "seed")
-    found = parameter_randomisation(model, x, verbose=0, **{key: settings[key] for key in keys})
+    found = parameter_randomization(model, x, verbose=0, **{key: settings[key] for key in keys})
     return {
         **{key: found.attrs[key] for key in ("tolerance", "draws", "samples")},
         "median_kept": as_float(found["median_kept"].item()),
         "interval": bounds(found["interval"].values),
         "distance": found["distance"].values.tolist(),
-        "chance": found["null"].mean("relabelling").values.tolist(),
+        "chance": found["null"].mean("relabeling").values.tolist(),
         "p_value": found["p_value"].item(),
         "p_opposite": found["p_opposite"].item(),
     }

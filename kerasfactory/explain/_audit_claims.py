@@ -106,7 +106,7 @@ def ranking_claims(ranking: dict[str, Any] | None, why_not: str, method: str, le
         yield _claim(claim, f"AOPC {name}", *numbers, _by_chance(found, level), reason)
 
 
-def randomisation_claim(found: dict[str, Any] | None, why_not: str, method: str) -> dict[str, Any]:
+def randomization_claim(found: dict[str, Any] | None, why_not: str, method: str) -> dict[str, Any]:
     claim = (
         f"What “{method}” shows is in the weights of the attention layers: when they are shuffled, at most half of it "
         "is left."

@@ -101,7 +101,7 @@ def page(record: dict[str, Any]) -> str:
             "Is the ranking faithful?",
             "Comprehensiveness is the change of the output when the features that come first are removed, and should "
             "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
-            "several numbers of features. Each stands beside the same ranking with its features relabelled at random: "
+            "several numbers of features. Each stands beside the same ranking with its features relabeled at random: "
             "both with one background row for each sample, so that the line is not quite at the AOPC of the claims."
             + "".join(f" {name.capitalize()}: {removal[name]}." for name in ("removal", "background") if removal),
             _faithfulness(record),
@@ -110,8 +110,8 @@ def page(record: dict[str, Any]) -> str:
             "Is it in the weights?",
             "The weights of the attention layers are shuffled, and the attribution is made again. Its distance to the "
             "one above, the mean total variation, stands beside that of the same attribution with its features "
-            "relabelled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names.",
-            _randomisation(record),
+            "relabeled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names.",
+            _randomization(record),
         ),
         _section(
             "Would it come out again?",
@@ -260,12 +260,12 @@ def _faithfulness(record: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _randomisation(record: dict[str, Any]) -> str:
-    found = record["randomisation"]
+def _randomization(record: dict[str, Any]) -> str:
+    found = record["randomization"]
     if found is None:
         return "<p>Not tested: see the claims.</p>\n"
     claim = record["claims"][5]
-    means = [("shuffled weights", np.mean(found["distance"])), ("relabelled features", np.mean(found["chance"]))]
+    means = [("shuffled weights", np.mean(found["distance"])), ("relabeled features", np.mean(found["chance"]))]
     bars = _bars([(name, float(mean), None) for name, mean in means])
     left = _cell(_number(found["median_kept"]), "", _interval(found["interval"])), _verdict(claim["verdict"])
     return _table(

@@ -1,4 +1,4 @@
-"""Attention scores of any model, labelled, and the proof that they are the model's."""
+"""Attention scores of any model, labeled, and the proof that they are the model's."""
 
 import os
 import warnings
@@ -29,7 +29,7 @@ def capture(
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.DataArray]:
-    r"""The attention scores of a model, for every sample in `x`, as labelled arrays.
+    r"""The attention scores of a model, for every sample in `x`, as labeled arrays.
 
     It takes any model, at any moment, and does not change it: neither its weights, seeds and compiled functions,
     nor what its layers remember of their latest call. The model runs as `model.predict` would run it, with
@@ -228,7 +228,7 @@ def recomposition_error(
 
 
 def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: list[str] | None) -> dict[str, np.ndarray]:
-    """The scores of a batch, which have the axes that they can be labelled with, and are as long as all others."""
+    """The scores of a batch, which have the axes that they can be labeled with, and are as long as all others."""
     scores = {name: _backend.as_numpy(measured) for name, measured in batch.measured.items()}
     for name, rows in scores.items():
         if name not in shapes:
@@ -246,7 +246,7 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
 def _labels(
     model: Any, batch: Batch, name: str, shape: tuple[int, ...], names: list[str] | None, folded: bool
 ) -> dict[str, Any]:
-    """What makes a labelled array of scores: names of the axes, coordinates of all but the first, attributes."""
+    """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
     if names is None and batch.inputs == 1:
         tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
         names = tokenizers[0].feature_names if len(tokenizers) == 1 else None

@@ -1,9 +1,9 @@
-"""Whether what an attribution puts first tells the model something: a test of each feature on labelled data.
+"""Whether what an attribution puts first tells the model something: a test of each feature on labeled data.
 
 A claim is: the attribution ranks this feature high, and the feature tells the model something about the outcome that
 the other features do not. It is tested by conditional removal. A feature's value is drawn anew, given the other
 features, and the model's loss with the drawn values is set against that with the true ones (conditional permutation
-importance, Strobl et al. 2008, https://doi.org/10.1186/1471-2105-9-307, tested as by conditional randomisation,
+importance, Strobl et al. 2008, https://doi.org/10.1186/1471-2105-9-307, tested as by conditional randomization,
 Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another feature is thus drawn as it was, and removing
 it changes nothing; a shortcut that does not hold in the data at hand makes nothing worse when it goes.
 """

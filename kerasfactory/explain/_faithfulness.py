@@ -57,14 +57,14 @@ def faithfulness(
 
     By itself an AOPC tells little: removing any features moves an output. The null distribution is the AOPC
     comprehensiveness of attributions that know nothing of the features and are like the given one in all else: in each
-    draw the features of the attribution are relabelled, at random, in the same way for all samples. The p-value is
+    draw the features of the attribution are relabeled, at random, in the same way for all samples. The p-value is
     one-sided,
 
     $$
     p = \frac{1 + \#\{\text{null} \ge \text{observed}\}}{1 + \text{draws}} .
     $$
 
-    Relabelling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
+    Relabeling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
     samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
     ranking that is the same for all samples is one guess among the possible rankings, however many samples there are.
     With 3 features its p-value stays around 1/6 or above, faithful or not.
@@ -184,8 +184,8 @@ def faithfulness(
     at_once = max(1, _ROWS // (len(counts) * len(chosen)))
     for start in range(0, draws, at_once):
         stop = min(start + at_once, draws)
-        relabelled = [ranks[chosen][:, rng.permutation(features)] for _ in range(start, stop)]
-        removed = np.stack([of_draw < count for of_draw in relabelled for count in counts])
+        relabeled = [ranks[chosen][:, rng.permutation(features)] for _ in range(start, stop)]
+        removed = np.stack([of_draw < count for of_draw in relabeled for count in counts])
         null[start:stop] = changes(removed, chosen, rows[:1]).reshape(stop - start, -1).mean(axis=1)
         progress.update(stop + 1)
 

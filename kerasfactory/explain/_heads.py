@@ -214,7 +214,7 @@ def head_importance(
     $$
 
     The gradient is the proxy of Michel et al. 2019, [*Are Sixteen Heads Really Better than
-    One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalise it within each layer. It takes one
+    One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalize it within each layer. It takes one
     backward pass for all heads. Ablation is what it stands for, and takes a forward pass for each head. The two may
     disagree: a gradient looks at small changes, and cannot see that another head would step in, or that the loss
     flattens out.

@@ -177,8 +177,8 @@ def _state(model: Any) -> tuple[list, list]:
 class _Steps(NamedTuple):
     """Functions from `(state, data)` that run a batch, and what they come to know of the model as they are traced."""
 
-    compared: Callable  # to what is measured, the state afterwards, and the outputs, unwatched and watched
-    watched: Callable  # to what is measured and the state afterwards: a compiled function leaves out the rest
+    compared: Callable  # to what is measured, the state afterward, and the outputs, unwatched and watched
+    watched: Callable  # to what is measured and the state afterward: a compiled function leaves out the rest
     watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
     calls: dict[str, tuple[str, int]]
     masks: dict[str, str]

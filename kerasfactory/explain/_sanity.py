@@ -15,12 +15,12 @@ from kerasfactory.explain._observe import batch_size_of, find_attention, progres
 from kerasfactory.explain._outputs import _checked_level, _interval, _sampled, _sign_tests, _without_nan
 
 _SAMPLES = 256
-_RELABELLINGS = 100
+_RELABELINGS = 100
 _RESAMPLES = 1000
 _NOTHING = 1e-6  # a distance that is rounding
 
 
-def parameter_randomisation(
+def parameter_randomization(
     model: keras.Model,
     x: Any,
     method: str | Callable[[keras.Model, Any], Any] = "attention",
@@ -36,7 +36,7 @@ def parameter_randomisation(
 
     An attribution that stays where it is without the learned weights shows the architecture or the data, not the model
     (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). There, weights are
-    initialised anew. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
+    initialized anew. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
     with it how sharp attention can be; what they have learned goes.
 
     With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model and
@@ -48,7 +48,7 @@ def parameter_randomisation(
     $$
 
     \(\pi b\) are the null distribution, attributions of the same shape that know nothing: those of the shuffled model
-    with its features relabelled at random, in the same way for all samples. 1 is kept if the attribution stays what it
+    with its features relabeled at random, in the same way for all samples. 1 is kept if the attribution stays what it
     was, 0 if it is no nearer to it than with other names on its features. It may be below 0.
 
     To pass is no evidence that an attribution is faithful: that of a model that was never trained passes. To fail is
@@ -71,8 +71,8 @@ def parameter_randomisation(
     Returns:
         xr.Dataset: With these variables, all from 0 to 1 but for `kept`, and without unit.
 
-        - `distance` (draw) and `null` (draw, relabelling): of the shuffled model's attribution, and of its
-          relabellings.
+        - `distance` (draw) and `null` (draw, relabeling): of the shuffled model's attribution, and of its
+          relabelings.
         - `kept` (draw), its median over the draws, `median_kept`, and the `interval` (bound: `lower`, `upper`) of that,
           a percentile bootstrap over the draws. NaN if the attribution does not tell one feature from another, so that
           there is nothing to keep.
@@ -98,11 +98,11 @@ def parameter_randomisation(
         model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(attended)))
         x = np.random.default_rng(0).normal(size=(100, 6, 8))
 
-        result = explain.parameter_randomisation(model, x, verbose=0)
+        result = explain.parameter_randomization(model, x, verbose=0)
         print(result["median_kept"].item() < 0.5, result["p_value"].item() < 0.05)
         #> True True
 
-        size = explain.parameter_randomisation(model, x, lambda model, x: np.abs(x).sum(axis=2), verbose=0)
+        size = explain.parameter_randomization(model, x, lambda model, x: np.abs(x).sum(axis=2), verbose=0)
         print(size["median_kept"].item())  # it looks at the data alone
         #> 1.0
         ```
@@ -113,7 +113,7 @@ def parameter_randomisation(
         raise ValueError(f"`tolerance` must be a number between 0 and 1. Received: tolerance={tolerance!r}")
     _checked_level(level)
     draws = positive_integer("draws", draws)
-    rng = generator(seed, "parameter_randomisation")
+    rng = generator(seed, "parameter_randomization")
     chosen, x = _sampled(x, _SAMPLES, rng)
 
     def attributed():
@@ -128,7 +128,7 @@ def parameter_randomisation(
         id(weight): weight for layer in (attentions if weights == "attention" else [model]) for weight in layer.weights
     }
     trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables.values()]
-    distance, null = np.empty(draws), np.empty((draws, _RELABELLINGS))
+    distance, null = np.empty(draws), np.empty((draws, _RELABELINGS))
     progress = progress_bar(draws, verbose, "draw")
     for draw in range(draws):
         values = []
@@ -143,9 +143,9 @@ def parameter_randomisation(
                 f"{own.shape} and {other.shape}"
             )
         distance[draw] = np.abs(own - other).sum(axis=1).mean() / 2
-        for relabelling in range(_RELABELLINGS):
-            relabelled = other[:, rng.permutation(other.shape[1])]
-            null[draw, relabelling] = np.abs(own - relabelled).sum(axis=1).mean() / 2
+        for relabeling in range(_RELABELINGS):
+            relabeled = other[:, rng.permutation(other.shape[1])]
+            null[draw, relabeling] = np.abs(own - relabeled).sum(axis=1).mean() / 2
         progress.add(1)
 
     of_chance = null.mean(axis=1)
@@ -154,7 +154,7 @@ def parameter_randomisation(
     return xr.Dataset(
         {
             "distance": ("draw", distance),
-            "null": (("draw", "relabelling"), null),
+            "null": (("draw", "relabeling"), null),
             "kept": ("draw", kept),
             "median_kept": np.median(kept),
             "interval": ("bound", _interval(kept, np.median, level, seed)),

@@ -52,7 +52,7 @@ def summarize(
     r"""What people read off a model's attention scores, for sequences too long for the scores themselves.
 
     The scores of one layer with 8 heads take 8.6 GB a sample at 16,384 positions and 137 GB at 65,536. Here they
-    are formed for some queries at a time, of one head, over all keys. They are summarised, make their part of the
+    are formed for some queries at a time, of one head, over all keys. They are summarized, make their part of the
     layer's output, and are overwritten. Memory grows with the length, not with its square. The numbers are those
     of `capture`, up to rounding in single precision.
 
@@ -74,7 +74,7 @@ def summarize(
     precision that is more exact than its own arithmetic.
 
     Some layers form their scores nevertheless, and memory is then as for `capture`: a subclass with its own
-    `_compute_attention` or `_masked_softmax` (summarised is what that returns; a weight of 0 counts as masked), a
+    `_compute_attention` or `_masked_softmax` (summarized is what that returns; a weight of 0 counts as masked), a
     layer that is called with `return_attention_scores=True`, and `keras.layers.Attention`. A subclass with its own
     `call`, or its own way to make masks, forms the mask.
 
@@ -240,7 +240,7 @@ def _checked_rows(rows: Any) -> list[int]:
 
 
 def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
-    """Of the scores that are summarised."""
+    """Of the scores that are summarized."""
     return (*summary["entropy"].shape, summary["received"].shape[-1])
 
 

@@ -24,7 +24,7 @@ class FeatureTokenizer(keras.layers.Layer):
     the bias of a categorical feature left out, since its embedding contains it. Weights start uniform in
     \(\pm 1/\sqrt{d_\text{token}}\), as there.
 
-    Numbers should be on one scale: standardise them first. Missing values are yours to fill: a token of a
+    Numbers should be on one scale: standardize them first. Missing values are yours to fill: a token of a
     missing value is NaN, and so is the token of a category that does not exist, so that neither passes for data.
 
     Args:

@@ -66,7 +66,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         - `value`: Tensor of shape `(batch, key, features)`. The key if not given.
         - `query_mask`, `key_mask`, `value_mask`, `attention_mask`, `use_causal_mask`, `training`,
           `return_attention_scores`: as in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the
-          tensors are honoured.
+          tensors are honored.
 
     Returns:
         The output, of shape `(batch, query, features of the query)`, or `(batch, query, *output_shape)`. With

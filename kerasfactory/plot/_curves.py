@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kerasfactory.plot._ranking import COLOURS, MARKERS, STATISTICS, bootstrap, check_finite, of_layers, undefined
+from kerasfactory.plot._ranking import COLORS, MARKERS, STATISTICS, bootstrap, check_finite, of_layers, undefined
 
 _LINES = ["-", "--", ":", "-."]
 
@@ -16,7 +16,7 @@ _LINES = ["-", "--", ":", "-."]
 def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     r"""Draw how the heads change while a model trains: entropy, confidence and distance over the epochs.
 
-    One row for each layer, one line for each head, told apart by colour, marker and stroke. The formulas are those
+    One row for each layer, one line for each head, told apart by color, marker and stroke. The formulas are those
     of `explain.head_statistics`. A head whose entropy
 
     $$
@@ -63,11 +63,11 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
                 ax.plot(
                     epochs,
                     dataset[name].transpose("epoch", "head").values[:, number],
-                    color=COLOURS[number % len(COLOURS)],
+                    color=COLORS[number % len(COLORS)],
                     marker=MARKERS[number % len(MARKERS)],
                     markevery=max(1, len(epochs) // 10),
                     markersize=4,
-                    linestyle=_LINES[number // len(COLOURS) % len(_LINES)],
+                    linestyle=_LINES[number // len(COLORS) % len(_LINES)],
                     label=f"head {head}",
                 )
             if ax in grid[0]:
@@ -162,13 +162,13 @@ def faithfulness(result: xr.Dataset) -> Figure:
         curves.plot(
             fractions,
             values.mean(axis=0),
-            color=COLOURS[number],
+            color=COLORS[number],
             marker=MARKERS[number],
             ls=_LINES[number],
             label=label,
         )
         if samples > 1:
-            curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=COLOURS[number], alpha=0.2, lw=0)
+            curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=COLORS[number], alpha=0.2, lw=0)
     curves.axhline(0, color="#6b6b6b", linewidth=0.8)
     curves.set_xlabel("fraction of the features" + removal)
     curves.set_ylabel("change of the output")
@@ -179,7 +179,7 @@ def faithfulness(result: xr.Dataset) -> Figure:
     null, p_value = result["null"].values, float(result["p_value"])
     observed = float(result.attrs.get("observed", result["aopc_comprehensiveness"]))
     chance.hist(null, bins=min(30, max(5, len(null) // 8)), color="#b0b0b0", label="random attributions")
-    chance.axvline(observed, color=COLOURS[0], linewidth=2, label=f"this attribution: {observed:.2g}")
+    chance.axvline(observed, color=COLORS[0], linewidth=2, label=f"this attribution: {observed:.2g}")
     chance.set_xlabel("comprehensiveness, mean over the fractions")
     chance.set_ylabel("draws")
     chance.set_title(f"p = {p_value:.2g}, of {len(null)} random attributions", fontsize="medium")

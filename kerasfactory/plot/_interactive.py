@@ -121,14 +121,14 @@ def interactive(
     r"""A heat map to try, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
 
     The piece is complete. It asks nothing of the network, works in a notebook (`IPython.display.HTML(...)`), in a page
-    of yours and beside others of its kind, follows the colours of the page, and can be used with the keyboard: tab to
+    of yours and beside others of its kind, follows the colors of the page, and can be used with the keyboard: tab to
     the map, then the arrow keys. It shows weights
 
     $$
     A_{shij} , \qquad 0 \le A_{shij} \le 1 ,
     $$
 
-    of query \(i\) and key \(j\) in sample \(s\) and head \(h\), rounded to three decimals, on one colour scale for all
+    of query \(i\) and key \(j\) in sample \(s\) and head \(h\), rounded to three decimals, on one color scale for all
     samples and heads. Many tokens are reduced as in `heatmap`.
 
     Args:
@@ -136,7 +136,7 @@ def interactive(
         samples: How many samples to take along, from the first; at least 1. With 8 heads and 64 tokens each adds some
             0.1 MB.
         top: How many names to show at most, at least 1: those of the keys that receive most attention in these samples.
-        vmax: Where the colour scale ends, above 0; if not given, at the largest weight of all.
+        vmax: Where the color scale ends, above 0; if not given, at the largest weight of all.
 
     Returns:
         str: HTML, a `<div>` with its style and script. The same scores give the same text.

@@ -95,12 +95,12 @@ def short(name: str) -> str:
 
 
 def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
-    """The end of the colour scale, which starts at 0, and the words for it."""
+    """The end of the color scale, which starts at 0, and the words for it."""
     if vmax is None:
         largest = float(f"{values.max():.6g}")  # else a sum that is a rounding below 1 has no tick at 1
         return largest or 1.0, f"from 0 to {largest:.2g}, the largest" if largest else "all 0"
     if not vmax > 0:
-        raise ValueError(f"`vmax` must be a number above 0, where the colour scale ends. Received: vmax={vmax!r}")
+        raise ValueError(f"`vmax` must be a number above 0, where the color scale ends. Received: vmax={vmax!r}")
     return float(vmax), f"from 0 to {vmax:.2g}"
 
 
@@ -171,6 +171,6 @@ def _check_values(values: np.ndarray) -> None:
         )
     if values.min() < -1e-6:
         raise ValueError(
-            "`scores` must not be negative: the colours start at 0. Draw two maps beside each other, not their "
+            "`scores` must not be negative: the colors start at 0. Draw two maps beside each other, not their "
             f"difference. Received: {values.min():.3g}"
         )

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from kerasfactory._arguments import positive_integer
 from kerasfactory.plot._maps import Maps, Side, maps, scale, short
 
-_CMAP = "Blues"  # of one hue, so that it reads the same with any colour vision, and in print
+_CMAP = "Blues"  # of one hue, so that it reads the same with any color vision, and in print
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
 
 
@@ -48,7 +48,7 @@ def heatmap(
             functions return it, if it has one layer. Weights, at least 0, without unit.
         ax: Where to draw; a new figure of a size that fits, if not given.
         top: How many names to show at most, at least 1.
-        vmax: Where the colour scale ends, above 0. It starts at 0. If not given, it ends at the largest weight of this
+        vmax: Where the color scale ends, above 0. It starts at 0. If not given, it ends at the largest weight of this
             map; give 1, or the same number to each, to compare maps.
 
     Returns:
@@ -78,7 +78,7 @@ def heatmap(
     """
     drawn = maps(scores, ("sample", "head"), top)
     end, words = scale(drawn.values, vmax)
-    overhang = 0.0  # of the title, over the colour bar, in inches
+    overhang = 0.0  # of the title, over the color bar, in inches
     if ax is None:
         overhang = 1.0
         queries, keys = (min(7.0, max(2.4, 0.2 * size)) for size in drawn.values.shape[-2:])
@@ -102,9 +102,9 @@ def heads(
     vmax: float | None = None,
     columns: int = 4,
 ) -> Figure:
-    r"""Draw all heads of one layer side by side, on one colour scale.
+    r"""Draw all heads of one layer side by side, on one color scale.
 
-    One scale, which the colour bar states, for all heads: with one each, a head that looks everywhere would seem as
+    One scale, which the color bar states, for all heads: with one each, a head that looks everywhere would seem as
     decided as one that looks at a single key. Each map is the mean over the samples, as in `heatmap`,
 
     $$
@@ -117,7 +117,7 @@ def heads(
     Args:
         scores: As for `heatmap`, with the dimension `head`.
         top: How many names to show at most, at least 1.
-        vmax: Where the common colour scale ends, above 0; if not given, at the largest weight of all heads.
+        vmax: Where the common color scale ends, above 0; if not given, at the largest weight of all heads.
         columns: Maps in a row, at least 1.
 
     Returns:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from kerasfactory._arguments import positive_integer
 
-# Okabe and Ito's colours, which differ with any colour vision; shapes and words say the same.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+# Okabe and Ito's colors, which differ with any color vision; shapes and words say the same.
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = "osD^vPX"
 _VERDICTS = {"supported": ("o", "#0072b2"), "undetermined": ("s", "#6b6b6b"), "refuted": ("X", "#d55e00")}
 _DRAWS = 1000
@@ -120,16 +120,16 @@ def features(
         rows = np.arange(len(order)) + (number - (len(means) - 1) / 2) * 0.7 / len(means)
         if method in bounds:
             low, high = bounds[method][:, order]
-            ax.hlines(rows, low, high, color="#6b6b6b" if claims is not None else COLOURS[number % 7], linewidth=1.6)
+            ax.hlines(rows, low, high, color="#6b6b6b" if claims is not None else COLORS[number % 7], linewidth=1.6)
         if claims is None:
-            marker, colour = MARKERS[number % 7], COLOURS[number % 7]
-            ax.plot(mean[order], rows, marker, color=colour, label=method or None, linestyle="none")
+            marker, color = MARKERS[number % 7], COLORS[number % 7]
+            ax.plot(mean[order], rows, marker, color=color, label=method or None, linestyle="none")
         else:
             verdicts = claims["verdict"].values[order]
-            for verdict, (marker, colour) in _VERDICTS.items():
+            for verdict, (marker, color) in _VERDICTS.items():
                 if (verdicts == verdict).any():
                     at = verdicts == verdict
-                    ax.plot(mean[order][at], rows[at], marker, color=colour, label=verdict, linestyle="none")
+                    ax.plot(mean[order][at], rows[at], marker, color=color, label=verdict, linestyle="none")
     ax.set_yticks(range(len(order)), labels)
     ax.set_ylim(len(order) - 0.4, -0.6)
     ax.grid(axis="both", color="#dddddd", linewidth=0.6)
@@ -165,7 +165,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
             be NaN, as where there are not as many queries as keys.
 
     Returns:
-        matplotlib.figure.Figure: The figure, with four axes for each layer, and one for the colour bar.
+        matplotlib.figure.Figure: The figure, with four axes for each layer, and one for the color bar.
 
     Raises:
         ValueError: If a variable is missing, has other dimensions, or is empty, NaN or infinite.
@@ -204,7 +204,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         step = -(-len(rows) // 16)
         for (name, what), ax in zip(STATISTICS.items(), axes, strict=False):
             ax.hlines(rows, 0, dataset[name], color="#bbbbbb", linewidth=1)
-            ax.plot(dataset[name], rows, "o", color=COLOURS[0])
+            ax.plot(dataset[name], rows, "o", color=COLORS[0])
             ax.set_ylim(len(rows) - 0.5, -0.5)
             ax.set_yticks(rows[::step], names[::step])
             if ax in grid[-1]:

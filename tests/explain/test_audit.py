@@ -114,7 +114,7 @@ def test_an_audit_says_what_was_audited_and_how_each_claim_came_out(model, writt
 def test_weights_are_shuffled_and_other_seeds_are_asked(model, others, written):
     record = data(written)
     shuffled, seeds = record["claims"][5:7]
-    expected = explain.parameter_randomisation(model, X, verbose=0)
+    expected = explain.parameter_randomization(model, X, verbose=0)
     assert shuffled["statistic"]["value"] == pytest.approx(expected["median_kept"].item(), abs=1e-5)
     assert (shuffled["verdict"] == "supported") == (shuffled["interval"][1] <= 0.5)
     of_models = [explain.attribute(one, X, verbose=0) for one in (model, *others)]

@@ -227,7 +227,7 @@ MOMENTS = {
 
 
 @pytest.fixture(autouse=True)
-def float32_afterwards():
+def float32_afterward():
     yield
     keras.config.set_dtype_policy("float32")
 

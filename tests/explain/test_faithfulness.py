@@ -171,7 +171,7 @@ def test_one_seed_for_all_does_not_make_what_is_tested_depend_on_the_test(monkey
     attribution = explain.attribute(model, X, "random", verbose=0, seed=0)
     explain.faithfulness(model, X, attribution, draws=1, verbose=0, seed=0)
     explain.attention_controls(model, X, draws=1, steps=1, verbose=0, seed=0)
-    explain.parameter_randomisation(model, X, draws=1, verbose=0, seed=0)
+    explain.parameter_randomization(model, X, draws=1, verbose=0, seed=0)
     explain.seed_agreement([attribution, attribution], seed=0)
     feature_claims(model, X, np.zeros(40), attribution, loss="sparse_categorical_crossentropy", seed=0)
     assert len({seed for seed in seeds if seed.startswith("[")}) == 6  # the others are those of intervals
@@ -304,6 +304,6 @@ def test_the_model_stays_as_it_was():
     attribution = received(model, x)
     explain.faithfulness(model, x, attribution, draws=2, verbose=0)
     explain.attention_controls(model, x, draws=1, steps=2, verbose=0)
-    explain.parameter_randomisation(model, x, draws=2, verbose=0)
+    explain.parameter_randomization(model, x, draws=2, verbose=0)
     assert state(model) == before
     np.testing.assert_array_equal(x, X)

@@ -27,7 +27,7 @@ def tabular(seed=0, sharpness=1.0, features=8):
 
 
 def test_what_is_kept_by_hand():
-    """A model whose attribution is its first weights: the shares, the shuffles and the relabellings are NumPy's."""
+    """A model whose attribution is its first weights: the shares, the shuffles and the relabelings are NumPy's."""
     model = tabular()
     kernel = model.get_layer("attention")._query_dense.kernel
 
@@ -36,7 +36,7 @@ def test_what_is_kept_by_hand():
 
     own = first_weights(model, X)[0]
     own = own / own.sum()
-    result = explain.parameter_randomisation(model, X, first_weights, draws=30, verbose=0)
+    result = explain.parameter_randomization(model, X, first_weights, draws=30, verbose=0)
     values = ops.convert_to_numpy(kernel).reshape(-1)
     # All that another shuffle can put there, and so what all distances are made of on average.
     shuffled = np.abs(np.stack([np.random.default_rng(k).permutation(values)[:8] for k in range(3000)]))
@@ -44,7 +44,7 @@ def test_what_is_kept_by_hand():
     spread = expected.std() / np.sqrt(30)
     assert abs(result["distance"].mean() - expected.mean()) < 4 * spread
     assert abs(result["null"].mean() - expected.mean()) < 4 * spread  # the order of what is shuffled says nothing
-    np.testing.assert_allclose(result["kept"], 1 - result["distance"] / result["null"].mean("relabelling"))
+    np.testing.assert_allclose(result["kept"], 1 - result["distance"] / result["null"].mean("relabeling"))
     assert result["median_kept"] == np.median(result["kept"])
     above = int((result["kept"] > 0.5).sum())
     assert result["p_value"] == stats.binomtest(above, 30, alternative="less").pvalue
@@ -53,38 +53,38 @@ def test_what_is_kept_by_hand():
 
 def test_attention_is_in_the_weights_and_data_are_not():
     model = tabular(sharpness=8)
-    attention = explain.parameter_randomisation(model, X, draws=10, verbose=0)
+    attention = explain.parameter_randomization(model, X, draws=10, verbose=0)
     assert attention["interval"].sel(bound="upper") < 0.5
     assert attention["p_value"] == 0.5**10
     assert attention.attrs["method"] == "attention"
 
-    data = explain.parameter_randomisation(model, X, lambda model, x: np.abs(x), draws=10, verbose=0)
+    data = explain.parameter_randomization(model, X, lambda model, x: np.abs(x), draws=10, verbose=0)
     np.testing.assert_allclose(data["kept"], 1)
     assert (data["p_value"], data["p_opposite"]) == (1, 0.5**10)
 
-    even = explain.parameter_randomisation(model, X, "uniform", draws=10, verbose=0)
+    even = explain.parameter_randomization(model, X, "uniform", draws=10, verbose=0)
     assert np.isnan(even["kept"]).all()
     assert (even["p_value"], even["p_opposite"]) == (1, 1)
 
 
 @pytest.mark.parametrize("method", ["rollout", "attention_gradient", "value_norm"])
 def test_each_method_runs_with_other_weights(method):
-    result = explain.parameter_randomisation(tabular(), X, method, draws=2, verbose=0)
+    result = explain.parameter_randomization(tabular(), X, method, draws=2, verbose=0)
     assert (result["distance"] > 0).all()
     assert np.isfinite(result["kept"]).all()
 
 
 def test_which_weights_are_shuffled_and_which_samples_are_used():
     model = tabular()
-    tokens = explain.parameter_randomisation(model, X, lambda model, x: model.layers[1](x)[..., 0], draws=2, verbose=0)
+    tokens = explain.parameter_randomization(model, X, lambda model, x: model.layers[1](x)[..., 0], draws=2, verbose=0)
     np.testing.assert_array_equal(tokens["distance"], 0)  # those of the tokenizer are not attention's
     assert (
-        explain.parameter_randomisation(
+        explain.parameter_randomization(
             model, X, lambda model, x: model.layers[1](x)[..., 0], weights="all", draws=2, verbose=0
         )["distance"]
         > 0
     ).all()
-    many = explain.parameter_randomisation(model, np.tile(X, (5, 1)), draws=1, verbose=0)
+    many = explain.parameter_randomization(model, np.tile(X, (5, 1)), draws=1, verbose=0)
     assert many.attrs["samples"] == 256
 
 
@@ -101,15 +101,15 @@ def test_which_weights_are_shuffled_and_which_samples_are_used():
         ({"method": lambda model, x: x * np.nan}, "NaN or infinite"),
     ],
 )
-def test_randomisation_refuses_what_it_cannot_test(arguments, message):
+def test_randomization_refuses_what_it_cannot_test(arguments, message):
     with pytest.raises(ValueError, match=message):
-        explain.parameter_randomisation(**({"model": tabular(), "x": X, "verbose": 0} | arguments))
+        explain.parameter_randomization(**({"model": tabular(), "x": X, "verbose": 0} | arguments))
 
 
 def test_an_attribution_that_changes_its_shape_is_refused():
     widths = iter([4, 5])
     with pytest.raises(ValueError, match="of one shape, whatever the weights"):
-        explain.parameter_randomisation(tabular(), X, lambda model, x: x[:, : next(widths)], verbose=0)
+        explain.parameter_randomization(tabular(), X, lambda model, x: x[:, : next(widths)], verbose=0)
 
 
 def test_models_that_were_never_trained_agree_by_chance():

@@ -25,7 +25,7 @@ HAS_WINDOW = "sliding_window" in inspect.signature(layers.MultiHeadAttention).pa
 
 
 @pytest.fixture(autouse=True)
-def float32_afterwards():
+def float32_afterward():
     yield
     keras.config.set_dtype_policy("float32")
 

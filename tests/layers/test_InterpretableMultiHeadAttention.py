@@ -314,7 +314,7 @@ def test_a_layer_that_is_not_trainable_stays_as_it_is(x, tmp_path):
     ("name", "hint"),
     [
         ("use_bais", "Did you mean `use_bias`?"),
-        ("kernel_initialiser", "Did you mean `kernel_initializer`?"),
+        ("kernel_initializer", "Did you mean `kernel_initializer`?"),
         ("num_heads", "Did you mean `n_head`?"),
         ("key_dim", "Did you mean `d_model`?"),
         ("dropout", "Did you mean `dropout_rate`?"),
@@ -497,7 +497,7 @@ def test_padding_never_gets_weight_in_training(layer):
 
 @pytest.mark.parametrize("masked", [{"query"}, {"key"}, {"value"}, {"query", "key"}, {"query", "key", "value"}])
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-def test_masks_attached_to_the_inputs_are_honoured(rng, masked, dtype):
+def test_masks_attached_to_the_inputs_are_honored(rng, masked, dtype):
     layer = InterpretableMultiHeadAttention(4, 2, dtype=dtype)
     arrays = dict(zip(("query", "key", "value"), rng.standard_normal((3, 2, 5, 6), dtype="float32"), strict=True))
     arrays["query"][:, 4:] = arrays["key"][0, 3:] = arrays["value"][:, 2] = 0
@@ -532,7 +532,7 @@ def test_masks_attached_to_the_inputs_are_honoured(rng, masked, dtype):
     ],
     ids="+".join,
 )
-def test_masks_given_to_the_call_are_honoured(layer, rng, names, tmp_path):
+def test_masks_given_to_the_call_are_honored(layer, rng, names, tmp_path):
     query, key, value = rng.standard_normal((3, 2, 5, 6), dtype="float32")
     masks = {
         "query_mask": np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], "bool"),
@@ -1263,7 +1263,7 @@ if COMPILES:
 
         assert np.array_equal(seen, scores)
 
-    def test_masks_are_honoured_in_a_compiled_function(layer):
+    def test_masks_are_honored_in_a_compiled_function(layer):
         tokens = np.array([[1, 2, 0, 0], [3, 4, 5, 0]])
         embedding = keras.layers.Embedding(6, 6, mask_zero=True)
         layer(embedding(tokens))
