@@ -1,7 +1,7 @@
 """What a trained model attends to. Needs xarray: every result is an array that carries its names."""
 
 from kerasfactory.explain._attribution import attribute, rollout
-from kerasfactory.explain._audit import audit, verify
+from kerasfactory.explain._audit.audit import audit, verify
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness

@@ -14,9 +14,12 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, generator
-from kerasfactory.explain._capture import _attention_axes, _check_axes, _float_scores, _labels, _warn
-from kerasfactory.explain._edit import editor
-from kerasfactory.explain._observe import Batch, Call, _batches, _size, observe, progress_bar
+from kerasfactory.explain._capture import _warn
+from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores
+from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.explain._engine.edit import editor
+from kerasfactory.explain._engine.labels import check_axes, labels_of
+from kerasfactory.explain._engine.observe import Batch, observe
 
 _METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "uniform", "random")
 _NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is rounding in half precision
@@ -154,8 +157,8 @@ def attribute(
     if method == "attention_gradient":
         seen = _gradients(model, x, layers, batch_size, verbose, target)
     else:
-        measure = _value_norms if method == "value_norm" else _float_scores
-        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is _float_scores)
+        measure = _value_norms if method == "value_norm" else float_scores
+        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is float_scores)
 
     rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
@@ -321,9 +324,9 @@ def _checked_axes(
             "those that do, with `layers=[...]`."
         )
     for name, shape in shapes.items():
-        _check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
+        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
     first = next(iter(shapes))
-    return _labels(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
+    return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
 
 
 def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -363,7 +366,7 @@ def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
-    if len(shape) != 4 or len(_attention_axes(layer)) != 1:
+    if len(shape) != 4 or len(attention_axes(layer)) != 1:
         raise ValueError(
             f"Layer {layer.name!r} attends over several axes, or has one beside that: its scores have shape "
             f"{tuple(shape)}, and a key is not a feature. Choose other layers with `layers=[...]`, or read its scores "
@@ -436,7 +439,7 @@ def _projected(call: Call, value: Any) -> Any:
 
 def _value_norms(call: Call) -> tuple[Any, Any]:
     """How long the vectors are that keys add to queries, (batch, query, key), and the scores."""
-    layer, scores = call.layer, _float_scores(call)
+    layer, scores = call.layer, float_scores(call)
     _check_one_axis(layer, scores.shape)
     value = ops.cast(call.value, scores.dtype)
     of_queries = {"scores": ops.transpose(scores, (2, 0, 1, 3))}
@@ -459,10 +462,10 @@ def _gradients(
     model: Any, x: Any, layers: Any, batch_size: int | None, verbose: Any, target: int | None
 ) -> Iterator[Batch]:
     """Batches in which the measured is, for each call, the positive part of gradient times score, mean over heads."""
-    batches, expected = _batches(x, batch_size)
+    batches, expected = batches_of(x, batch_size)
     progress = progress_bar(expected, verbose)
     first: tuple = next(batches, ())
-    seen = next(observe(model, iter([first] if first else []), layers, None, 0, _float_scores))
+    seen = next(observe(model, iter([first] if first else []), layers, None, 0, float_scores))
     for name in seen.measured:
         _mean_of_heads(seen, name)  # raises where a key is not a feature
     edit = editor(model, first, layers)
@@ -472,7 +475,7 @@ def _gradients(
 
     done = 0
     for data in itertools.chain([first], batches):
-        deltas = {name: np.zeros((_size(data), *shape), "float32") for name, shape in edit.shapes.items()}
+        deltas = {name: np.zeros((size_of(data), *shape), "float32") for name, shape in edit.shapes.items()}
         gradients, _, scores = edit.gradient(data, _added, deltas, chosen, once=expected == 1)
         measured = {}
         for name in edit.shapes:
@@ -480,7 +483,7 @@ def _gradients(
             # A masked key gets 0, also where the gradient is NaN, as that of a softmax over nothing is in Keras 3.14.
             products = ops.where(weights == 0, 0.0, gradients[name] * weights)
             measured[name] = ops.mean(ops.maximum(products, 0), axis=1), weights
-        yield seen._replace(size=_size(data), measured=measured)
+        yield seen._replace(size=size_of(data), measured=measured)
         done += 1
         progress.update(done)
     if expected is None:

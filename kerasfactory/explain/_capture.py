@@ -12,12 +12,10 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names
-from kerasfactory.explain._observe import Batch, Call, observe
-from kerasfactory.explain._store import Store
-from kerasfactory.layers import FeatureTokenizer
-
-# How far apart, relative to the largest entry, two runs of one computation may lie: rounding, not another computation.
-_ROUNDING, _HALF_PRECISION_ROUNDING = 1e-5, 2e-2
+from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores
+from kerasfactory.explain._engine.labels import check_axes, labels_of
+from kerasfactory.explain._engine.observe import Batch, observe, rounding_of
+from kerasfactory.explain._engine.store import Store
 
 
 def capture(
@@ -119,11 +117,11 @@ def capture(
     shapes: dict[str, tuple[int, ...]] = {}
     if store is not None:
         arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
-        with Store(store, "capture", model, x, batch_size, arguments, _rounding) as stored:
-            for batch in observe(model, stored, layers, None, verbose, _float_scores, only_scores=True):
+        with Store(store, "capture", model, x, batch_size, arguments, rounding_of) as stored:
+            for batch in observe(model, stored, layers, None, verbose, float_scores, only_scores=True):
                 datasets = {}
                 for name, rows in _checked_scores(batch, shapes, names).items():
-                    labels = _labels(model, batch, name, rows.shape, names, len(rows) != batch.size)
+                    labels = labels_of(model, batch, name, rows.shape, names, len(rows) != batch.size)
                     datasets[name] = xr.Dataset({"scores": xr.DataArray(rows, **labels)})
                 stored.append(datasets, batch.changes_state)
             stored.finish()
@@ -134,7 +132,7 @@ def capture(
     filled: dict[str, int] = {}
     folded: set[str] = set()
     nan: dict[str, list[int]] = {}
-    for batch in observe(model, x, layers, batch_size, verbose, _float_scores, only_scores=True):
+    for batch in observe(model, x, layers, batch_size, verbose, float_scores, only_scores=True):
         for name, rows in _checked_scores(batch, shapes, names).items():
             if name not in arrays:
                 arrays[name] = np.empty((len(rows) * (batch.expected or 1), *rows.shape[1:]), rows.dtype)
@@ -156,7 +154,7 @@ def capture(
     result = {}
     for name, array in arrays.items():
         array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        labels = _labels(model, batch, name, array.shape, names, name in folded)
+        labels = labels_of(model, batch, name, array.shape, names, name in folded)
         labels["coords"] = {labels["dims"][0]: np.arange(len(array))} | labels["coords"]
         result[name] = xr.DataArray(array, name=name, **labels)
     return result
@@ -232,7 +230,7 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
     scores = {name: _backend.as_numpy(measured) for name, measured in batch.measured.items()}
     for name, rows in scores.items():
         if name not in shapes:
-            _check_axes(name, batch.found[name].layer, rows.shape, names)
+            check_axes(name, batch.found[name].layer, rows.shape, names)
             shapes[name] = rows.shape[1:]
         if rows.shape[1:] != shapes[name]:
             raise ValueError(
@@ -241,36 +239,6 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
                 "capture each by itself."
             )
     return scores
-
-
-def _labels(
-    model: Any, batch: Batch, name: str, shape: tuple[int, ...], names: list[str] | None, folded: bool
-) -> dict[str, Any]:
-    """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
-    if names is None and batch.inputs == 1:
-        tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
-        names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
-    call = batch.found[name]
-    dims = ["sequence" if folded else "sample", *_axes(call.layer, len(shape))]
-    coordinates: dict[str, Any] = {"head": np.arange(shape[dims.index("head")])}
-    for dim, size in zip(dims, shape, strict=True):
-        if names is not None and dim.startswith(("query", "key")) and size == len(names):
-            coordinates[dim] = names
-    attributes = {
-        "layer": call.name,
-        "class": type(call.layer).__name__,
-        "call": call.number,
-        "masks": call.masks,
-        "backend": keras.config.backend(),
-        "keras_version": keras.__version__,
-        "prediction_difference": batch.difference,
-    }
-    return {"coords": coordinates, "dims": dims, "attrs": attributes}
-
-
-def _float_scores(call: Call) -> Any:
-    # NumPy has no bfloat16 and is slow with float16.
-    return call.scores if call.layer.compute_dtype == "float64" else ops.cast(call.scores, "float32")
 
 
 def _recomposed(call: Call) -> Any:
@@ -286,7 +254,7 @@ def _recomposed(call: Call) -> Any:
     recomposed = ops.cast(layer._output_dense(heads), "float32")
     output = ops.cast(call.output, "float32")
 
-    axes = _attention_axes(layer)
+    axes = attention_axes(layer)
     other = [axis for axis in range(len(output.shape) - 1) if axis not in axes]
     keys = tuple(range(-len(axes), 0))
     looks = ops.all(ops.any(call.scores != 0, axis=keys), axis=len(other))  # (other axes, query axes)
@@ -297,44 +265,8 @@ def _recomposed(call: Call) -> Any:
     )
 
 
-def _attention_axes(layer: Any) -> Sequence[int]:
-    return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
-
-
-def _axes(layer: Any, rank: int) -> list[str]:
-    """Names of all axes of the scores but the first."""
-    axes = _attention_axes(layer)
-    if len(axes) == 1:
-        queries, keys = ["query"], ["key"]
-    else:
-        queries, keys = ([f"{kind}_{number}" for number in range(len(axes))] for kind in ("query", "key"))
-    other = [axis for axis in range(1, rank - len(axes)) if axis not in axes][: rank - 2 - 2 * len(axes)]
-    return [*(f"axis_{axis}" for axis in other), "head", *queries, *keys]
-
-
-def _check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None) -> None:
-    dims = _axes(layer, len(shape))
-    if len(dims) != len(shape) - 1:
-        raise ValueError(
-            f"The scores of layer {name!r} must have the axes (sample, {', '.join(dims)}). Its own "
-            f"`_compute_attention` returned scores of shape {shape}. Leave it out with `layers=[...]`."
-        )
-    keys = [size for dim, size in zip(dims, shape[1:], strict=True) if dim.startswith("key")]
-    if names is not None and len(names) not in keys:
-        raise ValueError(
-            f"`feature_names` must hold one name for each key. Layer {name!r} attends over "
-            f"{' x '.join(map(str, keys))} keys. Give as many names, or choose other layers with `layers=[...]`. "
-            f"Received {len(names)} names: {names}"
-        )
-
-
-def _rounding(model: Any) -> float:
-    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
-    return _HALF_PRECISION_ROUNDING if half else _ROUNDING
-
-
 def _warn(model: Any, difference: float, nan: dict[str, list[int]], filled: dict[str, int]) -> None:
-    if not difference <= _rounding(model):
+    if not difference <= rounding_of(model):
         warnings.warn(
             "The model's outputs for the first batch differ when it is observed, by "
             f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "

@@ -17,9 +17,10 @@ import xarray as xr
 from keras import ops
 from scipy import stats
 
-from kerasfactory._arguments import generator, positive_integer
+from kerasfactory._arguments import checked_level, generator, positive_integer
+from kerasfactory.explain._engine.data import check_rows_finite, feature_array
+from kerasfactory.explain._engine.outputs import checked_outputs, predictions
 from kerasfactory.explain._faithfulness import _checked_attribution
-from kerasfactory.explain._outputs import _checked_level, _finite, _table, _without_nan, predictions
 
 _RESAMPLES = 1999
 _FEWEST = 20  # samples: with fewer, neither a conditional distribution nor an interval is worth its name
@@ -109,7 +110,7 @@ def feature_claims(
         ValueError: If `x` is no table, `y` is missing or does not fit, there is NaN anywhere, the model has no loss, or
             an argument is out of range.
     """
-    _checked_level(level)
+    checked_level(level)
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
@@ -123,7 +124,7 @@ def feature_claims(
     y = _checked_labels(y, len(x))
     loss_of = _loss(model, loss)
 
-    outputs = _finite(predictions(model, x, batch_size), "`x`")
+    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
     of_model = loss_of(y, outputs)
     base = float(loss_of(y, np.broadcast_to(outputs.mean(axis=0), outputs.shape)).mean())
 
@@ -138,7 +139,7 @@ def feature_claims(
         if drawn is not None:
             changed = np.tile(x, (draws, 1))
             changed[:, feature] = drawn.reshape(-1)
-            outputs = _finite(predictions(model, changed, batch_size), "`x` with a column drawn anew")
+            outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with a column drawn anew")
             losses[feature, 1:] = loss_of(np.concatenate([y] * draws), outputs).reshape(draws, samples)
 
     p_values = _exchanged(losses, level, rng)
@@ -191,13 +192,13 @@ def feature_claims(
 
 
 def _checked_table(name: str, given: Any) -> np.ndarray:
-    array = _table(name, given)
+    array = feature_array(name, given)
     if array.ndim != 2:
         raise ValueError(
             f"`{name}` must be a table, (sample, feature): claims about single features are tested for tables alone. "
             f"Received: shape {array.shape}"
         )
-    _without_nan(array, f"`{name}`")
+    check_rows_finite(array, f"`{name}`")
     return array
 
 
@@ -211,7 +212,7 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
             f"{labels.dtype}"
         )
     labels = labels.reshape(samples, -1) * 1  # truth values are numbers to a loss
-    _without_nan(labels, "`y`")
+    check_rows_finite(labels, "`y`")
     return labels
 
 

@@ -10,19 +10,12 @@ from keras import ops
 from scipy import special
 
 from kerasfactory import _backend
-from kerasfactory._arguments import generator, positive_integer
+from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._capture import capture
-from kerasfactory.explain._edit import Editor, editor
-from kerasfactory.explain._observe import _batches, _size, batch_size_of, progress_bar
-from kerasfactory.explain._outputs import (
-    _checked_level,
-    _checked_target,
-    _finite,
-    _interval,
-    _sampled,
-    _sign_tests,
-    predictions,
-)
+from kerasfactory.explain._engine.data import batch_size_of, batches_of, progress_bar, sampled, size_of
+from kerasfactory.explain._engine.edit import Editor, editor
+from kerasfactory.explain._engine.outputs import checked_outputs, checked_target, predictions
+from kerasfactory.explain._engine.statistics import bootstrap_interval, sign_tests
 
 _SAMPLES = 256
 _HIDDEN = -1e9  # the logit of a key out of view
@@ -128,15 +121,15 @@ def attention_controls(
     draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
-    _checked_level(level)
+    checked_level(level)
     rng = generator(seed, "attention_controls")
-    chosen, x = _sampled(x, _SAMPLES, rng)
+    chosen, x = sampled(x, _SAMPLES, rng)
     if len(chosen) < 2:
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {len(chosen)}")
     batch_size = batch_size_of(x, 1024) if batch_size is None else batch_size
 
-    outputs = _finite(predictions(model, x, batch_size), "`x`")
-    columns = list(range(outputs.shape[1])) if target is None else [_checked_target(target, outputs.shape[1])]
+    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
+    columns = list(range(outputs.shape[1])) if target is None else [checked_target(target, outputs.shape[1])]
     distance, said_of_change = _change_of(outputs, columns)
 
     def change(outputs_of_batch, own):
@@ -155,13 +148,13 @@ def attention_controls(
                 "query and key. Leave it out with `layers=[...]`."
             )
 
-    batches, expected = _batches(x, batch_size)
+    batches, expected = batches_of(x, batch_size)
     progress = progress_bar(expected, verbose)
     edit: Editor | None = None
     of_batches, start = [], 0
     for number, batch in enumerate(batches, start=1):
         edit = edit or editor(model, batch, layers)
-        stop = start + _size(batch)
+        stop = start + size_of(batch)
         own = {name: scores.values[start:stop].astype("float32") for name, scores in captured.items()}
         # A weight may be 0 without a mask, by underflow.
         view = {name: (of > 0) | (captured[name].attrs["masks"] == "none") for name, of in own.items()}
@@ -176,14 +169,14 @@ def attention_controls(
         progress.update(number)
 
     changes, distances = np.moveaxis(np.concatenate(of_batches, axis=-1), 1, 0)
-    p_values, p_opposites = np.transpose([_sign_tests(row, tolerance) for row in changes])
+    p_values, p_opposites = np.transpose([sign_tests(row, tolerance) for row in changes])
     dims = ("control", "sample")
     return xr.Dataset(
         {
             "change": (dims, changes),
             "jsd": (dims, distances),
             "median_change": ("control", np.median(changes, axis=1)),
-            "interval": (("control", "bound"), [_interval(row, np.median, level, seed) for row in changes]),
+            "interval": (("control", "bound"), [bootstrap_interval(row, np.median, level, seed) for row in changes]),
             "p_value": ("control", p_values),
             "p_opposite": ("control", p_opposites),
         },

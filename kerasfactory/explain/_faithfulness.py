@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import generator, positive_integer
-from kerasfactory.explain._observe import progress_bar
-from kerasfactory.explain._outputs import _checked_target, _finite, _interval, _some, _table, _without_nan, predictions
+from kerasfactory.explain._engine.data import check_rows_finite, chosen_samples, feature_array, progress_bar
+from kerasfactory.explain._engine.outputs import checked_outputs, checked_target, predictions
+from kerasfactory.explain._engine.statistics import bootstrap_interval
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
@@ -136,7 +137,7 @@ def faithfulness(
         #> True False
         ```
     """
-    x = _table("x", x)
+    x = feature_array("x", x)
     importance = _checked_attribution(attribution, x)
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
@@ -148,7 +149,7 @@ def faithfulness(
     rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    outputs = _finite(predictions(model, x, batch_size), "`x`")
+    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
     columns, said_of_target = _columns(outputs, y, target)
     own = outputs[np.arange(samples), columns]
     absolute = outputs.shape[1] == 1
@@ -163,7 +164,7 @@ def faithfulness(
                 len(removed), 1, len(part), features, *[1] * (x.ndim - 2)
             )
             changed = np.where(where, donors[rows[:, part]], x[part]).reshape(-1, *x.shape[1:])
-            changed_outputs = _finite(
+            changed_outputs = checked_outputs(
                 predictions(model, changed, batch_size), f'`x` with features removed by "{removal}"'
             )
             changed_outputs = changed_outputs.reshape(len(removed), len(rows), len(part), -1)
@@ -177,7 +178,7 @@ def faithfulness(
     comprehensiveness, sufficiency = np.split(changes(np.stack(sets), np.arange(samples), rows), 2)
     progress.update(1)
 
-    chosen = _some(samples, _NULL_SAMPLES, rng)
+    chosen = chosen_samples(samples, _NULL_SAMPLES, rng)
     # One row for each sample will do: its chance is the same in the observed and in the null.
     observed = float(changes(np.stack(sets[: len(counts)])[:, chosen], chosen, rows[:1]).mean())
     null = np.empty(draws)
@@ -212,7 +213,7 @@ def faithfulness(
             "aopc_sufficiency": sufficiency.mean(),
             "null": ("draw", null),
             "p_value": (1 + np.sum(null >= observed - rounding)) / (1 + draws),
-            "interval": ("bound", _interval(comprehensiveness.mean(axis=0), np.mean, level, seed)),
+            "interval": ("bound", bootstrap_interval(comprehensiveness.mean(axis=0), np.mean, level, seed)),
         },
         {
             "sample": np.arange(samples),
@@ -236,7 +237,7 @@ def _checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
         )
     if values.shape[1] < 2:
         raise ValueError("`x` has one feature: there is nothing to rank. Give at least 2.")
-    _without_nan(values, "`attribution`")
+    check_rows_finite(values, "`attribution`")
     return values.astype("float64")
 
 
@@ -265,7 +266,7 @@ def _donors(x: np.ndarray, removal: Any, background: Any, mask_value: float) -> 
             f"`background`, "
             'such as training data, or `removal="mask"`.'
         )
-    rows = x if background is None else _table("background", background)
+    rows = x if background is None else feature_array("background", background)
     if rows.shape[1:] != x.shape[1:]:
         raise ValueError(
             f"`background` must hold samples like those of `x`. Received: background of shape {rows.shape}, x of "
@@ -289,7 +290,7 @@ def _columns(outputs: np.ndarray, y: Any, target: Any) -> tuple[np.ndarray, str 
     if y is not None and target is not None:
         raise ValueError("`y` and `target` both say which output is meant. Leave one of them out.")
     if target is not None:
-        number = _checked_target(target, count)
+        number = checked_target(target, count)
         return np.full(samples, number), number
     if y is None:
         return outputs.argmax(axis=1), "the output" if count == 1 else "predicted class"

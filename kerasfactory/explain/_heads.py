@@ -11,9 +11,9 @@ from keras import ops, tree
 from scipy.special import entr, rel_entr
 
 from kerasfactory import _backend
-from kerasfactory.explain._capture import _axes
-from kerasfactory.explain._edit import editor
-from kerasfactory.explain._observe import _batches, _size, progress_bar
+from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.explain._engine.edit import editor
+from kerasfactory.explain._engine.labels import axis_names
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 _ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
@@ -283,7 +283,7 @@ def head_importance(
             "`x` must be an array, or a dictionary or list of arrays, so that `y` goes with it. "
             f"Received: x of type {type(x).__name__}"
         )
-    batches, expected = _batches(x, batch_size)
+    batches, expected = batches_of(x, batch_size)
     y = tree.map_structure(np.asarray, y) if isinstance(y, dict) else np.asarray(y)
     samples, labels = len(tree.flatten(x)[0]), tree.flatten(y)
     if any(array.dtype.kind not in "biuf" or len(np.atleast_1d(array)) != samples for array in labels):
@@ -297,8 +297,10 @@ def head_importance(
         raise ValueError("`x` is empty: it must hold at least one sample.")
     loss = _checked_loss(model, loss)
 
-    edit = editor(model, next(_batches(x, batch_size)[0]), layers)
-    dims = {name: ["sample", *_axes(edit.found[name].layer, len(shape) + 1)] for name, shape in edit.shapes.items()}
+    edit = editor(model, next(batches_of(x, batch_size)[0]), layers)
+    dims = {
+        name: ["sample", *axis_names(edit.found[name].layer, len(shape) + 1)] for name, shape in edit.shapes.items()
+    }
     heads = {name: shape[dims[name].index("head") - 1] for name, shape in edit.shapes.items()}
 
     def masked(name, scores, masks):
@@ -318,8 +320,8 @@ def head_importance(
     ablation = {name: np.zeros(number) for name, number in heads.items()}
     intact = 0.0
     progress = progress_bar(expected, verbose)
-    for data, (targets,) in zip(batches, _batches(y, batch_size)[0], strict=True):
-        size = _size(data)
+    for data, (targets,) in zip(batches, batches_of(y, batch_size)[0], strict=True):
+        size = size_of(data)
         masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}
         gradients, _, _ = edit.gradient(data, masked, masks, total, targets, once=expected == 1)
         masks = {name: np.ones((1, number), "float32") for name, number in heads.items()}

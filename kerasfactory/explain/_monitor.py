@@ -9,9 +9,10 @@ import xarray as xr
 
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
-from kerasfactory.explain._capture import _axes, _float_scores
+from kerasfactory.explain._engine.attention import float_scores
+from kerasfactory.explain._engine.labels import axis_names
+from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._heads import _check_dims, add_sums, statistics_of
-from kerasfactory.explain._observe import observe
 
 
 class AttentionMonitor(keras.callbacks.Callback):
@@ -126,9 +127,9 @@ class AttentionMonitor(keras.callbacks.Callback):
     def _record(self, epoch: int) -> None:
         sums: dict[str, dict] = {}
         # `self.model`, and not `self._model`: with JAX it brings the weights up to date.
-        for batch in observe(self.model, self.x, self.layers, self.batch_size, 0, _float_scores):
+        for batch in observe(self.model, self.x, self.layers, self.batch_size, 0, float_scores):
             for name, scores in batch.measured.items():
-                _check_dims(name, ["sample", *_axes(batch.found[name].layer, len(scores.shape))])
+                _check_dims(name, ["sample", *axis_names(batch.found[name].layer, len(scores.shape))])
                 add_sums(sums.setdefault(name, {}), _backend.as_numpy(scores), name)
         self._records[epoch] = {
             name: statistics_of(of_layer).assign_attrs(

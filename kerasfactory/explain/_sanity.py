@@ -9,10 +9,11 @@ import xarray as xr
 from keras import ops
 
 from kerasfactory import _backend
-from kerasfactory._arguments import generator, positive_integer
+from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._observe import batch_size_of, find_attention, progress_bar
-from kerasfactory.explain._outputs import _checked_level, _interval, _sampled, _sign_tests, _without_nan
+from kerasfactory.explain._engine.attention import find_attention
+from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, progress_bar, sampled
+from kerasfactory.explain._engine.statistics import bootstrap_interval, sign_tests
 
 _SAMPLES = 256
 _RELABELINGS = 100
@@ -111,10 +112,10 @@ def parameter_randomization(
         raise ValueError(f'`weights` must be "attention" or "all". Received: weights={weights!r}')
     if not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be a number between 0 and 1. Received: tolerance={tolerance!r}")
-    _checked_level(level)
+    checked_level(level)
     draws = positive_integer("draws", draws)
     rng = generator(seed, "parameter_randomization")
-    chosen, x = _sampled(x, _SAMPLES, rng)
+    chosen, x = sampled(x, _SAMPLES, rng)
 
     def attributed():
         if callable(method):
@@ -150,14 +151,14 @@ def parameter_randomization(
 
     of_chance = null.mean(axis=1)
     kept = np.where(of_chance > _NOTHING, 1 - distance / np.maximum(of_chance, _NOTHING), np.nan)
-    above, below = (1.0, 1.0) if np.isnan(kept).any() else _sign_tests(kept, tolerance)
+    above, below = (1.0, 1.0) if np.isnan(kept).any() else sign_tests(kept, tolerance)
     return xr.Dataset(
         {
             "distance": ("draw", distance),
             "null": (("draw", "relabeling"), null),
             "kept": ("draw", kept),
             "median_kept": np.median(kept),
-            "interval": ("bound", _interval(kept, np.median, level, seed)),
+            "interval": ("bound", bootstrap_interval(kept, np.median, level, seed)),
             "p_value": below,
             "p_opposite": above,
         },
@@ -247,7 +248,7 @@ def seed_agreement(
             "`attributions` must be of the same samples and features. Received: "
             + (f"shapes {sorted(shapes)}" if len(shapes) > 1 else f"features {names}")
         )
-    _checked_level(level)
+    checked_level(level)
     draws = positive_integer("draws", draws)
     shares = np.stack([_shares(attribution) for attribution in attributions])
     models, samples, features = shares.shape
@@ -302,6 +303,6 @@ def _shares(attribution: Any) -> np.ndarray:
     values = np.abs(np.asarray(attribution, "float64"))
     if values.ndim != 2:
         raise ValueError(f"An attribution must be (sample, feature). Received: shape {values.shape}")
-    _without_nan(values, "An attribution")
+    check_rows_finite(values, "An attribution")
     sums = values.sum(axis=1, keepdims=True)
     return np.where(sums > 0, values / np.where(sums > 0, sums, 1), 1 / values.shape[1])

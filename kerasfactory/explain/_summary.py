@@ -16,9 +16,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, positive_integer
-from kerasfactory.explain._capture import _attention_axes, _check_axes, _labels, _rounding, _warn_of_nan
-from kerasfactory.explain._observe import Batch, Call, Heads, Mask, _difference, batch_size_of, observe
-from kerasfactory.explain._store import Store
+from kerasfactory.explain._capture import _warn_of_nan
+from kerasfactory.explain._engine.attention import Call, Heads, Mask, attention_axes
+from kerasfactory.explain._engine.data import batch_size_of
+from kerasfactory.explain._engine.labels import check_axes, labels_of
+from kerasfactory.explain._engine.observe import Batch, observe, relative_difference, rounding_of
+from kerasfactory.explain._engine.store import Store
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
 # slow with less, and buffers that do not stay in the processor's cache make everything slow.
@@ -185,12 +188,12 @@ def summarize(
             "feature_names": names,
             **wanted._asdict(),
         }
-        with Store(store, "summarize", model, x, batch_size, arguments, _rounding) as stored:
+        with Store(store, "summarize", model, x, batch_size, arguments, rounding_of) as stored:
             for batch, of_layers in summaries(stored, None):
                 datasets = {}
                 for name, arrays in of_layers.items():
                     folded = len(arrays["entropy"]) != batch.size
-                    labels = _labels(model, batch, name, _shape(arrays), names, folded)
+                    labels = labels_of(model, batch, name, _shape(arrays), names, folded)
                     datasets[name] = _dataset(arrays, labels, differences[name], wanted)
                 stored.append(datasets, batch.changes_state)
             stored.finish()
@@ -220,7 +223,7 @@ def summarize(
     for name, arrays in kept.items():
         for array in arrays.values():
             array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        labels = _labels(model, batch, name, _shape(arrays), names, name in of_sequences)
+        labels = labels_of(model, batch, name, _shape(arrays), names, name in of_sequences)
         dataset = _dataset(arrays, labels, differences[name], wanted)
         numbered = dataset.assign_coords({labels["dims"][0]: np.arange(filled[name])})
         result[name] = _with_rows_as_variable(numbered, wanted)
@@ -245,7 +248,7 @@ def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
 
 
 def _check(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None, wanted: _Wanted) -> None:
-    _check_axes(name, layer, shape, names)
+    check_axes(name, layer, shape, names)
     if wanted.rows and max(wanted.rows) >= shape[2]:
         raise ValueError(
             f"`rows` must be positions of queries. Layer {name!r} has {shape[2]} queries: 0 to {shape[2] - 1}. Choose "
@@ -294,7 +297,7 @@ def _with_rows_as_variable(dataset: xr.Dataset, wanted: _Wanted) -> xr.Dataset:
 
 def _warn(model: Any, differences: dict[str, float], nan: dict[str, list[int]], filled: dict[str, int]) -> None:
     for name, difference in differences.items():
-        if not difference <= _rounding(model):
+        if not difference <= rounding_of(model):
             warnings.warn(
                 f"The output of layer {name!r} differs from softmax attention, by {difference:.1e} of the largest. The "
                 "summary belongs to a run with softmax attention, not to what `predict` returns. If the layer computes "
@@ -364,7 +367,7 @@ def _summary(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, np.n
     if call.attended is not None:
         return call.attended
     scores = _backend.as_numpy(call.scores)
-    if scores.ndim != 4 or len(_attention_axes(call.layer)) > 1:
+    if scores.ndim != 4 or len(attention_axes(call.layer)) > 1:
         raise _several_axes(call.layer)
     summary, looks = _empty(scores.shape, wanted), np.zeros(scores.shape[:3], bool)
     seen = slice(0, scores.shape[3])
@@ -384,7 +387,7 @@ def _several_axes(layer: Any) -> ValueError:
     return ValueError(
         f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over. There are no "
         "summaries for that: `capture` gives its scores. Leave it out here with `layers=[...]`. "
-        f"Received: attention_axes={tuple(_attention_axes(layer))}"
+        f"Received: attention_axes={tuple(attention_axes(layer))}"
     )
 
 
@@ -588,4 +591,4 @@ def _checked(heads: Heads, mask: Mask | None, wanted: _Wanted, buffers: dict) ->
         shape = (1, allowed.shape[1], len(queries), heads.key.shape[1])
         allowed = ops.convert_to_tensor(np.broadcast_to(allowed, shape)[..., keys])
     ours, _ = _attend(Heads(heads.layer, query, key, value, allowed, heads.own), False, wanted, buffers, False)
-    return _difference(heads.own(query, key, value, allowed), ours)
+    return relative_difference(heads.own(query, key, value, allowed), ours)

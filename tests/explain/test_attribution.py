@@ -12,7 +12,7 @@ from keras import layers, ops
 from kerasfactory import explain
 from kerasfactory.explain import _attribution
 from kerasfactory.explain._attribution import _projected
-from kerasfactory.explain._observe import observe
+from kerasfactory.explain._engine.observe import observe
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 METHODS = ["attention", "rollout", "attention_gradient", "value_norm", "uniform", "random"]

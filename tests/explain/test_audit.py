@@ -12,7 +12,8 @@ import pytest
 from keras import layers
 
 from kerasfactory import explain
-from kerasfactory.explain import _audit, _audit_file
+from kerasfactory.explain._audit import audit as _audit
+from kerasfactory.explain._audit import file as _audit_file
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 NAMES = ["decides", "helps", "noise", "more noise"]

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 from kerasfactory import explain
-from kerasfactory.explain._edit import editor
+from kerasfactory.explain._engine.edit import editor
 from kerasfactory.layers import InterpretableMultiHeadAttention
 
 X = np.random.default_rng(0).normal(size=(3, 5, 8)).astype("float32")

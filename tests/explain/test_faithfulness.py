@@ -12,7 +12,7 @@ from scipy import stats
 
 from kerasfactory import explain
 from kerasfactory.explain._claims import feature_claims
-from kerasfactory.explain._outputs import predictions
+from kerasfactory.explain._engine.outputs import predictions
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RNG = np.random.default_rng(3)

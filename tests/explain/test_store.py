@@ -15,7 +15,7 @@ import xarray as xr
 from keras import layers, ops
 
 from kerasfactory import explain
-from kerasfactory.explain import _store
+from kerasfactory.explain._engine import store as _store
 
 zarr = pytest.importorskip("zarr")
 BACKEND = keras.config.backend()
@@ -245,7 +245,7 @@ KILLED_CHILDREN = """
     from pathlib import Path
     import keras, numpy as np, xarray, zarr
     from kerasfactory import explain
-    from kerasfactory.explain import _store
+    from kerasfactory.explain._engine import store as _store
 
     def run(path):
         keras.utils.set_random_seed(5)

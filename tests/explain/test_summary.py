@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 from kerasfactory import explain
-from kerasfactory.explain import _store, _summary
-from kerasfactory.explain._observe import batch_size_of
+from kerasfactory.explain import _summary
+from kerasfactory.explain._engine import store as _store
+from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 BACKEND = keras.config.backend()

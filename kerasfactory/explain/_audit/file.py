@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import kerasfactory
-from kerasfactory.explain._audit_page import escaped, page, with_data, without_data
+from kerasfactory.explain._audit.page import escaped, page, with_data, without_data
 
 _NAME, _VERSION = "kerasfactory.audit", 1
 SCHEMA = f"{_NAME}/{_VERSION}"  # one string: each number in an audit is under the checksum

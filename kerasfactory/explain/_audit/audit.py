@@ -18,8 +18,9 @@ from keras import ops
 
 import kerasfactory
 from kerasfactory import _backend
+from kerasfactory._arguments import checked_level
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit_claims import (
+from kerasfactory.explain._audit.claims import (
     SEED_CLAIM,
     as_float,
     attention_claims,
@@ -31,7 +32,7 @@ from kerasfactory.explain._audit_claims import (
     ranking_claims,
     seed_claim,
 )
-from kerasfactory.explain._audit_file import (
+from kerasfactory.explain._audit.file import (
     ABSOLUTE,
     SCHEMA,
     as_json,
@@ -43,14 +44,15 @@ from kerasfactory.explain._audit_file import (
     load,
     save,
 )
-from kerasfactory.explain._capture import _rounding, capture, recomposition_error
+from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
+from kerasfactory.explain._engine.data import progress_bar
+from kerasfactory.explain._engine.observe import rounding_of
+from kerasfactory.explain._engine.statistics import bootstrap_interval
+from kerasfactory.explain._engine.store import digest_of
 from kerasfactory.explain._faithfulness import faithfulness
-from kerasfactory.explain._observe import progress_bar
-from kerasfactory.explain._outputs import _checked_level, _interval
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
-from kerasfactory.explain._store import _digest
 
 _EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
 _DRAWS = 200
@@ -187,7 +189,7 @@ def audit(
                 ) from None
     if not html_file.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(html_file.parent)!r} to write the audit into.")
-    _checked_level(level)
+    checked_level(level)
     settings = {
         "method": method,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
@@ -297,7 +299,7 @@ def verify(
     ]
     if changed:
         warnings.warn(f"The audit was made with other versions: {'; '.join(changed)}.", stacklevel=2)
-    return differences(record, now, max(ABSOLUTE, _rounding(model)))
+    return differences(record, now, max(ABSOLUTE, rounding_of(model)))
 
 
 def _record(
@@ -368,7 +370,7 @@ def _record(
                 {
                     "feature": feature,
                     "attribution": float(values.mean()),
-                    "interval": bounds(_interval(values, np.mean, level, seed)),
+                    "interval": bounds(bootstrap_interval(values, np.mean, level, seed)),
                 }
                 for feature, values in zip(features, attribution.values.T.astype("float64"), strict=True)
             ],
@@ -407,7 +409,7 @@ def _checked_models(model: Any, models: Any) -> list[str]:
             "`models` must be a list of `keras.Model`, the same model trained from other seeds. Received: "
             f"models={models!r}"
         )
-    digests = [_digest(weight.value for weight in other.weights) for other in (model, *models)]
+    digests = [digest_of(weight.value for weight in other.weights) for other in (model, *models)]
     if len(set(digests)) < len(digests):
         raise ValueError(
             "Some of `model` and `models` have the same weights: a copy would agree with itself. Leave copies out, and "
@@ -442,7 +444,7 @@ def _captured(model: Any, x: np.ndarray, common: dict[str, Any]) -> dict[str, An
         scores = capture(model, x[: common["batch_size"] or 32], **common)
     errors = recomposition_error(model, x, **common)
     return {
-        "tolerance": max(_EXACT, _rounding(model)),
+        "tolerance": max(_EXACT, rounding_of(model)),
         "prediction_difference": as_float(max(array.attrs["prediction_difference"] for array in scores.values())),
         "not_captured": [str(one.message) for one in caught if "are not captured" in str(one.message)],
         "layers": [
@@ -574,7 +576,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "name": model.name,
         "class": type(model).__name__,
         "parameters": model.count_params(),
-        "weights": _digest(weight.value for weight in model.weights),
+        "weights": digest_of(weight.value for weight in model.weights),
         "configuration": configuration,
     }
 

@@ -24,7 +24,8 @@ import xarray as xr
 from keras import tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._observe import _batches, _build
+from kerasfactory.explain._engine.data import batches_of
+from kerasfactory.explain._engine.observe import build_model
 
 try:
     import fcntl
@@ -77,7 +78,7 @@ class Store:
     ):
         self._path = _checked_path(path)
         self._zarr = _import_zarr()
-        self._source, self._expected = _batches(x, batch_size)
+        self._source, self._expected = batches_of(x, batch_size)
         self._model, self._tolerance = model, tolerance
         self._made_by = {"function": function, **arguments}
         self._digests: collections.deque[str] = collections.deque()  # of batches drawn and not yet appended
@@ -118,7 +119,7 @@ class Store:
     def __iter__(self) -> Iterator[tuple]:
         number, digest = 0, ""
         for number, data in enumerate(self._source, start=1):
-            digest = _digest(tree.flatten(data), digest)
+            digest = digest_of(tree.flatten(data), digest)
             if number == 1:
                 self._identify(data, digest)
             if number == self._done and digest != self._record["data"]:
@@ -247,8 +248,8 @@ class Store:
 
     def _identify(self, data: tuple, digest: str) -> None:
         """Makes sure that the store is of this call, or begins the record of a new one."""
-        _build(self._model, data)
-        made_by = self._made_by | {"x": digest, "weights": _digest(weight.value for weight in self._model.weights)}
+        build_model(self._model, data)
+        made_by = self._made_by | {"x": digest, "weights": digest_of(weight.value for weight in self._model.weights)}
         if self._found:
             differing = [key for key in made_by if made_by[key] != self._found["made_by"].get(key)]
             if differing:
@@ -354,7 +355,13 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def _digest(tensors: Any, before: str = "") -> str:
+def _has_nan(dataset: xr.Dataset) -> np.ndarray:
+    """Which rows hold a NaN."""
+    arrays = [array.values for array in dataset.data_vars.values() if array.dtype.kind == "f"]
+    return np.any([np.isnan(array).reshape(len(array), -1).any(axis=1) for array in arrays], axis=0)
+
+
+def digest_of(tensors: Any, before: str = "") -> str:
     """A hash of all values, and of what came before."""
     digest = hashlib.sha256(before.encode())
     for tensor in tensors:
@@ -362,9 +369,3 @@ def _digest(tensors: Any, before: str = "") -> str:
         digest.update(f"{array.shape} {array.dtype}".encode())
         digest.update(repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes())  # "O": strings
     return digest.hexdigest()
-
-
-def _has_nan(dataset: xr.Dataset) -> np.ndarray:
-    """Which rows hold a NaN."""
-    arrays = [array.values for array in dataset.data_vars.values() if array.dtype.kind == "f"]
-    return np.any([np.isnan(array).reshape(len(array), -1).any(axis=1) for array in arrays], axis=0)

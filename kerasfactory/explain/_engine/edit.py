@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._capture import _float_scores, _rounding
-from kerasfactory.explain._observe import (
-    Found,
-    _difference,
-    _explicit_scores,
-    _state,
-    _unchanged,
-    find_attention,
-    observe,
-)
+from kerasfactory.explain._engine.attention import explicit_scores, find_attention, float_scores
+from kerasfactory.explain._engine.observe import Found, observe, relative_difference, rounding_of, state_of, unchanged
 
 
 class Editor(NamedTuple):
@@ -47,20 +39,20 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     The batch `(inputs,)` tells which calls there are. Raises what `observe` raises, and `ValueError` if the outputs are
     not made of the scores, so that changing these would show nothing.
     """
-    first = next(observe(model, iter([batch]), layers, None, 0, _float_scores))
+    first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
     names = {(found.name, found.number): name for name, found in first.found.items()}
     attentions = {name: layer for name, layer in find_attention(model).items() if (name, 1) in names}
 
     def run(state, data, edit, given):
         before: dict[str, Any] = {}
-        with _unchanged(model):
+        with unchanged(model):
             for name, layer in attentions.items():
                 _edit(layer, name, names, lambda name, scores: edit(name, scores, given), before)
             outputs, _ = _backend.predict_step(model, state, data)
         return outputs, before
 
-    with _unchanged(model):
+    with unchanged(model):
         how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
     eagerly = {"run_eagerly": True, "jit_compile": False}
     steps: dict[Callable, Callable] = {}
@@ -69,7 +61,7 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     def predict(batch, edit, given):
         if edit not in steps:
             steps[edit] = _backend.compiled(lambda state, both: run(state, both[0], edit, both[1])[0], **how)
-        return steps[edit](_state(model), (batch, _tensors(given)))
+        return steps[edit](state_of(model), (batch, _tensors(given)))
 
     def gradient(batch, edit, given, scalar, more=(), once=False):
         def step(state, data):
@@ -86,22 +78,22 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
         if (edit, scalar) not in slopes:
             slopes[edit, scalar] = _backend.compiled(step, **how, once=once)
         with contextlib.suppress(Exception):
-            return slopes[edit, scalar](_state(model), data)
+            return slopes[edit, scalar](state_of(model), data)
         # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.
         slopes[edit, scalar] = _backend.compiled(step, **eagerly)
-        return slopes[edit, scalar](_state(model), data)
+        return slopes[edit, scalar](state_of(model), data)
 
     def unedited(state, data):
-        with _unchanged(model):
+        with unchanged(model):
             return _backend.predict_step(model, state, data)[0]
 
     def as_it_is(state, data):
         return run(state, data, lambda name, scores, given: scores, {})[0]
 
     # Compiling would take longer than these two runs.
-    expected, outputs = (_backend.compiled(step, **eagerly)(_state(model), batch) for step in (unedited, as_it_is))
-    difference = _difference(expected, outputs)
-    if not difference <= _rounding(model):
+    expected, outputs = (_backend.compiled(step, **eagerly)(state_of(model), batch) for step in (unedited, as_it_is))
+    difference = relative_difference(expected, outputs)
+    if not difference <= rounding_of(model):
         raise ValueError(
             "The model's outputs are not made of its attention scores: with the same scores, formed and multiplied "
             f"with the values, they differ by {difference:.1e} of the largest. There is no telling what other scores "
@@ -112,12 +104,12 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
 
 
 def _edit(layer: Any, name: str, names: dict[tuple[str, int], str], edit: Callable, before: dict[str, Any]) -> None:
-    """Has the layer attend with edited scores. To be used within `_unchanged`, which takes it away."""
+    """Has the layer attend with edited scores. To be used within `unchanged`, which takes it away."""
     compute_attention, numbers = layer._compute_attention, itertools.count(1)
 
     def edited(*args, **kwargs):
         full_name = names[name, next(numbers)]
-        before[full_name] = _explicit_scores(layer, compute_attention, args, kwargs)
+        before[full_name] = explicit_scores(layer, compute_attention, args, kwargs)
         scores = edit(full_name, before[full_name])
         value = args[2] if len(args) > 2 else kwargs["value"]
         return ops.einsum(layer._combine_equation, ops.cast(scores, value.dtype), value), scores

@@ -1,0 +1,375 @@
+"""Running somebody's model over data, as `model.predict` does, and watching its attention layers at work.
+
+Nothing of the model is changed: it runs on values of its variables that are passed in and handed back, and what a
+forward pass writes into layers is taken out again.
+"""
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from kerasfactory import _backend
+from kerasfactory.explain._engine.attention import Call, Heads, _choose, _is_usual, _watch, find_attention
+from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.layers import InterpretableMultiHeadAttention
+
+# While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
+_LOCK = threading.RLock()
+
+
+class Batch(NamedTuple):
+    """What was seen of one batch."""
+
+    size: int
+    inputs: int  # arrays in a batch
+    expected: int | None  # how many batches there will be, where that is known
+    # By name, in the order of the calls: the layer's, or `layer#1`, `layer#2`, …, if it is called more than once.
+    measured: dict[str, Any]
+    found: dict[str, "Found"]  # by the same names
+    difference: float  # of the first batch's outputs, watched and unwatched, relative to the largest
+    changes_state: bool  # whether what the model does with a batch depends on those before: random numbers, a state
+
+
+class Found(NamedTuple):
+    """What is known of a call without running it."""
+
+    name: str  # of the layer
+    number: int  # of the call
+    layer: Any
+    masks: str
+
+
+def observe(
+    model: Any,
+    x: Any,
+    layers: Any,
+    batch_size: int | None,
+    verbose: Any,
+    measure: Callable[[Call], Any],
+    attend: Callable[[Heads, bool], tuple[Any, Any]] | None = None,
+    only_scores: bool = False,
+) -> Iterator[Batch]:
+    """Yields, batch by batch, what `measure` makes of each call of an attention layer.
+
+    With `only_scores`, `measure` looks at nothing else, and a model that is not compiled need not run to its end.
+
+    With `attend` no scores are formed, nor masks as large as they: in place of each layer that attends as Keras' do,
+    it gets what the layer would attend with, and whether that is one of `layers`, and returns the layer's output
+    (`None`: the layer is to do it itself) and something for `measure`. The model then runs eagerly, and only so:
+    nothing is compared with a run that forms them.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a keras.Model; `keras.Sequential([layer])` makes one of a layer. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    batches, expected = batches_of(x, batch_size)
+    progress = progress_bar(expected, verbose)
+    first = next(batches, None)
+    if first is None or size_of(first) == 0:
+        raise ValueError("`x` is empty: it must hold at least one sample.")
+    build_model(model, first)
+    attentions = find_attention(model)
+    chosen = _choose(attentions, layers)
+    steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
+    state = state_of(model)
+    measured, after, outputs = steps.compared(state, first)
+    measured = _in_order(measured, steps.calls)
+    changes_state = any(
+        one is not other and not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
+        for one, other in zip(state[1], after[1], strict=True)
+    )
+    state = after
+    found = {}
+    for full_name in measured:
+        name, number = steps.calls[full_name]
+        found[full_name] = Found(name, number, chosen[name], steps.masks[full_name])
+    _name_what_is_missing(model, attentions, chosen, layers, {call.name for call in found.values()}, steps.lost)
+    inputs = len(tree.flatten(first))
+    batch = Batch(size_of(first), inputs, expected, measured, found, relative_difference(*outputs), changes_state)
+    yield batch
+    progress.update(1)
+
+    can_stop = only_scores and not changes_state and not steps.lost and _always_calls_the_same(model)
+    watched = steps.watched_until(len(found)) if can_stop else steps.watched
+    done = 1
+    for data in batches:
+        measured, state = watched(state, data)
+        done += 1
+        if set(measured) != set(found):
+            raise RuntimeError(
+                f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
+                f"instead of {sorted(found)}. Capture such batches one by one."
+            )
+        yield batch._replace(size=size_of(data), measured=_in_order(measured, steps.calls))
+        progress.update(done)
+    if expected is None:
+        progress.update(done, finalize=True)
+
+
+def state_of(model: Any) -> tuple[list, list]:
+    """The values of its variables."""
+    # TensorFlow's value is the variable itself.
+    trainable, non_trainable = (
+        [ops.cast(variable.value, variable.dtype) for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    )
+    return trainable, non_trainable
+
+
+class _Steps(NamedTuple):
+    """Functions from `(state, data)` that run a batch, and what they come to know of the model as they are traced."""
+
+    compared: Callable  # to what is measured, the state afterward, and the outputs, unwatched and watched
+    watched: Callable  # to what is measured and the state afterward: a compiled function leaves out the rest
+    watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
+    calls: dict[str, tuple[str, int]]
+    masks: dict[str, str]
+    lost: set[str]
+
+
+# Compiling takes longer than running many a batch: functions are kept, by what they measure, while their model lives.
+KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+
+
+def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -> _Steps:
+    kept = KEPT.setdefault(model, {})
+    traced_of = fingerprint_of(chosen, model)
+    if measure in kept and same_fingerprint(kept[measure][0], traced_of):
+        return kept[measure][1]
+
+    calls: dict[str, tuple[str, int]] = {}
+    masks: dict[str, str] = {}
+    lost: set[str] = set()
+    # What is kept must not keep the model, or both would stay for ever.
+    its_model = weakref.ref(model)
+    its_layers = {name: weakref.ref(layer) for name, layer in chosen.items()}
+
+    def watched(state, data):
+        model = its_model()
+        with unchanged(model), _watching({name: layer() for name, layer in its_layers.items()}) as seen:
+            outputs, state = _backend.predict_step(model, state, data)
+            measured = _measured(seen, measure, calls, masks, lost)
+        return measured, state, outputs
+
+    def compared(state, data):
+        model = its_model()
+        with unchanged(model):
+            outputs, _ = _backend.predict_step(model, state, data)
+        measured, state, watched_outputs = watched(state, data)
+        return measured, state, (outputs, watched_outputs)
+
+    def stopping(number):
+        def until(state, data):
+            model = its_model()
+            layers = {name: layer() for name, layer in its_layers.items()}
+            with unchanged(model), _watching(layers, stop_after=number) as seen:
+                with contextlib.suppress(_Enough):
+                    _backend.predict_step(model, state, data)
+                return _measured(seen, measure, calls, masks, lost), state
+
+        return _backend.compiled(until, run_eagerly=True, jit_compile=False)
+
+    with unchanged(model):  # Keras works this out when it is asked, and writes the answer into the model
+        how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+    compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **how)
+    is_eager = how["run_eagerly"] or keras.config.backend() == "torch"
+    steps = _Steps(
+        _backend.compiled(compared, **how, once=True),
+        compiled,
+        stopping if is_eager else lambda number: compiled,
+        calls,
+        masks,
+        lost,
+    )
+    kept[measure] = (traced_of, steps)
+    return steps
+
+
+def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, attend: Callable) -> _Steps:
+    """Not kept, for nothing is compiled: `attend` needs values."""
+    calls: dict[str, tuple[str, int]] = {}
+    masks: dict[str, str] = {}
+    lost: set[str] = set()
+
+    def watched(state, data):
+        with unchanged(model), _watching(chosen, attend) as seen:
+            for layer in find_attention(model).values():
+                if not any(layer is other for other in chosen.values()):
+                    _watch(layer, None, attend)  # it would form what the chosen ones do not
+            _, state = _backend.predict_step(model, state, data)
+            measured = _measured(seen, measure, calls, masks, lost)
+        return measured, state
+
+    step = _backend.compiled(watched, run_eagerly=True, jit_compile=False)
+    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, calls, masks, lost)
+
+
+def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks: dict, lost: set) -> dict[str, Any]:
+    measured = {}
+    numbered = [
+        (call, name, number, name if len(calls_of_layer) == 1 else f"{name}#{number}")
+        for name, calls_of_layer in seen.items()
+        for number, call in enumerate(calls_of_layer, start=1)
+    ]
+    for call, name, number, full_name in sorted(numbered, key=lambda entry: entry[0].order):
+        if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
+            lost.add(name)
+            continue
+        calls[full_name], masks[full_name] = (name, number), call.masks
+        measured[full_name] = measure(call)
+    return measured
+
+
+def _in_order(measured: dict[str, Any], calls: dict[str, tuple[str, int]]) -> dict[str, Any]:
+    """What JAX returns from a compiled function is in the order of the alphabet."""
+    return {name: measured[name] for name in calls if name in measured}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+# Keras' own notes, which no output depends on; the last two change while a model trains on JAX.
+_CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced")
+
+
+def fingerprint_of(chosen: dict[str, Any], model: Any) -> list:
+    """All that a traced function may have made a constant of: it changes if any attribute of any layer is set."""
+    entries: list[Any] = list(chosen)
+    for layer in model._flatten_layers():
+        for name, value in vars(layer).items():
+            if name in _CHANGED_BY_USE:
+                continue
+            entries.append(name)
+            if isinstance(value, _PLAIN):
+                entries.append(value)
+            else:
+                try:
+                    entries.append(weakref.ref(value))  # not its id, which another object may have later
+                except TypeError:
+                    entries.append(id(value))
+    return entries
+
+
+def same_fingerprint(one: list, other: list) -> bool:
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a is b or (isinstance(a, _PLAIN) and a == b) for a, b in pairs)
+
+
+def _name_what_is_missing(model, attentions, chosen, layers, seen, lost):
+    """No layer is left out in silence."""
+    missing = {}
+    for name in chosen:
+        if name in lost:
+            missing[name] = (
+                "its scores stay inside a loop, a `vmap` or a function compiled by itself, or its own "
+                "`_compute_attention` does not return them"
+            )
+        elif name not in seen:
+            missing[name] = "the model did not call it, or its `call` does not go through `_compute_attention`"
+    if layers is None:
+        for layer in model._flatten_layers(include_self=False):
+            if isinstance(layer, keras.layers.Attention):
+                missing[layer.name] = f"it is a `keras.layers.{type(layer).__name__}`, without heads"
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
+    if seen and layers is None:
+        if missing:
+            warnings.warn(f"These layers are not captured:{reasons}", stacklevel=4)
+    elif missing:
+        raise ValueError(f"These layers cannot be captured:{reasons}")
+    elif not attentions:
+        names = ", ".join(layer.name for layer in model.layers)
+        raise ValueError(
+            "The model has no `MultiHeadAttention` or `GroupQueryAttention`, neither Keras' own nor a subclass or a "
+            f"wrapper of it. Its layers are: {names}"
+        )
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Takes back what a forward pass writes into layers; the values of variables are not touched by one of ours."""
+    with _LOCK:
+        before = [
+            (layer, dict(layer.__dict__), list(layer._losses), set(layer._loss_ids))
+            for layer in model._flatten_layers()
+        ]
+        try:
+            yield
+        finally:
+            for layer, attributes, losses, loss_ids in before:
+                # Not cleared and filled again: another thread may be using the layer.
+                for name in set(layer.__dict__) - set(attributes):
+                    del layer.__dict__[name]
+                for name, value in attributes.items():
+                    if name not in layer.__dict__ or layer.__dict__[name] is not value:
+                        layer.__dict__[name] = value
+                layer._losses[:] = losses
+                layer._loss_ids.clear()
+                layer._loss_ids.update(loss_ids)
+
+
+class _Enough(BaseException):
+    """Everything is known that is wanted. Keras takes hold of an `Exception` on its way."""
+
+
+def _always_calls_the_same(model: Any) -> bool:
+    """Whether the model is a graph that calls its attention layers, the same ones for all data."""
+    of_keras = type(model).call.__module__ in ("keras.src.models.functional", "keras.src.models.sequential")
+    return of_keras and all(
+        _is_usual(layer.call)
+        or not find_attention(layer)
+        or (isinstance(layer, keras.Model) and _always_calls_the_same(layer))
+        for layer in model.layers
+    )
+
+
+@contextlib.contextmanager
+def _watching(
+    attentions: dict[str, Any], attend: Callable | None = None, stop_after: int | None = None
+) -> Iterator[dict[str, list[Call]]]:
+    """Fills a dictionary with the calls of the layers. To be used within `unchanged`, which takes it all away."""
+    calls: dict[str, list[Call]] = {name: [] for name in attentions}
+
+    def stop():
+        if sum(map(len, calls.values())) == stop_after:
+            raise _Enough
+
+    for name, layer in attentions.items():
+        _watch(layer, calls[name], attend, stop if stop_after else None)
+    yield calls
+
+
+def build_model(model: Any, data: Any) -> None:
+    """Gives a model its weights that has none yet, as `predict` would."""
+    if all(layer.built for layer in model._flatten_layers()):
+        return
+    with keras.StatelessScope():
+        model(data[0])
+    for layer in model._flatten_layers():
+        if isinstance(layer, InterpretableMultiHeadAttention):
+            layer._scores = layer._traced_scores = None  # were computed with weights that are no more
+
+
+def relative_difference(outputs: Any, watched_outputs: Any) -> float:
+    """The largest difference between two outputs of a model, relative to the largest entry."""
+    worst = 0.0
+    for one, other in zip(tree.flatten(outputs), tree.flatten(watched_outputs), strict=True):
+        one, other = (_backend.as_numpy(a).astype("float64") for a in (one, other))
+        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        if not same.all():
+            worst = max(worst, np.abs(one - other)[~same].max() / np.abs(one[np.isfinite(one)]).max(initial=1e-30))
+    return float(worst)
+
+
+# How far apart, relative to the largest entry, two runs of one computation may lie: rounding, not another computation.
+_ROUNDING, _HALF_PRECISION_ROUNDING = 1e-5, 2e-2
+
+
+def rounding_of(model: Any) -> float:
+    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+    return _HALF_PRECISION_ROUNDING if half else _ROUNDING
