@@ -163,11 +163,11 @@ def about_the_map(trained):
 
     def in_weights(name, seed, epochs, method="attention"):
         model = trained(PROCESSES[name][0], seed, epochs)
-        return explain.parameter_randomization(model, held_out(name, seed), method, verbose=0, seed=seed)
+        return explain.parameter_randomization(model, held_out(name, seed), method=method, verbose=0, seed=seed)
 
     def faithful(name, seed, method):
         model, x = trained(PROCESSES[name][0], seed, 25), held_out(name, seed)
-        attribution = explain.attribute(model, x, method, batch_size=100, verbose=0, seed=seed)
+        attribution = explain.attribute(model, x, method=method, batch_size=100, verbose=0, seed=seed)
         return explain.faithfulness(model, x, attribution, verbose=0, seed=seed)
 
     cases = [

@@ -105,8 +105,10 @@ for name, values in maps.items():
 attributions = {
     "last layer": scores["second"].mean("head").isel(query=-1),
     "mean of layers": explain.attribute(model, x_test, query=-1, batch_size=250, verbose=0),
-    "value norms": explain.attribute(model, x_test, "value_norm", query=-1, batch_size=250, verbose=0),
-    "rollout": explain.attribute(model, x_test, "rollout", query=-1, batch_size=250, verbose=0),  # rolled's last row
+    "value norms": explain.attribute(model, x_test, method="value_norm", query=-1, batch_size=250, verbose=0),
+    "rollout": explain.attribute(
+        model, x_test, method="rollout", query=-1, batch_size=250, verbose=0
+    ),  # rolled's last row
 }
 
 

@@ -65,7 +65,7 @@ print(f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.1f}
 
 # %%
 attention = explain.parameter_randomization(models[0], x_test, verbose=0)
-size = explain.parameter_randomization(models[0], x_test, lambda model, x: np.abs(x), verbose=0)
+size = explain.parameter_randomization(models[0], x_test, method=lambda model, x: np.abs(x), verbose=0)
 for name, result in {"attention": attention, "size of the numbers": size}.items():
     kept = "all" if result["median_kept"] > 0.99 else "less than half" if result["median_kept"] < 0.5 else "much"
     print(

@@ -28,6 +28,7 @@ _NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is 
 def attribute(
     model: keras.Model,
     x: Any,
+    *,
     method: str = "attention",
     target: int | None = None,
     query: int | str | None = None,
@@ -142,7 +143,7 @@ def attribute(
         print(weights.sizes, weights.sum("feature").values.round(3).max())
         #> Frozen({'sample': 100, 'feature': 3}) 1.0
 
-        relevance = explain.attribute(model, x, "attention_gradient", target=1, verbose=0)
+        relevance = explain.attribute(model, x, method="attention_gradient", target=1, verbose=0)
         print(relevance.coords["feature"].values, bool((relevance >= 0).all()))
         #> ['age' 'pulse' 'weight'] True
         ```

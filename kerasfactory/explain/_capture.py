@@ -21,6 +21,7 @@ from kerasfactory.explain._engine.store import Store
 def capture(
     model: keras.Model,
     x: Any,
+    *,
     layers: str | Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -163,6 +164,7 @@ def capture(
 def recomposition_error(
     model: keras.Model,
     x: Any,
+    *,
     layers: str | Sequence[str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",

@@ -27,11 +27,12 @@ _RATE, _NOISE = 0.3, 0.5
 def attention_controls(
     model: keras.Model,
     x: Any,
+    *,
     target: int | None = None,
     layers: str | Sequence[str] | None = None,
     draws: int = 5,
-    tolerance: float = 0.02,
     steps: int = 30,
+    tolerance: float = 0.02,
     level: float = 0.05,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -140,7 +141,7 @@ def attention_controls(
         weights, own = more
         return ops.sum(weights * ops.maximum(change(outputs_of_batch, own) - tolerance, 0))
 
-    captured = capture(model, x, layers, batch_size=batch_size, verbose=0)
+    captured = capture(model, x, layers=layers, batch_size=batch_size, verbose=0)
     for name, scores in captured.items():
         if scores.dims[0] != "sample" or scores.dims[-2:] != ("query", "key"):
             raise ValueError(

@@ -197,8 +197,9 @@ def head_importance(
     model: keras.Model,
     x: Any,
     y: Any,
-    loss: str | keras.losses.Loss | Callable[[Any, Any], Any] | None = None,
+    *,
     layers: str | Sequence[str] | None = None,
+    loss: str | keras.losses.Loss | Callable[[Any, Any], Any] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, xr.Dataset]:

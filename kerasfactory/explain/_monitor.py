@@ -78,6 +78,7 @@ class AttentionMonitor(keras.callbacks.Callback):
     def __init__(
         self,
         x: Any,
+        *,
         layers: str | Sequence[str] | None = None,
         every: int = 1,
         log_dir: str | os.PathLike[str] | None = None,

@@ -24,6 +24,7 @@ _NOTHING = 1e-6  # a distance that is rounding
 def parameter_randomization(
     model: keras.Model,
     x: Any,
+    *,
     method: str | Callable[[keras.Model, Any], Any] = "attention",
     layers: str | Sequence[str] | None = None,
     weights: str = "attention",
@@ -103,7 +104,7 @@ def parameter_randomization(
         print(result["median_kept"].item() < 0.5, result["p_value"].item() < 0.05)
         #> True True
 
-        size = explain.parameter_randomization(model, x, lambda model, x: np.abs(x).sum(axis=2), verbose=0)
+        size = explain.parameter_randomization(model, x, method=lambda model, x: np.abs(x).sum(axis=2), verbose=0)
         print(size["median_kept"].item())  # it looks at the data alone
         #> 1.0
         ```
@@ -121,7 +122,7 @@ def parameter_randomization(
         if callable(method):
             return _shares(method(model, x))
         size = batch_size_of(x, _SAMPLES)
-        return _shares(attribute(model, x, method, layers=layers, batch_size=size, verbose=0, seed=seed))
+        return _shares(attribute(model, x, method=method, layers=layers, batch_size=size, verbose=0, seed=seed))
 
     own = attributed()
     attentions = list(find_attention(model).values())
@@ -176,7 +177,12 @@ def parameter_randomization(
 
 
 def seed_agreement(
-    attributions: Sequence[Any], top_k: int | None = None, draws: int = 1000, level: float = 0.05, seed: int = 0
+    attributions: Sequence[Any],
+    *,
+    top_k: int | None = None,
+    draws: int = 1000,
+    level: float = 0.05,
+    seed: int = 0,
 ) -> xr.Dataset:
     r"""Whether models that differ only in the seed of their training attribute to the same features.
 

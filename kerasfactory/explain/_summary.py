@@ -43,6 +43,7 @@ class _Wanted(NamedTuple):
 def summarize(
     model: keras.Model,
     x: Any,
+    *,
     layers: str | Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
     top_k: int = 16,

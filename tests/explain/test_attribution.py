@@ -24,8 +24,8 @@ SEQUENCE = RNG.normal(size=(7, 5, 8)).astype("float32")
 WORDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 0, 0, 0, 0]])
 
 
-def attribute(model, x, *args, **kwargs):
-    return explain.attribute(model, x, *args, verbose=0, **kwargs)
+def attribute(model, x, **kwargs):
+    return explain.attribute(model, x, verbose=0, **kwargs)
 
 
 @functools.cache  # compiling is what takes time here
@@ -66,7 +66,7 @@ def test_every_method_on_every_attention(kind, method):
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
     weights, x = model.get_weights(), TABLE.copy()
 
-    result = attribute(model, TABLE, method, batch_size=4)
+    result = attribute(model, TABLE, method=method, batch_size=4)
 
     assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
     for value, other in zip(model.get_weights(), weights, strict=True):
@@ -88,9 +88,9 @@ def test_every_method_on_every_attention(kind, method):
         "backend": keras.config.backend(),
         "keras_version": keras.__version__,
     }
-    np.testing.assert_allclose(attribute(model, TABLE, method), result, atol=1e-6)  # whatever the batches
+    np.testing.assert_allclose(attribute(model, TABLE, method=method), result, atol=1e-6)  # whatever the batches
     if method != "random":
-        np.testing.assert_allclose(attribute(model, TABLE[2:3], method)[0], result[2], atol=1e-6)
+        np.testing.assert_allclose(attribute(model, TABLE[2:3], method=method)[0], result[2], atol=1e-6)
 
 
 def test_attention_is_the_mean_of_the_scores_or_one_querys_row():
@@ -139,8 +139,10 @@ def test_rows_of_a_rollout_sum_to_one_and_pool_to_the_attribution():
     model = on_table("ours", depth=4)
     result = explain.rollout(explain.capture(model, TABLE, verbose=0))
     np.testing.assert_allclose(result.sum("key"), 1, atol=1e-6)
-    np.testing.assert_allclose(attribute(model, TABLE, "rollout"), result.mean("query"), atol=1e-6)
-    np.testing.assert_allclose(attribute(model, TABLE, "rollout", query="dose"), result.sel(query="dose"), atol=1e-6)
+    np.testing.assert_allclose(attribute(model, TABLE, method="rollout"), result.mean("query"), atol=1e-6)
+    np.testing.assert_allclose(
+        attribute(model, TABLE, method="rollout", query="dose"), result.sel(query="dose"), atol=1e-6
+    )
 
 
 def test_a_query_that_looks_nowhere_stays_itself_in_a_rollout():
@@ -156,7 +158,7 @@ def test_layers_come_in_the_order_of_their_calls():
     x = between(x, x)
     model = keras.Model(inputs, layers.GlobalAveragePooling1D()(twice(x, x)))
     model.compile(jit_compile=keras.config.backend() == "jax")
-    assert attribute(model, SEQUENCE, "rollout").attrs["layers"] == "a#1, z, a#2"
+    assert attribute(model, SEQUENCE, method="rollout").attrs["layers"] == "a#1, z, a#2"
     batches = iter([SEQUENCE[:3], SEQUENCE[3:]])
     assert list(explain.capture(model, batches, verbose=0)) == ["a#1", "z", "a#2"]
 
@@ -216,10 +218,10 @@ def test_gradient_attention_is_that_of_finite_differences(depth, target):
 
     expected = relevance - np.eye(5)
     assert expected.mean() > 1e-3
-    result = attribute(model, TABLE, "attention_gradient", target)
+    result = attribute(model, TABLE, method="attention_gradient", target=target)
     np.testing.assert_allclose(result, expected.mean(1), rtol=1e-3, atol=1e-6)
     assert result.attrs["target"] == ("predicted" if target is None else 0)
-    of_one = attribute(model, TABLE, "attention_gradient", target, query="pulse")
+    of_one = attribute(model, TABLE, method="attention_gradient", target=target, query="pulse")
     np.testing.assert_allclose(of_one, expected[:, 1], rtol=1e-3, atol=1e-6)
 
 
@@ -231,17 +233,17 @@ def test_gradients_are_compiled_once_for_all_sizes_of_batches(monkeypatch):
         return chosen_output(outputs, target)
 
     monkeypatch.setattr(_attribution, "_chosen_output", counted)
-    result = attribute(model, TABLE, "attention_gradient", batch_size=3)  # 3, 3 and 1 samples
+    result = attribute(model, TABLE, method="attention_gradient", batch_size=3)  # 3, 3 and 1 samples
     assert len(runs) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 3)  # `jax.jit` is for one size
-    np.testing.assert_allclose(result, attribute(model, TABLE, "attention_gradient"), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(result, attribute(model, TABLE, method="attention_gradient"), rtol=1e-4, atol=1e-7)
 
 
 def test_one_output_needs_no_target():
     model = on_table("ours", depth=1, outputs=1)
-    result = attribute(model, TABLE, "attention_gradient")
-    np.testing.assert_array_equal(result, attribute(model, TABLE, "attention_gradient", target=0))
+    result = attribute(model, TABLE, method="attention_gradient")
+    np.testing.assert_array_equal(result, attribute(model, TABLE, method="attention_gradient", target=0))
     flat = keras.Model(model.inputs, layers.Reshape(())(model.outputs[0]))
-    np.testing.assert_array_equal(result, attribute(flat, TABLE, "attention_gradient"))
+    np.testing.assert_array_equal(result, attribute(flat, TABLE, method="attention_gradient"))
 
 
 def gated(kind, **arguments):
@@ -294,8 +296,8 @@ def test_value_vectors_and_the_bias_sum_to_the_output_and_their_lengths_are_the_
 
     lengths = np.linalg.norm(each.sum(3), axis=-1)
     assert lengths.std() > 0.1
-    np.testing.assert_allclose(attribute(model, SEQUENCE, "value_norm"), lengths.mean(1), rtol=1e-5)
-    np.testing.assert_allclose(attribute(model, SEQUENCE, "value_norm", query=-1), lengths[:, -1], rtol=1e-5)
+    np.testing.assert_allclose(attribute(model, SEQUENCE, method="value_norm"), lengths.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(attribute(model, SEQUENCE, method="value_norm", query=-1), lengths[:, -1], rtol=1e-5)
 
 
 def test_value_norm_from_the_weights():
@@ -310,7 +312,7 @@ def test_value_norm_from_the_weights():
     transformed = np.einsum("bkhd,hdo->bhko", np.einsum("bki,ihd->bkhd", SEQUENCE, wv) + bv, wo)
     added = np.einsum("bhqk,bhko->bqko", scores, transformed)
     expected = np.linalg.norm(added, axis=-1).mean(1)
-    np.testing.assert_allclose(attribute(model, SEQUENCE, "value_norm"), expected, rtol=1e-5)
+    np.testing.assert_allclose(attribute(model, SEQUENCE, method="value_norm"), expected, rtol=1e-5)
 
 
 @functools.cache
@@ -325,7 +327,7 @@ def on_words():
 @pytest.mark.parametrize("method", METHODS)
 def test_masked_keys_get_nothing(method):
     model = on_words()
-    result = attribute(model, WORDS, method)
+    result = attribute(model, WORDS, method=method)
     assert (result.values[WORDS == 0] == 0).all()
     if method in DISTRIBUTIONS:
         np.testing.assert_allclose(result.sum("feature"), 1, atol=1e-6)
@@ -336,7 +338,7 @@ def test_masked_keys_get_nothing(method):
         scores = explain.capture(model, WORDS, verbose=0)
         mean = sum(array.mean("head") for array in scores.values())[1] / 2
         np.testing.assert_allclose(result[1], mean[:3].mean("query"), atol=1e-6)  # over the queries that look
-    nothing = attribute(model, np.zeros_like(WORDS), method)
+    nothing = attribute(model, np.zeros_like(WORDS), method=method)
     np.testing.assert_array_equal(nothing, np.zeros((3, 5)))
 
 
@@ -345,20 +347,20 @@ def test_a_query_under_a_causal_mask_sees_what_is_before_it():
     x = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs, use_causal_mask=True)
     model = keras.Model(inputs, layers.Dense(1)(x[:, -1]))
     for method in METHODS:
-        result = attribute(model, SEQUENCE, method, query=1)
+        result = attribute(model, SEQUENCE, method=method, query=1)
         assert (result.values[:, 2:] == 0).all()
         if method == "attention_gradient":  # the model reads the last position only
             assert (result == 0).all()
-            assert (attribute(model, SEQUENCE, method, query=-1) > 0).any()
-    np.testing.assert_allclose(attribute(model, SEQUENCE, "uniform", query=1)[0], [0.5, 0.5, 0, 0, 0])
+            assert (attribute(model, SEQUENCE, method=method, query=-1) > 0).any()
+    np.testing.assert_allclose(attribute(model, SEQUENCE, method="uniform", query=1)[0], [0.5, 0.5, 0, 0, 0])
 
 
 def test_random_is_a_flat_dirichlet_distribution_with_a_seed():
     model = on_table("ours", depth=1)
     x = np.tile(TABLE, (300, 1))
-    result = attribute(model, x, "random", seed=1, batch_size=700)
-    np.testing.assert_array_equal(result, attribute(model, x, "random", seed=1, batch_size=2100))
-    assert not np.allclose(result, attribute(model, x, "random", seed=2, batch_size=700))
+    result = attribute(model, x, method="random", seed=1, batch_size=700)
+    np.testing.assert_array_equal(result, attribute(model, x, method="random", seed=1, batch_size=2100))
+    assert not np.allclose(result, attribute(model, x, method="random", seed=2, batch_size=700))
     np.testing.assert_allclose(result.mean("sample"), 1 / 5, atol=0.02)
     np.testing.assert_allclose(result.var("sample"), 1 / 5 * 4 / 5 / 6, rtol=0.15)
 
@@ -371,12 +373,12 @@ def test_one_layer_of_cross_attention_is_about_what_it_looks_at():
     model = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(both)))
     data = [TABLE, RNG.normal(size=(7, 6, 8)).astype("float32")]
     for method in ("attention", "attention_gradient", "value_norm", "uniform", "random"):
-        assert attribute(model, data, method, layers="cross").shape == (7, 6)
+        assert attribute(model, data, method=method, layers="cross").shape == (7, 6)
     with pytest.raises(ValueError, match=r"different numbers of keys, \{'cross': 6, 'self': 5\}.*`layers="):
         attribute(model, data)
     for method in ("rollout", "attention_gradient"):
         with pytest.raises(ValueError, match=r"cross: 5 x 6, self: 5 x 5.*Leave out cross-attention"):
-            attribute(model, data, method)
+            attribute(model, data, method=method)
     with pytest.raises(ValueError, match=r"Leave out cross-attention"):
         explain.rollout(explain.capture(model, data, layers="cross", verbose=0))
 
@@ -400,7 +402,7 @@ def test_nan_is_warned_of_and_stays_in_its_sample(method):
     x = TABLE.copy()
     x[[1, 4], 1] = np.nan
     with pytest.warns(UserWarning, match="NaN in 2 of 7 samples, the first of them number 1"):
-        result = attribute(model, x, method, batch_size=4)
+        result = attribute(model, x, method=method, batch_size=4)
     assert np.isnan(result[[1, 4]]).any("feature").all()
     assert not np.isnan(result.drop_sel(sample=[1, 4])).any()
 
@@ -413,7 +415,7 @@ def test_nan_in_scores_is_warned_of():
 def test_half_precision():
     model = on_table("ours", policy="mixed_bfloat16")
     for method in METHODS:
-        result = attribute(model, TABLE, method)
+        result = attribute(model, TABLE, method=method)
         assert (result.dtype, result.shape) == ("float32", (7, 5))
         assert np.isfinite(result).all()
         if method in DISTRIBUTIONS:
@@ -454,9 +456,9 @@ def test_attention_that_is_not_over_features_is_refused():
     folded = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling2D()(Folding(block)(inputs))))
     for method in METHODS:
         with pytest.raises(ValueError, match=r"'both' attends over several axes.*`layers="):
-            attribute(both, x, method)
+            attribute(both, x, method=method)
         with pytest.raises(ValueError, match=r"inner' attends in 6 sequences for 2 samples.*`layers="):
-            attribute(folded, x, method)
+            attribute(folded, x, method=method)
 
 
 class Folding(layers.Layer):
@@ -476,18 +478,18 @@ def test_batches_of_different_lengths_are_refused():
     model = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x)))
     for method in METHODS:
         with pytest.raises(ValueError, match=r"4 queries and 4 keys in one batch, and 5 and 5.*Pad them"):
-            attribute(model, iter([SEQUENCE, SEQUENCE[:, :4]]), method)
+            attribute(model, iter([SEQUENCE, SEQUENCE[:, :4]]), method=method)
 
 
 def test_gradients_need_one_output_a_class():
     model = on_table("ours")
     two = keras.Model(model.inputs, [model.outputs[0], layers.Softmax()(model.outputs[0])])
     with pytest.raises(ValueError, match=r"Gradients need one output.*\(7, 3\), \(7, 3\)"):
-        attribute(two, TABLE, "attention_gradient")
+        attribute(two, TABLE, method="attention_gradient")
     inputs = keras.Input((5, 8))
     tagger = keras.Model(inputs, layers.MultiHeadAttention(2, 4)(inputs, inputs))
     with pytest.raises(ValueError, match=r"Gradients need one output.*\(7, 5, 8\)"):
-        attribute(tagger, SEQUENCE, "attention_gradient")
+        attribute(tagger, SEQUENCE, method="attention_gradient")
 
 
 def test_rollout_says_what_is_wrong_with_scores():
@@ -513,5 +515,5 @@ def test_scores_that_are_no_distribution_are_not_rolled_out():
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, Sigmoid(2, 4)(inputs, inputs))
     with pytest.raises(ValueError, match=r"rows of scores that sum to 1"):
-        attribute(model, SEQUENCE, "rollout")
-    assert (attribute(model, SEQUENCE, "value_norm") > 0).all()
+        attribute(model, SEQUENCE, method="rollout")
+    assert (attribute(model, SEQUENCE, method="value_norm") > 0).all()

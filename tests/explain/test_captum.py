@@ -98,7 +98,9 @@ def test_attention_gradient_is_input_x_gradient_of_the_scores(names, target, mod
         )
         assert (products < -0.001).any()
         relevance = relevance + products.clamp(min=0).mean(1) @ relevance
-    ours = explain.attribute(model, X, "attention_gradient", target=target, layers=names, batch_size=5, verbose=0)
+    ours = explain.attribute(
+        model, X, method="attention_gradient", target=target, layers=names, batch_size=5, verbose=0
+    )
     close(ours, (relevance - identity).mean(1))
 
 

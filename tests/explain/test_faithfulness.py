@@ -168,7 +168,7 @@ def test_one_seed_for_all_does_not_make_what_is_tested_depend_on_the_test(monkey
 
     model = subclassed()
     monkeypatch.setattr(np.random, "default_rng", recorded)
-    attribution = explain.attribute(model, X, "random", verbose=0, seed=0)
+    attribution = explain.attribute(model, X, method="random", verbose=0, seed=0)
     explain.faithfulness(model, X, attribution, draws=1, verbose=0, seed=0)
     explain.attention_controls(model, X, draws=1, steps=1, verbose=0, seed=0)
     explain.parameter_randomization(model, X, draws=1, verbose=0, seed=0)

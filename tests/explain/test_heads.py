@@ -245,7 +245,9 @@ def test_a_loss_is_compiled_once_for_all_sizes_of_batches():
             traced.append(outputs)
         return (y - outputs) ** 2
 
-    importance = explain.head_importance(model, X, Y, loss, batch_size=16, verbose=0)["second"]  # 16, 16 and 8 samples
+    importance = explain.head_importance(model, X, Y, loss=loss, batch_size=16, verbose=0)[
+        "second"
+    ]  # 16, 16 and 8 samples
     assert len(traced) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 0)  # `jax.jit` is for one size
     model.compile(loss="mse", run_eagerly=True)
     xr.testing.assert_allclose(importance, explain.head_importance(model, X, Y, verbose=0)["second"], rtol=1e-4)
@@ -255,8 +257,8 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_is():
     def loss(y, outputs):
         return ops.square(outputs - ops.convert_to_tensor(np.tanh(ops.convert_to_numpy(y))))  # a graph has no values
 
-    importance = explain.head_importance(two_layers(), X, Y, loss, batch_size=16, verbose=0)["second"]
-    expected = explain.head_importance(two_layers(), X, np.tanh(Y), "mse", batch_size=16, verbose=0)["second"]
+    importance = explain.head_importance(two_layers(), X, Y, loss=loss, batch_size=16, verbose=0)["second"]
+    expected = explain.head_importance(two_layers(), X, np.tanh(Y), loss="mse", batch_size=16, verbose=0)["second"]
     xr.testing.assert_allclose(importance, expected, rtol=1e-4)
 
 
@@ -269,7 +271,9 @@ def test_several_outputs_and_several_inputs():
     x = {"one": X, "other": X[:, :3]}
     with pytest.raises(ValueError, match="compiled with several losses"):
         explain.head_importance(model, x, Y, verbose=0)
-    importance = explain.head_importance(model, x, Y, lambda y, outputs: ops.mean(outputs[1], (1, 2)) * y, verbose=0)
+    importance = explain.head_importance(
+        model, x, Y, loss=lambda y, outputs: ops.mean(outputs[1], (1, 2)) * y, verbose=0
+    )
     assert (importance["cross"]["gradient"] > 0).all()
 
 

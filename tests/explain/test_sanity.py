@@ -36,7 +36,7 @@ def test_what_is_kept_by_hand():
 
     own = first_weights(model, X)[0]
     own = own / own.sum()
-    result = explain.parameter_randomization(model, X, first_weights, draws=30, verbose=0)
+    result = explain.parameter_randomization(model, X, method=first_weights, draws=30, verbose=0)
     values = ops.convert_to_numpy(kernel).reshape(-1)
     # All that another shuffle can put there, and so what all distances are made of on average.
     shuffled = np.abs(np.stack([np.random.default_rng(k).permutation(values)[:8] for k in range(3000)]))
@@ -58,29 +58,31 @@ def test_attention_is_in_the_weights_and_data_are_not():
     assert attention["p_value"] == 0.5**10
     assert attention.attrs["method"] == "attention"
 
-    data = explain.parameter_randomization(model, X, lambda model, x: np.abs(x), draws=10, verbose=0)
+    data = explain.parameter_randomization(model, X, method=lambda model, x: np.abs(x), draws=10, verbose=0)
     np.testing.assert_allclose(data["kept"], 1)
     assert (data["p_value"], data["p_opposite"]) == (1, 0.5**10)
 
-    even = explain.parameter_randomization(model, X, "uniform", draws=10, verbose=0)
+    even = explain.parameter_randomization(model, X, method="uniform", draws=10, verbose=0)
     assert np.isnan(even["kept"]).all()
     assert (even["p_value"], even["p_opposite"]) == (1, 1)
 
 
 @pytest.mark.parametrize("method", ["rollout", "attention_gradient", "value_norm"])
 def test_each_method_runs_with_other_weights(method):
-    result = explain.parameter_randomization(tabular(), X, method, draws=2, verbose=0)
+    result = explain.parameter_randomization(tabular(), X, method=method, draws=2, verbose=0)
     assert (result["distance"] > 0).all()
     assert np.isfinite(result["kept"]).all()
 
 
 def test_which_weights_are_shuffled_and_which_samples_are_used():
     model = tabular()
-    tokens = explain.parameter_randomization(model, X, lambda model, x: model.layers[1](x)[..., 0], draws=2, verbose=0)
+    tokens = explain.parameter_randomization(
+        model, X, method=lambda model, x: model.layers[1](x)[..., 0], draws=2, verbose=0
+    )
     np.testing.assert_array_equal(tokens["distance"], 0)  # those of the tokenizer are not attention's
     assert (
         explain.parameter_randomization(
-            model, X, lambda model, x: model.layers[1](x)[..., 0], weights="all", draws=2, verbose=0
+            model, X, method=lambda model, x: model.layers[1](x)[..., 0], weights="all", draws=2, verbose=0
         )["distance"]
         > 0
     ).all()
@@ -109,7 +111,7 @@ def test_randomization_refuses_what_it_cannot_test(arguments, message):
 def test_an_attribution_that_changes_its_shape_is_refused():
     widths = iter([4, 5])
     with pytest.raises(ValueError, match="of one shape, whatever the weights"):
-        explain.parameter_randomization(tabular(), X, lambda model, x: x[:, : next(widths)], verbose=0)
+        explain.parameter_randomization(tabular(), X, method=lambda model, x: x[:, : next(widths)], verbose=0)
 
 
 def test_models_that_were_never_trained_agree_by_chance():

@@ -63,11 +63,12 @@ def audit(
     x: Any,
     y: Any = None,
     path: str | os.PathLike[str] = "audit.html",
+    *,
     method: str = "attention",
-    feature_names: Sequence[str] | None = None,
     layers: str | Sequence[str] | None = None,
-    background: Any = None,
     models: Sequence[keras.Model] = (),
+    feature_names: Sequence[str] | None = None,
+    background: Any = None,
     level: float = 0.05,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -209,8 +210,9 @@ def verify(
     model: keras.Model,
     x: Any,
     y: Any = None,
-    background: Any = None,
+    *,
     models: Sequence[keras.Model] = (),
+    background: Any = None,
     verbose: int | str = "auto",
 ) -> list[str]:
     """Computes an audit again and says what no longer holds.
@@ -313,7 +315,7 @@ def _record(
 
     common = {"layers": settings["layers"], "batch_size": batch_size, "verbose": 0}
     names = settings["feature_names"]
-    attribution = attribute(model, x, settings["method"], feature_names=names, seed=seed, **common)
+    attribution = attribute(model, x, method=settings["method"], feature_names=names, seed=seed, **common)
     features = attribution.coords.get("feature", range(attribution.sizes["feature"]))
     features = [str(feature) for feature in np.asarray(features)]
     progress.add(1)
@@ -335,7 +337,9 @@ def _record(
     no_seeds = few or alone or ("" if models else "No models from other seeds were given, `models=[...]`.")
     seeds = None
     if not no_seeds:
-        others = [attribute(other, x, settings["method"], feature_names=names, seed=seed, **common) for other in models]
+        others = [
+            attribute(other, x, method=settings["method"], feature_names=names, seed=seed, **common) for other in models
+        ]
         seeds = _seeds([attribution, *others], digests, draws, features, level, seed)
     progress.add(1)
     no_claims = no_ranking or _no_claims(model, x, y)
