@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import operator
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, generator
-from kerasfactory.explain._capture import _warn
-from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores
+from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores, gate_of, output_projection
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
-from kerasfactory.explain._engine.labels import check_axes, labels_of
-from kerasfactory.explain._engine.observe import Batch, observe
+from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 
 _METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "uniform", "random")
 _NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is rounding in half precision
@@ -82,7 +81,7 @@ def attribute(
     that decides by one position. Queries that look nowhere, such as padding, are left out of the mean.
 
     Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers, in
-    `"attention_gradient"`, a masked position that looks at others itself passes on what it holds. A sample without
+    `"attention_gradient"`, a masked position that attends to others itself passes on what it holds. A sample without
     anything to look at gets zeros.
 
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
@@ -171,18 +170,16 @@ def attribute(
             coordinates = _checked_axes(model, batch, shapes, method, names)
             position = None if query is None else _position(query, coordinates, shapes)
         for name, (values, _) in parts.items():
-            if values.shape[1:] != shapes[name]:
-                raise ValueError(_differing(name, values.shape[1:], shapes[name]))
+            check_same_lengths(name, values.shape[1:], shapes[name])
         rows.append(_attributed(method, list(parts.values()), position, rng))
 
-    _warn(model, batch.difference, {}, {})
+    warn_of_difference(model, batch.difference)
     result = np.concatenate(rows)
     bad = np.flatnonzero(np.isnan(result).any(axis=1))
     if len(bad):
-        warnings.warn(
+        warn(
             f"The attribution is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}. "
-            "Look for NaN or infinite numbers in these samples, and in the model's weights.",
-            stacklevel=2,
+            "Look for NaN or infinite numbers in these samples, and in the model's weights."
         )
     coordinates = {"feature": coordinates["key"]} if "key" in coordinates else {}
     return xr.DataArray(
@@ -225,8 +222,8 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     Returns:
         xr.DataArray: `float32` (or `float64`) with the dimensions (sample, query, key) and the coordinates of the
         scores: the share of the input at `key` in what the last layer puts out at `query`. Shares are from 0 to 1; each
-        row sums to 1. Where a query looks nowhere, as padding does, its layer leaves the position as it is, so that its
-        row is one of the identity. The attribute `layers` names them in their order.
+        row sums to 1. Where a query attends to nothing, as padding does, its layer leaves the position as it is,
+        so that its row is one of the identity. The attribute `layers` names them in their order.
 
     Raises:
         ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1; if
@@ -272,10 +269,7 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     result = _rolled_out([_heads_merged(array.values) for array in arrays.values()])
     bad = np.flatnonzero(np.isnan(result).any(axis=(1, 2)))
     if len(bad):
-        warnings.warn(
-            f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.",
-            stacklevel=2,
-        )
+        warn(f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.")
     last = next(reversed(arrays.values()))
     coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
     attributes = {"layers": ", ".join(arrays)}
@@ -345,25 +339,25 @@ def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
     measured = batch.measured[name]
     if isinstance(measured, tuple):  # the heads are merged already
         values, scores = map(_backend.as_numpy, measured)
-        looks = np.any(scores, axis=(1, 3))
+        attends = np.any(scores, axis=(1, 3))
     else:
         scores = _backend.as_numpy(measured)
         _check_one_axis(batch.found[name].layer, scores.shape)
-        values, looks = _heads_merged(scores)
+        values, attends = _heads_merged(scores)
     if len(values) != batch.size:
         raise ValueError(
             f"Layer {name!r} attends in {len(values)} sequences for {batch.size} samples: the model folds another axis "
             "into the batch, and a key is not a feature of a sample. Choose other layers with `layers=[...]`, or read "
             "its scores with `explain.capture`."
         )
-    return values, looks
+    return values, attends
 
 
 def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over those heads in which a query looks at anything, and whether there is one."""
-    looks = np.any(scores, axis=-1)  # (sample, head, query); NaN too
-    values = scores.sum(axis=1) / np.maximum(looks.sum(axis=1), 1)[..., None].astype(scores.dtype)
-    return values, np.any(looks, axis=1)
+    """The mean over those heads in which a query attends to anything, and whether there is one."""
+    attends = np.any(scores, axis=-1)  # (sample, head, query); NaN too
+    values = scores.sum(axis=1) / np.maximum(attends.sum(axis=1), 1)[..., None].astype(scores.dtype)
+    return values, np.any(attends, axis=1)
 
 
 def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
@@ -375,17 +369,10 @@ def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _differing(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> str:
-    return (
-        f"Layer {name!r} has {shape[0]} queries and {shape[1]} keys in one batch, and {before[0]} and {before[1]} in "
-        "those before: the batches in `x` differ in length. Pad them all to one length."
-    )
-
-
 def _attributed(
     method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """(sample, feature), of what was measured of each layer: (sample, query, key), and who looks: (sample, query)."""
+    """(sample, feature), of what was measured of each layer: (sample, query, key), and who attends: (sample, query)."""
     if method == "rollout":
         return _pooled(_rolled_out(parts), parts[-1][1], position)
     if method == "attention_gradient":
@@ -393,7 +380,7 @@ def _attributed(
         for values, _ in parts[1:]:
             relevance = relevance + values + values @ relevance
         return _pooled(relevance, parts[-1][1], position)
-    mean = np.mean([_pooled(values, looks, position) for values, looks in parts], axis=0)
+    mean = np.mean([_pooled(values, attends, position) for values, attends in parts], axis=0)
     if method in ("attention", "value_norm"):
         return mean
     shares = np.where(np.isnan(mean), mean, mean > 0).astype(mean.dtype)
@@ -403,31 +390,31 @@ def _attributed(
     return shares / np.where(total == 0, 1, total)
 
 
-def _pooled(values: np.ndarray, looks: np.ndarray, position: int | None) -> np.ndarray:
+def _pooled(values: np.ndarray, attends: np.ndarray, position: int | None) -> np.ndarray:
     if position is not None:
         return values[:, position]
-    weights = looks / np.maximum(looks.sum(axis=1, keepdims=True), 1)
+    weights = attends / np.maximum(attends.sum(axis=1, keepdims=True), 1)
     return np.einsum("sqk,sq->sk", values, weights.astype(values.dtype))
 
 
 def _rolled_out(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     result: Any = None
-    for values, looks in parts:
+    for values, attends in parts:
         sums = values.sum(axis=-1, keepdims=True)
-        if (np.abs(sums[looks] - 1) > _NO_DISTRIBUTION).any():
+        if (np.abs(sums[attends] - 1) > _NO_DISTRIBUTION).any():
             raise ValueError(
                 "Rollout needs rows of scores that sum to 1, as those of a softmax. Here are some that sum to "
-                f"{np.nanmin(sums[looks]):.2f} and to {np.nanmax(sums[looks]):.2f}. Choose other layers."
+                f"{np.nanmin(sums[attends]):.2f} and to {np.nanmax(sums[attends]):.2f}. Choose other layers."
             )
         identity = np.eye(values.shape[-1], dtype=values.dtype)
-        mixed = np.where(looks[..., None], (values / np.where(sums == 0, 1, sums) + identity) / 2, identity)
+        mixed = np.where(attends[..., None], (values / np.where(sums == 0, 1, sums) + identity) / 2, identity)
         result = mixed if result is None else mixed @ result
     return result
 
 
 def _projected(call: Call, value: Any) -> Any:
     """What each head makes of its values in the layer's output, without its bias: (batch, key, head, output)."""
-    dense = call.layer._output_dense
+    dense = output_projection(call.layer)
     if getattr(dense, "quantization_mode", None):
         raise ValueError(
             f"The output kernel of layer {call.layer.name!r} is quantized, {dense.quantization_mode!r}: take the norms "
@@ -445,11 +432,11 @@ def _value_norms(call: Call) -> tuple[Any, Any]:
     value = ops.cast(call.value, scores.dtype)
     of_queries = {"scores": ops.transpose(scores, (2, 0, 1, 3))}
     projected: Any = None
-    if getattr(layer, "_use_gate", False) or getattr(layer, "use_gate", False):
-        gate = ops.cast(layer._gate_dense(call.query), scores.dtype)  # (batch, query, head, size of a head)
-        of_queries["gate"] = ops.transpose(gate, (1, 0, 2, 3))
-    else:
+    gate = gate_of(layer, call.query)  # (batch, query, head, size of a head)
+    if gate is None:
         projected = _projected(call, value)
+    else:
+        of_queries["gate"] = ops.transpose(ops.cast(gate, scores.dtype), (1, 0, 2, 3))
 
     def norms(query):  # one at a time, for all vectors together are many times the scores
         contributions = _projected(call, value * query["gate"][:, None]) if projected is None else projected
@@ -492,8 +479,7 @@ def _gradients(
 
 
 def _added(name: str, scores: Any, given: Any) -> Any:
-    if tuple(scores.shape) != tuple(given[name].shape):
-        raise ValueError(_differing(name, scores.shape[2:], given[name].shape[2:]))
+    check_same_lengths(name, tuple(scores.shape[2:]), tuple(given[name].shape[2:]))
     return ops.add(scores, given[name])
 
 

@@ -1,7 +1,7 @@
 """Attention scores of any model, labeled, and the proof that they are the model's."""
 
+import functools
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +12,17 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names
-from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores
-from kerasfactory.explain._engine.labels import check_axes, labels_of
-from kerasfactory.explain._engine.observe import Batch, observe, rounding_of
-from kerasfactory.explain._engine.store import Store
+from kerasfactory.explain._engine.attention import (
+    Call,
+    attention_axes,
+    combined,
+    float_scores,
+    gate_of,
+    output_projection,
+)
+from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
+from kerasfactory.explain._engine.store import results_of, warn_of_nan
 
 
 def capture(
@@ -116,49 +123,19 @@ def capture(
     """
     names = None if feature_names is None else checked_names(feature_names)
     shapes: dict[str, tuple[int, ...]] = {}
-    if store is not None:
-        arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
-        with Store(store, "capture", model, x, batch_size, arguments, rounding_of) as stored:
-            for batch in observe(model, stored, layers, None, verbose, float_scores, only_scores=True):
-                datasets = {}
-                for name, rows in _checked_scores(batch, shapes, names).items():
-                    labels = labels_of(model, batch, name, rows.shape, names, len(rows) != batch.size)
-                    datasets[name] = xr.Dataset({"scores": xr.DataArray(rows, **labels)})
-                stored.append(datasets, batch.changes_state)
-            stored.finish()
-        _warn(model, batch.difference, stored.nan, stored.rows)
-        return {name: dataset["scores"].rename(name) for name, dataset in stored.open().items()}
-
-    arrays: dict[str, np.ndarray] = {}
-    filled: dict[str, int] = {}
-    folded: set[str] = set()
-    nan: dict[str, list[int]] = {}
-    for batch in observe(model, x, layers, batch_size, verbose, float_scores, only_scores=True):
-        for name, rows in _checked_scores(batch, shapes, names).items():
-            if name not in arrays:
-                arrays[name] = np.empty((len(rows) * (batch.expected or 1), *rows.shape[1:]), rows.dtype)
-                filled[name] = 0
-            array, start = arrays[name], filled[name]
-            filled[name] = stop = start + len(rows)
-            if stop > len(array):  # in place, so that the result never lies in memory twice
-                array.resize((stop, *array.shape[1:]), refcheck=False)
-            array[start:stop] = rows
-            if len(rows) != batch.size:
-                folded.add(name)
+    arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
+    with results_of(store, "capture", model, x, batch_size, arguments) as results:
+        for batch in observe(model, results.x, layers, results.batch_size, verbose, float_scores, only_scores=True):
+            scores = _checked_scores(batch, shapes, names)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
-            found = np.flatnonzero(np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1))
-            if len(found):
-                count, first = nan.get(name, [0, start + int(found[0])])
-                nan[name] = [count + len(found), first]
-
-    _warn(model, batch.difference, nan, filled)
-    result = {}
-    for name, array in arrays.items():
-        array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        labels = labels_of(model, batch, name, array.shape, names, name in folded)
-        labels["coords"] = {labels["dims"][0]: np.arange(len(array))} | labels["coords"]
-        result[name] = xr.DataArray(array, name=name, **labels)
-    return result
+            nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
+            arrays = {name: {"scores": rows} for name, rows in scores.items()}
+            labeled = functools.partial(_labeled, model, batch, names)
+            results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+        results.finish()
+    warn_of_difference(model, batch.difference)
+    warn_of_nan(results.nan, results.rows)
+    return {name: dataset["scores"].rename(name) for name, dataset in results.open().items()}
 
 
 def recomposition_error(
@@ -234,13 +211,16 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
         if name not in shapes:
             check_axes(name, batch.found[name].layer, rows.shape, names)
             shapes[name] = rows.shape[1:]
-        if rows.shape[1:] != shapes[name]:
-            raise ValueError(
-                f"The scores of layer {name!r} have shape {rows.shape} in one batch, and {shapes[name]} a "
-                "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
-                "capture each by itself."
-            )
+        check_same_lengths(name, rows.shape[1:], shapes[name])
     return scores
+
+
+def _labeled(
+    model: Any, batch: Batch, names: list[str] | None, layer: str, arrays: dict[str, np.ndarray]
+) -> xr.Dataset:
+    scores = arrays["scores"]
+    labels = labels_of(model, batch, layer, scores.shape, names, len(scores) != batch.size)
+    return xr.Dataset({"scores": xr.DataArray(scores, **labels)})
 
 
 def _recomposed(call: Call) -> Any:
@@ -250,38 +230,17 @@ def _recomposed(call: Call) -> Any:
         raise ValueError(
             f"Layer {layer.name!r} calls its `_compute_attention` more than once: no single scores make its output."
         )
-    heads = ops.einsum(layer._combine_equation, call.scores, call.value)
-    if getattr(layer, "_use_gate", False) or getattr(layer, "use_gate", False):
-        heads = ops.multiply(heads, layer._gate_dense(call.query))
-    recomposed = ops.cast(layer._output_dense(heads), "float32")
+    heads, gate = combined(layer, call.scores, call.value), gate_of(layer, call.query)
+    heads = heads if gate is None else ops.multiply(heads, gate)
+    recomposed = ops.cast(output_projection(layer)(heads), "float32")
     output = ops.cast(call.output, "float32")
 
     axes = attention_axes(layer)
     other = [axis for axis in range(len(output.shape) - 1) if axis not in axes]
     keys = tuple(range(-len(axes), 0))
-    looks = ops.all(ops.any(call.scores != 0, axis=keys), axis=len(other))  # (other axes, query axes)
-    looks = ops.expand_dims(ops.transpose(looks, np.argsort([*other, *axes]).tolist()), -1)
+    sees_a_key = ops.all(ops.any(call.scores != 0, axis=keys), axis=len(other))  # (other axes, query axes)
+    sees_a_key = ops.expand_dims(ops.transpose(sees_a_key, np.argsort([*other, *axes]).tolist()), -1)
     return (
-        ops.max(ops.where(looks, ops.abs(recomposed - output), 0.0)),
-        ops.max(ops.where(looks, ops.abs(output), 0.0)),
+        ops.max(ops.where(sees_a_key, ops.abs(recomposed - output), 0.0)),
+        ops.max(ops.where(sees_a_key, ops.abs(output), 0.0)),
     )
-
-
-def _warn(model: Any, difference: float, nan: dict[str, list[int]], filled: dict[str, int]) -> None:
-    if not difference <= rounding_of(model):
-        warnings.warn(
-            "The model's outputs for the first batch differ when it is observed, by "
-            f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "
-            "returns. Outputs that are random, or depend on how often the model was called, do this.",
-            stacklevel=3,
-        )
-    _warn_of_nan(nan, filled)
-
-
-def _warn_of_nan(nan: dict[str, list[int]], filled: dict[str, int]) -> None:
-    for name, (count, first) in nan.items():
-        warnings.warn(
-            f"The scores of layer {name!r} are NaN in {count} of {filled[name]} samples, the first of them number "
-            f"{first}. Look for NaN or infinite numbers in these samples, and in the model's weights.",
-            stacklevel=4,
-        )

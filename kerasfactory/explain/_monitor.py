@@ -10,7 +10,7 @@ import xarray as xr
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 from kerasfactory.explain._engine.attention import float_scores
-from kerasfactory.explain._engine.labels import axis_names
+from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._heads import _check_dims, add_sums, statistics_of
 
@@ -133,16 +133,7 @@ class AttentionMonitor(keras.callbacks.Callback):
                 _check_dims(name, ["sample", *axis_names(batch.found[name].layer, len(scores.shape))])
                 add_sums(sums.setdefault(name, {}), _backend.as_numpy(scores), name)
         self._records[epoch] = {
-            name: statistics_of(of_layer).assign_attrs(
-                {
-                    "layer": batch.found[name].name,
-                    "class": type(batch.found[name].layer).__name__,
-                    "call": batch.found[name].number,
-                    "masks": batch.found[name].masks,
-                    "backend": keras.config.backend(),
-                    "keras_version": keras.__version__,
-                }
-            )
+            name: statistics_of(of_layer).assign_attrs(attributes_of(batch.found[name]))
             for name, of_layer in sums.items()
         }
         if self._writer is not None:

@@ -4,7 +4,6 @@ import itertools
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +15,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, positive_integer
-from kerasfactory.explain._capture import _warn_of_nan
-from kerasfactory.explain._engine.attention import Call, Heads, Mask, attention_axes
+from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of
-from kerasfactory.explain._engine.labels import check_axes, labels_of
-from kerasfactory.explain._engine.observe import Batch, observe, relative_difference, rounding_of
-from kerasfactory.explain._engine.store import Store
+from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
+from kerasfactory.explain._engine.store import results_of, warn_of_nan
+from kerasfactory.layers._attention import Mask
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
 # slow with less, and buffers that do not stay in the processor's cache make everything slow.
@@ -99,7 +99,7 @@ def summarize(
         dict[str, xr.Dataset]: From the layer's name, as in `capture`, to these variables.
 
         - `entropy` (sample, head, query): in nats, from 0, for one key, to the logarithm of the number of keys.
-        - `distance` (sample, head, query): mean distance of a query from the keys it looks at, in positions, from 0.
+        - `distance` (sample, head, query): mean distance of a query from the keys it attends at, in positions, from 0.
         - `received` (sample, head, key): mean weight of a key, over the queries that may look at any; sums to 1.
         - `top_key`, `top_weight` (sample, head, query, rank): the positions of the keys with the largest weights, and
           the weights, from 0 to 1, heaviest first. They are chosen before the softmax, so that keys whose weights
@@ -157,78 +157,44 @@ def summarize(
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
     batch_size = batch_size_of(x, 32) if batch_size is None else batch_size
-
     shapes: dict[str, tuple[int, ...]] = {}
     differences: dict[str, float] = {}
 
     def attend(heads, is_chosen):
-        with np.errstate(all="ignore"):  # rows that look nowhere, NaN in the inputs
+        with np.errstate(all="ignore"):  # rows without a key in view, NaN in the inputs
             return _attend(heads, is_chosen, wanted, buffers, checks=not shapes)
 
     def measure(call):
         with np.errstate(all="ignore"):
-            return _summary(call, wanted, buffers)
+            return _summary_of(call, wanted, buffers)
 
-    def summaries(x: Any, batch_size: int | None) -> Iterator[tuple[Batch, dict[str, dict[str, np.ndarray]]]]:
-        for batch in observe(model, x, layers, batch_size, verbose, measure, attend):
+    def labeled(name, arrays):
+        labels = labels_of(model, batch, name, _shape(arrays), names, len(arrays["entropy"]) != batch.size)
+        return _dataset(arrays, labels, differences[name], wanted)
+
+    layer_names = [layers] if isinstance(layers, str) else layers and list(layers)
+    arguments = {"layers": layer_names, "feature_names": names, **wanted._asdict()}
+    with results_of(store, "summarize", model, x, batch_size, arguments) as results:
+        for batch in observe(model, results.x, layers, results.batch_size, verbose, measure, attend):
             for name, (summary, difference) in batch.measured.items():
                 if name not in shapes:
                     _check(name, batch.found[name].layer, _shape(summary), names, wanted)
                     shapes[name], differences[name] = _shape(summary)[1:], difference
-                elif _shape(summary)[1:] != shapes[name]:
-                    raise ValueError(
-                        f"The scores of layer {name!r} have shape {_shape(summary)} in one batch, and {shapes[name]} a "
-                        "sample in those before: the batches in `x` differ in length. Pad them all to one length, or "
-                        "summarize each by itself."
-                    )
-            yield batch, {name: summary for name, (summary, _) in batch.measured.items()}
+                check_same_lengths(name, _shape(summary)[1:], shapes[name])
+            arrays = {name: summary for name, (summary, _) in batch.measured.items()}
+            nan = {name: np.isnan(summary["entropy"]).any(axis=(1, 2)) for name, summary in arrays.items()}
+            results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+        results.finish()
 
-    if store is not None:
-        arguments = {
-            "layers": [layers] if isinstance(layers, str) else layers and list(layers),
-            "feature_names": names,
-            **wanted._asdict(),
-        }
-        with Store(store, "summarize", model, x, batch_size, arguments, rounding_of) as stored:
-            for batch, of_layers in summaries(stored, None):
-                datasets = {}
-                for name, arrays in of_layers.items():
-                    folded = len(arrays["entropy"]) != batch.size
-                    labels = labels_of(model, batch, name, _shape(arrays), names, folded)
-                    datasets[name] = _dataset(arrays, labels, differences[name], wanted)
-                stored.append(datasets, batch.changes_state)
-            stored.finish()
-        _warn(model, differences, stored.nan, stored.rows)
-        return {name: _with_rows_as_variable(dataset, wanted) for name, dataset in stored.open().items()}
-
-    kept: dict[str, dict[str, np.ndarray]] = {}
-    filled: dict[str, int] = {}
-    of_sequences: set[str] = set()
-    nan: dict[str, list[int]] = {}
-    for batch, of_layers in summaries(x, batch_size):
-        for name, summary in of_layers.items():
-            start = filled.setdefault(name, 0)
-            without_value = np.flatnonzero(np.isnan(summary["entropy"]).any(axis=(1, 2)))
-            if len(without_value):
-                count, first = nan.get(name, [0, start + int(without_value[0])])
-                nan[name] = [count + len(without_value), first]
-            filled[name] = stop = start + len(summary["entropy"])
-            of_layer = kept.setdefault(name, {})
-            for variable, values in summary.items():
-                of_layer[variable] = _appended(of_layer.get(variable), values, start, batch.expected)
-            if stop - start != batch.size:
-                of_sequences.add(name)
-
-    _warn(model, differences, nan, filled)
-    result = {}
-    for name, arrays in kept.items():
-        for array in arrays.values():
-            array.resize((filled[name], *array.shape[1:]), refcheck=False)
-        labels = labels_of(model, batch, name, _shape(arrays), names, name in of_sequences)
-        dataset = _dataset(arrays, labels, differences[name], wanted)
-        numbered = dataset.assign_coords({labels["dims"][0]: np.arange(filled[name])})
-        result[name] = _with_rows_as_variable(numbered, wanted)
-    return result
+    for name, difference in differences.items():
+        if not difference <= rounding_of(model):
+            warn(
+                f"The output of layer {name!r} differs from softmax attention, by {difference:.1e} of the largest. The "
+                "summary belongs to a run with softmax attention, not to what `predict` returns. If the layer computes "
+                "something else, it should do so in its own `_compute_attention`."
+            )
+    warn_of_nan(results.nan, results.rows)
+    return {name: _with_rows_as_variable(dataset, wanted) for name, dataset in results.open().items()}
 
 
 def _checked_rows(rows: Any) -> list[int]:
@@ -255,17 +221,6 @@ def _check(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | Non
             f"`rows` must be positions of queries. Layer {name!r} has {shape[2]} queries: 0 to {shape[2] - 1}. Choose "
             f"others, or other layers with `layers=[...]`. Received: rows={wanted.rows}"
         )
-
-
-def _appended(kept: np.ndarray | None, values: np.ndarray, start: int, expected: int | None) -> np.ndarray:
-    if kept is None:
-        if expected == 1:
-            return values  # not copied: it may be as large as all the rest
-        kept = np.empty((len(values) * (expected or 1), *values.shape[1:]), values.dtype)
-    if start + len(values) > len(kept):
-        kept.resize((start + len(values), *kept.shape[1:]), refcheck=False)
-    kept[start : start + len(values)] = values
-    return kept
 
 
 def _dataset(arrays: dict[str, np.ndarray], labels: dict[str, Any], difference: float, wanted: _Wanted) -> xr.Dataset:
@@ -296,18 +251,6 @@ def _with_rows_as_variable(dataset: xr.Dataset, wanted: _Wanted) -> xr.Dataset:
     return dataset.reset_coords("row") if wanted.rows else dataset
 
 
-def _warn(model: Any, differences: dict[str, float], nan: dict[str, list[int]], filled: dict[str, int]) -> None:
-    for name, difference in differences.items():
-        if not difference <= rounding_of(model):
-            warnings.warn(
-                f"The output of layer {name!r} differs from softmax attention, by {difference:.1e} of the largest. The "
-                "summary belongs to a run with softmax attention, not to what `predict` returns. If the layer computes "
-                "something else, it should do so in its own `_compute_attention`.",
-                stacklevel=3,
-            )
-    _warn_of_nan(nan, filled)
-
-
 def _attend(heads: Heads, is_chosen: bool, wanted: _Wanted, buffers: dict, checks: bool) -> tuple[Any, Any]:
     """A layer's output and, if it is one of the chosen, the summary of its scores and what the check says."""
     if len(heads.query.shape) != 4:
@@ -315,11 +258,11 @@ def _attend(heads: Heads, is_chosen: bool, wanted: _Wanted, buffers: dict, check
     query, key, value = (
         _backend.as_numpy(tensor).transpose(0, 2, 1, 3) for tensor in (heads.query, heads.key, heads.value)
     )
-    mask = _arrays(heads.mask)
+    mask = _mask_in_numpy(heads.mask)
     shape = (*query.shape[:3], key.shape[2])
     output = _aligned((shape[0], shape[2], shape[1], value.shape[-1]))  # as the layer has it
     by_head = output.transpose(0, 2, 1, 3)
-    looks = np.zeros(shape[:3], bool)
+    attends = np.zeros(shape[:3], bool)
     summary = _empty(shape, wanted) if is_chosen else None
     scale = np.float32(query.shape[-1] ** -0.5)
     samples = number = None
@@ -328,40 +271,40 @@ def _attend(heads: Heads, is_chosen: bool, wanted: _Wanted, buffers: dict, check
             samples, number = block[:2]
             keys = np.ascontiguousarray(key[block[:2]].swapaxes(-1, -2), "float32")
             values = np.ascontiguousarray(value[block[:2]], "float32")
-        seen = _seen(mask, block[2], shape[3])
-        if seen.start >= seen.stop:
+        visible = _visible_keys(mask, block[2], shape[3])
+        if visible.start >= visible.stop:
             continue
-        logits, weights = (_buffer(buffers, name, looks[block].shape, seen) for name in ("logits", "weights"))
-        np.matmul(query[block].astype("float32") * scale, keys[..., seen], out=logits)
+        logits, weights = (_buffer(buffers, name, attends[block].shape, visible) for name in ("logits", "weights"))
+        np.matmul(query[block].astype("float32") * scale, keys[..., visible], out=logits)
         if mask is not None:
-            np.copyto(logits, _HIDDEN, where=~_allowed(mask, block, seen))
+            np.copyto(logits, _HIDDEN, where=~_allowed(mask, block, visible))
         top, largest = _top(logits, wanted.top_k if is_chosen else 1)
-        looks[block] = largest[..., 0] != _HIDDEN
-        shift = np.where(looks[block] & np.isfinite(largest[..., 0]), largest[..., 0], 0)
+        attends[block] = largest[..., 0] != _HIDDEN
+        shift = np.where(attends[block] & np.isfinite(largest[..., 0]), largest[..., 0], 0)
         if np.abs(shift).max() > _SAFE:
             logits -= shift[..., None]
             largest -= shift[..., None]
         np.exp(logits, out=weights)
         total = np.matmul(weights, np.ones(weights.shape[-1], "float32"))
-        np.matmul(weights, values[..., seen, :], out=by_head[block])
+        np.matmul(weights, values[..., visible, :], out=by_head[block])
         by_head[block] /= total[..., None]
         if summary is not None:
-            _fill(summary, block, seen, logits, weights, total, looks[block], top, largest, wanted)
+            _fill(summary, block, visible, logits, weights, total, attends[block], top, largest, wanted)
 
     del keys, values  # as large as the layer's own, which it may copy now
-    if not looks.all():
+    if not attends.all():
         # Their output is 0 or the mean of all values, depending on the way that the layer goes: it is asked.
         nowhere = np.zeros((shape[0], 1, 1, shape[3]), bool)
         of_layer = _backend.as_numpy(
             heads.own(heads.query[:, :1], heads.key, heads.value, ops.convert_to_tensor(nowhere))
         )
-        np.copyto(output, of_layer, where=~looks.transpose(0, 2, 1)[..., None], casting="unsafe")
-    difference = _checked(heads, mask, wanted, buffers) if is_chosen and checks else 0.0
+        np.copyto(output, of_layer, where=~attends.transpose(0, 2, 1)[..., None], casting="unsafe")
+    difference = _difference_from_layer(heads, mask, wanted, buffers) if is_chosen and checks else 0.0
     tensor = ops.cast(_backend.as_tensor(output), heads.value.dtype)
-    return tensor, None if summary is None else (_means(summary, looks, wanted), difference)
+    return tensor, None if summary is None else (_means(summary, attends, wanted), difference)
 
 
-def _summary(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, np.ndarray], float]:
+def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, np.ndarray], float]:
     """What `_attend` said of the call, or the same of the scores that the layer formed."""
     if isinstance(call.attended, Exception):
         raise call.attended
@@ -370,18 +313,18 @@ def _summary(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, np.n
     scores = _backend.as_numpy(call.scores)
     if scores.ndim != 4 or len(attention_axes(call.layer)) > 1:
         raise _several_axes(call.layer)
-    summary, looks = _empty(scores.shape, wanted), np.zeros(scores.shape[:3], bool)
-    seen = slice(0, scores.shape[3])
+    summary, attends = _empty(scores.shape, wanted), np.zeros(scores.shape[:3], bool)
+    visible = slice(0, scores.shape[3])
     for block in _blocks(scores.shape):
-        logits, weights = (_buffer(buffers, name, looks[block].shape, seen) for name in ("logits", "weights"))
+        logits, weights = (_buffer(buffers, name, attends[block].shape, visible) for name in ("logits", "weights"))
         weights[:] = scores[block]
         np.log(weights, out=logits)
         logits[weights == 0] = _HIDDEN
         top, largest = _top(logits, wanted.top_k)
-        looks[block] = largest[..., 0] != _HIDDEN
-        ones = np.ones(looks[block].shape, "float32")
-        _fill(summary, block, seen, logits, weights, ones, looks[block], top, largest, wanted)
-    return _means(summary, looks, wanted), 0.0
+        attends[block] = largest[..., 0] != _HIDDEN
+        ones = np.ones(attends[block].shape, "float32")
+        _fill(summary, block, visible, logits, weights, ones, attends[block], top, largest, wanted)
+    return _means(summary, attends, wanted), 0.0
 
 
 def _several_axes(layer: Any) -> ValueError:
@@ -421,9 +364,9 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(a, min(a + n, size)) for a, n, size in zip(starts, per_block, shape[:3], strict=True))
 
 
-def _buffer(buffers: dict[str, np.ndarray], name: str, queries: tuple[int, ...], seen: slice) -> np.ndarray:
+def _buffer(buffers: dict[str, np.ndarray], name: str, queries: tuple[int, ...], visible: slice) -> np.ndarray:
     """The same memory again and again: the system takes long to give new pages."""
-    shape = (*queries, seen.stop - seen.start)
+    shape = (*queries, visible.stop - visible.start)
     if buffers.get(name, np.empty(0)).size < math.prod(shape):
         buffers[name] = np.empty(math.prod(shape), "float32")
     return buffers[name][: math.prod(shape)].reshape(shape)
@@ -436,24 +379,12 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[start : start + math.prod(shape)].reshape(shape)
 
 
-def _arrays(mask: Any) -> Mask | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Mask):
-        mask = Mask(lambda: None, explicit=mask)
-
-    def boolean(part):
-        if part is None:
-            return None
-        return (_backend.as_numpy(part) if ops.is_tensor(part) else np.asarray(part)).astype(bool, copy=False)
-
-    explicit = boolean(mask.explicit)
-    while explicit is not None and explicit.ndim < 4:  # as Keras does
-        explicit = explicit[None] if explicit.ndim < 3 else explicit[:, None]
-    return mask._replace(queries=boolean(mask.queries), keys=tuple(map(boolean, mask.keys)), explicit=explicit)
+def _mask_in_numpy(mask: Mask | None) -> Mask | None:
+    """The mask with boolean arrays for parts."""
+    return mask and mask._replace(parts=tuple(_backend.as_numpy(part).astype(bool, copy=False) for part in mask.parts))
 
 
-def _seen(mask: Mask | None, queries: slice, keys: int) -> slice:
+def _visible_keys(mask: Mask | None, queries: slice, keys: int) -> slice:
     """The keys from the first to the last that any of the queries may look at, as far as their order tells."""
     first, last = 0, keys
     if mask is not None and mask.window:
@@ -463,18 +394,14 @@ def _seen(mask: Mask | None, queries: slice, keys: int) -> slice:
     return slice(first, last)
 
 
-def _allowed(mask: Mask, block: Any, seen: slice) -> np.ndarray:
+def _allowed(mask: Mask, block: Any, visible: slice) -> np.ndarray:
     """Which queries may look at which keys; it broadcasts to (sample, head, query, key)."""
     samples, heads, queries = block
     allowed = np.ones((1, 1, 1, 1), bool)
-    for part in mask.keys:
-        allowed = allowed & part[samples, None, None, seen]
-    if mask.queries is not None:
-        allowed = allowed & mask.queries[samples, None, queries, None]
-    if mask.explicit is not None:
-        parts = zip((samples, heads, queries, seen), mask.explicit.shape, strict=True)
-        allowed = allowed & mask.explicit[tuple(slice(None) if size == 1 else part for part, size in parts)]
-    rows, columns = np.r_[queries][:, None], np.r_[seen]
+    for part in mask.parts:
+        positions = zip((samples, heads, queries, visible), part.shape, strict=True)
+        allowed = allowed & part[tuple(slice(None) if size == 1 else position for position, size in positions)]
+    rows, columns = np.r_[queries][:, None], np.r_[visible]
     if mask.causal:
         allowed = allowed & (rows >= columns)
     if mask.window:
@@ -518,29 +445,29 @@ def _largest(rows: np.ndarray, number: int) -> np.ndarray:
 def _fill(
     summary: dict[str, np.ndarray],
     block: Any,
-    seen: slice,
+    visible: slice,
     logits: np.ndarray,
     weights: np.ndarray,
     total: np.ndarray,
-    looks: np.ndarray,
+    attends: np.ndarray,
     top: np.ndarray,
     largest: np.ndarray,
     wanted: _Wanted,
 ) -> None:
     """Enters a block: `weights`, to be divided by their `total`, are the exponentials of the `logits`."""
     samples, heads, queries = block
-    inverse = np.where(looks, 1 / total, 0).astype("float32")
+    inverse = np.where(attends, 1 / total, 0).astype("float32")
     mean_logit = np.einsum("...k,...k->...", logits, weights) * inverse
-    summary["entropy"][block] = np.where(looks, np.maximum(np.log(total) - mean_logit, 0), 0)
+    summary["entropy"][block] = np.where(attends, np.maximum(np.log(total) - mean_logit, 0), 0)
 
     # A row of distances is the one above it, moved by one.
-    distances = np.abs(np.arange(seen.start - queries.stop + 1, seen.stop - queries.start)).astype("float32")
+    distances = np.abs(np.arange(visible.start - queries.stop + 1, visible.stop - queries.start)).astype("float32")
     distances = sliding_window_view(distances, weights.shape[-1])[::-1]
     summary["distance"][block] = np.einsum("...qk,qk->...q", weights, distances) * inverse
 
     is_key = largest > _HIDDEN
     ranks = slice(top.shape[-1])
-    summary["top_key"][block][..., ranks] = np.where(is_key, top + seen.start, -1)
+    summary["top_key"][block][..., ranks] = np.where(is_key, top + visible.start, -1)
     summary["top_weight"][block][..., ranks] = np.exp(largest) * inverse[..., None]
 
     query_edges, key_edges = (_edges(size, wanted.map_size) for size in _shape(summary)[2:])
@@ -550,16 +477,16 @@ def _fill(
         sums = weights * inverse[..., None]
     else:
         sums = np.matmul((bins == np.arange(binned.start, binned.stop)[:, None]) * inverse[..., None, :], weights)
-    summary["received"][samples, heads, seen] += sums.sum(-2)
-    first, last = np.searchsorted(key_edges, [seen.start, seen.stop - 1], "right") - 1
+    summary["received"][samples, heads, visible] += sums.sum(-2)
+    first, last = np.searchsorted(key_edges, [visible.start, visible.stop - 1], "right") - 1
     if len(key_edges) <= summary["received"].shape[-1]:
-        sums = np.add.reduceat(sums, np.maximum(key_edges[first : last + 1] - seen.start, 0), axis=-1)
+        sums = np.add.reduceat(sums, np.maximum(key_edges[first : last + 1] - visible.start, 0), axis=-1)
     summary["map"][samples, heads, binned, first : last + 1] += sums
 
     for number, row in enumerate(wanted.rows):
         if queries.start <= row < queries.stop:
             of_row = np.s_[:, :, row - queries.start]
-            summary["row"][samples, heads, number, seen] = weights[of_row] * inverse[of_row][..., None]
+            summary["row"][samples, heads, number, visible] = weights[of_row] * inverse[of_row][..., None]
 
 
 def _edges(size: int, bins: int) -> np.ndarray:
@@ -568,15 +495,15 @@ def _edges(size: int, bins: int) -> np.ndarray:
     return np.arange(bins + 1) * size // bins
 
 
-def _means(summary: dict[str, np.ndarray], looks: np.ndarray, wanted: _Wanted) -> dict[str, np.ndarray]:
+def _means(summary: dict[str, np.ndarray], attends: np.ndarray, wanted: _Wanted) -> dict[str, np.ndarray]:
     """Makes means of sums over queries."""
-    summary["received"] /= np.maximum(looks.sum(-1), 1)[..., None]
-    edges = _edges(looks.shape[-1], wanted.map_size)
-    summary["map"] /= np.maximum(np.add.reduceat(looks, edges[:-1], axis=-1, dtype="int64"), 1)[..., None]
+    summary["received"] /= np.maximum(attends.sum(-1), 1)[..., None]
+    edges = _edges(attends.shape[-1], wanted.map_size)
+    summary["map"] /= np.maximum(np.add.reduceat(attends, edges[:-1], axis=-1, dtype="int64"), 1)[..., None]
     return summary
 
 
-def _checked(heads: Heads, mask: Mask | None, wanted: _Wanted, buffers: dict) -> float:
+def _difference_from_layer(heads: Heads, mask: Mask | None, wanted: _Wanted, buffers: dict) -> float:
     """How far the layer's own output for some queries and keys of the first sample lies from ours."""
     queries, keys = (
         np.linspace(0, length - 1, min(length, most)).astype("int32")
@@ -591,5 +518,6 @@ def _checked(heads: Heads, mask: Mask | None, wanted: _Wanted, buffers: dict) ->
         allowed = _allowed(mask, (slice(0, 1), slice(0, heads.query.shape[2]), queries), slice(0, heads.key.shape[1]))
         shape = (1, allowed.shape[1], len(queries), heads.key.shape[1])
         allowed = ops.convert_to_tensor(np.broadcast_to(allowed, shape)[..., keys])
-    ours, _ = _attend(Heads(heads.layer, query, key, value, allowed, heads.own), False, wanted, buffers, False)
+        mask = Mask((allowed,), causal=False, window=None)
+    ours, _ = _attend(Heads(heads.layer, query, key, value, mask, heads.own), False, wanted, buffers, False)
     return relative_difference(heads.own(query, key, value, allowed), ours)

@@ -45,6 +45,26 @@ class Mask(NamedTuple):
         return _all(allowed)
 
 
+def mask_in_parts(
+    query_mask: Any = None,
+    value_mask: Any = None,
+    key_mask: Any = None,
+    attention_mask: Any = None,
+    use_causal_mask: bool = False,
+    window: int | None = None,
+) -> Mask | None:
+    """The masks that Keras' attention takes, `(batch, query)`, `(batch, key)` or with a query and a key axis."""
+    parts = [ops.cast(mask, "bool")[:, None, None, :] for mask in (value_mask, key_mask) if mask is not None]
+    if query_mask is not None:
+        parts.append(ops.cast(query_mask, "bool")[:, None, :, None])
+    if attention_mask is not None:
+        attention_mask = ops.cast(attention_mask, "bool")
+        while len(attention_mask.shape) < 4:
+            attention_mask = ops.expand_dims(attention_mask, -3)
+        parts.append(attention_mask)
+    return Mask(tuple(parts), bool(use_causal_mask), window) if parts or use_causal_mask or window else None
+
+
 @keras.saving.register_keras_serializable(package="kerasfactory.layers")
 class Attention(keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention`, faster. With several attention axes it is that layer, always with scores."""
@@ -63,16 +83,8 @@ class Attention(keras.layers.MultiHeadAttention):
             return super()._compute_attention_mask(
                 query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
             )
-        parts = [ops.cast(mask, "bool")[:, None, None, :] for mask in (value_mask, key_mask) if mask is not None]
-        if query_mask is not None:
-            parts.append(ops.cast(query_mask, "bool")[:, None, :, None])
-        if attention_mask is not None:
-            attention_mask = ops.cast(attention_mask, "bool")
-            while len(attention_mask.shape) < 4:
-                attention_mask = ops.expand_dims(attention_mask, -3)
-            parts.append(attention_mask)
         window = getattr(self, "_sliding_window", None)  # Keras 3.14 has none
-        return Mask(tuple(parts), bool(use_causal_mask), window) if parts or use_causal_mask or window else None
+        return mask_in_parts(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, window)
 
     def _compute_attention(self, query, key, value, attention_mask=None, training=None, return_attention_scores=False):
         if len(query.shape) > 4:

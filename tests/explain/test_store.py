@@ -1,5 +1,6 @@
 """`capture(..., store=)`: the same scores on disk, whatever happens to the process that writes them."""
 
+import functools
 import json
 import os
 import random
@@ -199,7 +200,9 @@ def store_measured(model, path, x=X[:16]):
     with _store.Store(path, "measured", model, x, 6, {"top_k": 8}, lambda model: 1e-5) as store:
         for data in store:
             run.append(len(data[0]))
-            store.append(measured(data))
+            datasets = measured(data)
+            nan = {name: np.zeros(len(next(iter(dataset.values()))), bool) for name, dataset in datasets.items()}
+            store.append(datasets, nan, lambda name, dataset: dataset)
         store.finish()
     return store.open(), run
 
@@ -449,10 +452,11 @@ def test_batches_of_another_kind_are_refused(tmp_path):
     with _store.Store(tmp_path / "a.zarr", "measured", plain_model(), X, 6, {}, lambda model: 1e-5) as store:
         batches = iter(store)
         next(batches)
-        store.append({"a": xr.Dataset({"b": (("sample", "key"), X[:6, 0])})})
+        append = functools.partial(store.append, nan={"a": np.zeros(6, bool)}, labeled=lambda name, dataset: dataset)
+        append({"a": xr.Dataset({"b": (("sample", "key"), X[:6, 0])})})
         next(batches)
         with pytest.raises(ValueError, match="must have the dimensions and lengths of the first"):
-            store.append({"a": xr.Dataset({"b": (("sequence", "key"), X[:6, 0])})})
+            append({"a": xr.Dataset({"b": (("sequence", "key"), X[:6, 0])})})
 
 
 MEMORY = """

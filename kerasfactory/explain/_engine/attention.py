@@ -1,7 +1,11 @@
-"""How attention layers work inside: the one place that knows."""
+"""How attention layers work inside.
+
+This is the one place that knows, and the one place in `explain` that touches private names of Keras.
+"""
 
 import contextlib
 import difflib
+import functools
 import inspect
 import itertools
 import threading
@@ -13,9 +17,55 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory.layers import InterpretableMultiHeadAttention
-from kerasfactory.layers._attention import Attention
+from kerasfactory.layers._attention import Attention, Mask, mask_in_parts
 
-_ORDER = itertools.count()
+# The private names of Keras that `explain` relies on, by their owner. What every Keras must have is read through
+# `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
+PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
+    "keras.layers.Layer": ("_flatten_layers", "_layers", "_losses", "_loss_ids"),
+    "keras.layers.MultiHeadAttention": (
+        "_compute_attention",
+        "_compute_attention_mask",
+        "_compute_causal_mask",
+        "_compute_sliding_window_mask",
+        "_masked_softmax",
+        "_combine_equation",
+        "_output_dense",
+        "_gate_dense",
+        "_use_gate",
+        "_attention_axes",
+        "_sliding_window",
+        "_flash_attention",
+    ),
+    "keras.layers.GroupQueryAttention": (
+        "_compute_attention",
+        "_compute_attention_mask",
+        "_compute_causal_mask",
+        "_compute_sliding_window_mask",
+        "_masked_softmax",
+        "_combine_equation",
+        "_output_dense",
+        "_gate_dense",
+        "_return_attention_scores",
+        "_flash_attention",
+    ),
+}
+
+
+def private(owner: Any, name: str) -> Any:
+    """A private attribute of a Keras object, or an error that says which one this Keras does not have."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise RuntimeError(
+            f"Keras {keras.__version__} has no `{type(owner).__name__}.{name}`, which kerasfactory relies on. Install "
+            "an earlier Keras, or a kerasfactory that knows this one."
+        ) from None
+
+
+def all_layers(model: Any) -> list[Any]:
+    """The model, and all layers in it, at any depth."""
+    return private(model, "_flatten_layers")()
 
 
 class Call(NamedTuple):
@@ -25,21 +75,10 @@ class Call(NamedTuple):
     scores: Any  # (batch, head, query, key), before dropout; with several attention axes, several queries and keys
     value: Any  # projected: (batch, key, head, size of a head)
     masks: str  # the masks in force, by the names of Keras' arguments
-    query: Any  # of the layer, as it came
-    output: Any  # of the layer, as it went
-    attended: Any = None  # what `attend` says of the call, where that computed it; then there are no scores
+    query: Any  # of the layer, before its projection: (batch, query, features)
+    output: Any  # of the layer: (batch, query, features)
+    attended: Any = None  # what `attend` returned for the call, if it computed it; then there are no scores
     order: int = 0  # grows from call to call, of whichever layer
-
-
-class Mask(NamedTuple):
-    """A mask in parts. The whole is as large as the scores of a head."""
-
-    whole: Callable[[], Any]  # makes what the layer's own attention takes
-    queries: Any = None  # (batch, query): which of them look
-    keys: tuple = ()  # each (batch, key): which of them are looked at
-    explicit: Any = None  # as the model gives it, with 2 to 4 axes
-    causal: bool = False
-    window: int | None = None
 
 
 class Heads(NamedTuple):
@@ -49,192 +88,124 @@ class Heads(NamedTuple):
     query: Any
     key: Any
     value: Any
-    mask: Any  # `None`, a `Mask`, or a tensor
+    mask: Mask | None
     own: Callable[[Any, Any, Any, Any], Any]  # the layer's own output, for a query, key and value, and a mask of 4 axes
 
 
-def find_attention(model: Any) -> dict[str, Any]:
-    """The Keras attention layers in `model`, by name; by path (`block_1/attention`) where a name is not unique."""
+def _paths_of_attention(model: Any) -> list[tuple[Any, list[str]]]:
+    """The Keras attention layers in `model`, each with the names that lead to it."""
     paths: list[tuple[Any, list[str]]] = []
     visited = set()
 
     def walk(layer, path):
-        for sublayer in layer._layers:
+        for sublayer in private(layer, "_layers"):
             if id(sublayer) in visited:  # a shared layer, or one that knows its parent
                 continue
             visited.add(id(sublayer))
-            # What wraps Keras' layer is what its user knows.
-            of_ours = isinstance(layer, InterpretableMultiHeadAttention) and sublayer is layer.mha
-            sub_path = path if of_ours else [*path, sublayer.name]
+            # Users know the layer that wraps Keras' one, and its name.
+            is_wrapped = isinstance(layer, InterpretableMultiHeadAttention) and sublayer is layer.mha
+            sub_path = path if is_wrapped else [*path, sublayer.name]
             if isinstance(sublayer, keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
                 paths.append((sublayer, sub_path))
             else:
                 walk(sublayer, sub_path)
 
     walk(model, [])
-    last_names = [path[-1] for _, path in paths]
-    full_names = ["/".join(path) for _, path in paths]
-    found = {}
-    for number, (layer, path) in enumerate(paths):
+    return paths
+
+
+def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
+    """From the name of each attention layer to the layer and its path."""
+    layers_and_paths = _paths_of_attention(model)
+    last_names = [path[-1] for _, path in layers_and_paths]
+    full_names = ["/".join(path) for _, path in layers_and_paths]
+    named = {}
+    for number, (layer, path) in enumerate(layers_and_paths):
         name = path[-1] if last_names.count(path[-1]) == 1 else full_names[number]
         if full_names.count(name) > 1:
             name = f"{name}/{full_names[:number].count(name)}"
-        found[name] = layer
-    return found
+        named[name] = (layer, full_names[number])
+    return named
 
 
-def _choose(attentions: dict[str, Any], layers: Any) -> dict[str, Any]:
+def find_attention(model: Any) -> dict[str, Any]:
+    """The Keras attention layers in `model`, by name; by path (`block_1/attention`) where a name is not unique."""
+    return {name: layer for name, (layer, _) in _named_attention(model).items()}
+
+
+def choose_attention(model: Any, layers: Any) -> dict[str, Any]:
+    """The attention layers that `layers` names, or all: by name, by path, or by the end of a path."""
+    named = _named_attention(model)
     if layers is None:
-        return attentions
+        return {name: layer for name, (layer, _) in named.items()}
     wanted = [layers] if isinstance(layers, str) else list(layers)
     if not wanted:
         raise ValueError("`layers` is empty: name at least one layer, or leave it out for all of them.")
-    chosen: dict[str, Any] = {}
-    for name in wanted:
-        matches = {full: layer for full, layer in attentions.items() if name in (full, full.rsplit("/", 1)[-1])}
+    chosen = set()
+    for entry in wanted:
+        matches = {name for name, (_, path) in named.items() if f"/{path}".endswith(f"/{entry}") or name == entry}
         if not matches:
-            near = difflib.get_close_matches(str(name), attentions, n=1)
+            near = difflib.get_close_matches(str(entry), named, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"The model has no attention layer {name!r}. {hint}It has: {', '.join(attentions) or 'none'}. "
+                f"The model has no attention layer {entry!r}. {hint}It has: {', '.join(named) or 'none'}. "
                 f"Received: layers={layers!r}"
             )
         chosen |= matches
-    return {name: layer for name, layer in attentions.items() if name in chosen}
+    return {name: layer for name, (layer, _) in named.items() if name in chosen}
 
 
-def _watch(layer: Any, calls: list[Call] | None, attend: Callable | None, stop: Callable | None = None) -> None:
-    """Has the layer's calls noted in `calls`, if that is given, and its attention computed by `attend`, likewise.
-
-    With `stop`, which is called after each, only the scores are noted.
-    """
-    call, compute_attention, compute_mask = layer.call, layer._compute_attention, layer._compute_attention_mask
-    thread = threading.get_ident()  # the model may be running in another one too, which is to notice nothing
-    masks: list[str] = []
-    # What a subclass computes in its own way is left to it.
-    in_place = _is_usual(compute_attention, layer._masked_softmax)
-    windows = [layer._compute_sliding_window_mask] if _window(layer) else []
-    in_parts = attend and in_place and _is_usual(call, compute_mask, layer._compute_causal_mask, *windows)
-
-    def watched_mask(*args, **kwargs):
-        if threading.get_ident() != thread:
-            return compute_mask(*args, **kwargs)
-        given = [name for name, value in kwargs.items() if value is not None and value is not False]
-        masks.extend(name for name in given if name.endswith("mask"))
-        parts = _mask_in_parts(layer, compute_mask, args, kwargs) if in_parts else None
-        return compute_mask(*args, **kwargs) if parts is None else parts
-
-    def watched_attention(*args, **kwargs):
-        if threading.get_ident() != thread:
-            return compute_attention(*args, **kwargs)
-        if kwargs.get("use_causal_mask"):
-            masks.append("use_causal_mask")
-        if _window(layer):
-            masks.append("sliding_window")
-        in_force = ", ".join(masks) or "none"
-        if attend and in_place:
-            heads = _heads(layer, compute_attention, compute_mask, args, kwargs)
-            output, attended = (None, None) if heads is None else attend(heads, calls is not None)
-            if attended is not None and calls is not None:
-                calls.append(Call(layer, None, None, in_force, None, None, attended, next(_ORDER)))
-            if output is not None:
-                return output, None
-            args, kwargs = _with_whole_mask(args, kwargs)
-            if attended is not None:
-                return compute_attention(*args, **kwargs)
-        if stop is not None and calls is not None and type(layer) is Attention and len(args[0].shape) == 4:
-            scores = explicit_scores(layer, compute_attention, args, kwargs)
-            calls.append(Call(layer, scores, None, in_force, None, None, order=next(_ORDER)))
-            stop()
-            return compute_attention(*args, **kwargs)
-        output, scores = compute_attention(*args, **kwargs)
-        if calls is None:
-            return output, scores
-        explicit = scores
-        if scores is None:  # as from a fused kernel; the model goes on with what that put out
-            explicit = explicit_scores(layer, compute_attention, args, kwargs)
-        value = args[2] if len(args) > 2 else kwargs["value"]
-        calls.append(Call(layer, explicit, value, in_force, None, None, order=next(_ORDER)))
-        if stop is not None:
-            stop()
-        return output, scores
-
-    def watched_call(*args, **kwargs):
-        if threading.get_ident() != thread:
-            return call(*args, **kwargs)
-        masks.clear()
-        before = len(calls or ())
-        result = call(*args, **kwargs)
-        if calls is not None and len(calls) == before + 1 and calls[before].attended is None:
-            calls[before] = calls[before]._replace(
-                query=args[0] if args else kwargs["query"], output=result[0] if isinstance(result, tuple) else result
-            )
-        return result
-
-    # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
-    layer.__dict__.update(call=watched_call, _compute_attention=watched_attention, _compute_attention_mask=watched_mask)
+def attention_axes(layer: Any) -> Sequence[int]:
+    """The axes of the query over which the layer attends."""
+    return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
 
 
-def _is_usual(*methods: Callable) -> bool:
-    """Whether these methods of an attention layer are Keras', or ours, which do the same."""
+def float_scores(call: Call) -> Any:
+    """The scores of a call in a dtype that NumPy knows and is not slow with."""
+    return call.scores if call.layer.compute_dtype == "float64" else ops.cast(call.scores, "float32")
+
+
+def combined(layer: Any, scores: Any, value: Any) -> Any:
+    """What the heads make of their values: (batch, query, head, size of a head)."""
+    return ops.einsum(private(layer, "_combine_equation"), ops.cast(scores, value.dtype), value)
+
+
+def gate_of(layer: Any, query: Any) -> Any:
+    """By what the layer multiplies what its heads make, (batch, query, head, size of a head); `None` without a gate."""
+    uses_gate = getattr(layer, "_use_gate", False) or getattr(layer, "use_gate", False)
+    return private(layer, "_gate_dense")(query) if uses_gate else None
+
+
+def output_projection(layer: Any) -> Any:
+    """The layer's own `EinsumDense` from heads to output."""
+    return private(layer, "_output_dense")
+
+
+def is_keras_method(*methods: Callable) -> bool:
+    """Whether these methods of an attention layer are Keras' own, or this package's, which do the same."""
     return all(
         method.__module__.startswith(("keras.src.layers.attention.", "kerasfactory.layers.")) for method in methods
     )
 
 
-def _window(layer: Any) -> int | None:
-    return getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
+def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The scores of a call of `compute_attention`, also where the layer would not form them."""
+    if type(layer) is Attention and len(args[0].shape) == 4:
+        return layer.scores(args[0], args[1], args[3])
+    # Keras' layers are asked for scores by argument or, the grouped one, by attribute.
+    with _attributes(layer, _return_attention_scores=True, _flash_attention=False):
+        return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
 
 
-def _has_values(*tensors: Any) -> bool:
-    return all(_backend.concrete(tensor) is not None and _backend.is_usable(tensor) for tensor in tensors)
+def edit_scores(layer: Any, edit: Callable[[Any], Any]) -> None:
+    """Has the layer attend with `edit(scores)`. To be used where the layer is put back afterward: see `unchanged`."""
+    compute_attention = private(layer, "_compute_attention")
 
+    def edited(*args, **kwargs):
+        scores = edit(explicit_scores(layer, compute_attention, args, kwargs))
+        return combined(layer, scores, args[2] if len(args) > 2 else kwargs["value"]), scores
 
-def _mask_in_parts(layer: Any, compute_mask: Callable, args: tuple, kwargs: dict[str, Any]) -> Mask | None:
-    """`None` if there is no mask, or it is not to be taken apart."""
-    given = inspect.signature(compute_mask).bind(*args, **kwargs).arguments
-    padding = [given.get(name) for name in ("query_mask", "value_mask", "key_mask")]
-    explicit, causal = given.get("attention_mask"), bool(given.get("use_causal_mask"))
-    tensors = [part for part in [given["query"], given["value"], explicit, *padding] if part is not None]
-    if not _has_values(*filter(ops.is_tensor, tensors)):
-        return None
-    if len(tensors) == 2 and not causal and not _window(layer):
-        return None
-    of_keras = compute_mask.__module__.startswith("keras.")
-    if of_keras and explicit is not None and len(explicit.shape) == 4 and len(tensors) > 3:
-        return None  # Keras sets samples against heads then
-    keys = tuple(mask for mask in padding[1:] if mask is not None)
-    return Mask(lambda: compute_mask(*args, **kwargs), padding[0], keys, explicit, causal, _window(layer))
-
-
-def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args: tuple, kwargs: dict) -> Heads | None:
-    """`None` if the layer has to compute its attention by itself, as when it is asked for scores."""
-    given = inspect.signature(compute_attention).bind(*args, **kwargs).arguments
-    query, key, value = (given[name] for name in ("query", "key", "value"))
-    mask, training = given.get("attention_mask"), given.get("training")
-    asked = given.get("return_attention_scores") or layer.__dict__.get("_return_attention_scores")
-    dropout = training and layer.dropout > 0
-    if asked or dropout or not _has_values(query, key, value):
-        return None
-    if mask is None and given.get("use_causal_mask"):
-        mask = Mask(lambda: None, causal=True)
-
-    def own(query, key, value, allowed):
-        # The mask is whole: the layer has nothing to add to it. And not every flash attention takes one.
-        with _attributes(layer, _flash_attention=False, _sliding_window=None, sliding_window=None):
-            if allowed is not None and _is_usual(compute_mask):
-                # Brings it into its own form. It looks for lengths in the second axis, and finds them there here, too.
-                allowed = compute_mask(query[..., 0], value[..., 0], attention_mask=allowed)
-            return compute_attention(query, key, value, attention_mask=allowed, training=training)[0]
-
-    return Heads(layer, query, key, value, mask, own)
-
-
-def _with_whole_mask(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    def whole(argument):
-        return argument.whole() if isinstance(argument, Mask) else argument
-
-    return tuple(map(whole, args)), {name: whole(argument) for name, argument in kwargs.items()}
+    layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
 
 
 @contextlib.contextmanager
@@ -248,18 +219,155 @@ def _attributes(layer: Any, **values: Any) -> Iterator[None]:
         layer.__dict__.update(before)
 
 
-def explicit_scores(layer: Any, compute_attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if type(layer) is Attention and len(args[0].shape) == 4:
-        return layer.scores(args[0], args[1], args[3])
-    # Keras' layers are asked for scores by argument or, the grouped one, by attribute.
-    with _attributes(layer, _return_attention_scores=True, _flash_attention=False):
-        return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
+_ORDER = itertools.count()
 
 
-def float_scores(call: Call) -> Any:
-    # NumPy has no bfloat16 and is slow with float16.
-    return call.scores if call.layer.compute_dtype == "float64" else ops.cast(call.scores, "float32")
+class Watch:
+    """Stands in front of the methods of an attention layer and notes its calls, as a `Call` each.
+
+    It has to be made where the layer is put back afterward: see `unchanged`. Only calls in this thread are watched; the
+    model may be running in another one, which is to notice nothing.
+
+    Args:
+        layer: The Keras attention layer.
+        calls: The list for the calls; `None` if they are not wanted.
+        attend: From `Heads`, and whether calls are wanted, to the layer's output (`None`: the layer is to compute it
+            itself) and to what `Call.attended` is to be. It stands in for attention that is Keras' own only.
+        stop: Called after each call that was noted. With it, nothing but the scores is noted.
+    """
+
+    def __init__(
+        self, layer: Any, calls: list[Call] | None, attend: Callable | None = None, stop: Callable | None = None
+    ):
+        self.layer, self.calls, self.attend, self.stop = layer, calls, attend, stop
+        self.call = layer.call
+        self.compute_attention = private(layer, "_compute_attention")
+        self.compute_mask = private(layer, "_compute_attention_mask")
+        self.masks: list[str] = []  # in force in the present call, by the names of Keras' arguments
+        # What a subclass computes in its own way is left to it.
+        self.attends_as_keras = is_keras_method(self.compute_attention, private(layer, "_masked_softmax"))
+        windows = [private(layer, "_compute_sliding_window_mask")] if window_of(layer) else []
+        mask_methods = [self.call, self.compute_mask, private(layer, "_compute_causal_mask"), *windows]
+        self.masks_in_parts = attend is not None and self.attends_as_keras and is_keras_method(*mask_methods)
+        # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
+        layer.__dict__.update(
+            call=_in_this_thread(self._watched_call, self.call),
+            _compute_attention=_in_this_thread(self._watched_attention, self.compute_attention),
+            _compute_attention_mask=_in_this_thread(self._watched_mask, self.compute_mask),
+        )
+
+    def _watched_call(self, *args, **kwargs):
+        self.masks.clear()
+        before = len(self.calls or ())
+        result = self.call(*args, **kwargs)
+        if self.calls is not None and len(self.calls) == before + 1 and self.calls[before].attended is None:
+            query = args[0] if args else kwargs["query"]
+            output = result[0] if isinstance(result, tuple) else result
+            self.calls[before] = self.calls[before]._replace(query=query, output=output)
+        return result
+
+    def _watched_mask(self, *args, **kwargs):
+        given = [name for name, value in kwargs.items() if value is not None and value is not False]
+        self.masks.extend(name for name in given if name.endswith("mask"))
+        mask = _mask_in_parts(self.layer, self.compute_mask, args, kwargs) if self.masks_in_parts else None
+        return self.compute_mask(*args, **kwargs) if mask is None else mask
+
+    def _watched_attention(self, *args, **kwargs):
+        if kwargs.get("use_causal_mask"):
+            self.masks.append("use_causal_mask")
+        if window_of(self.layer):
+            self.masks.append("sliding_window")
+        if self.attend is not None and self.attends_as_keras:
+            heads = _heads(self.layer, self.compute_attention, self.compute_mask, args, kwargs)
+            output, attended = (None, None) if heads is None else self.attend(heads, self.calls is not None)
+            if attended is not None:
+                self._note(None, None, attended)
+            if output is not None:
+                return output, None
+            args = tuple(_whole(self.layer, argument, *args[:2]) for argument in args)
+            if attended is not None:
+                return self.compute_attention(*args, **kwargs)
+        if self.stop is not None and type(self.layer) is Attention and len(args[0].shape) == 4:
+            # The scores alone, before anything is computed that would be thrown away.
+            self._note(explicit_scores(self.layer, self.compute_attention, args, kwargs), None)
+            return self.compute_attention(*args, **kwargs)
+        output, scores = self.compute_attention(*args, **kwargs)
+        if self.calls is not None:
+            explicit = scores
+            if scores is None:  # as from a fused kernel; the model goes on with the output of that
+                explicit = explicit_scores(self.layer, self.compute_attention, args, kwargs)
+            self._note(explicit, args[2] if len(args) > 2 else kwargs["value"])
+        return output, scores
+
+    def _note(self, scores, value, attended=None):
+        if self.calls is not None:
+            masks = ", ".join(self.masks) or "none"
+            self.calls.append(Call(self.layer, scores, value, masks, None, None, attended, next(_ORDER)))
+            if self.stop is not None:
+                self.stop()
 
 
-def attention_axes(layer: Any) -> Sequence[int]:
-    return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
+def _in_this_thread(watched: Callable, original: Callable) -> Callable:
+    """`watched` in the thread that calls this, and the original in all others."""
+    thread = threading.get_ident()
+
+    @functools.wraps(original)
+    def either(*args, **kwargs):
+        return (watched if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    return either
+
+
+def window_of(layer: Any) -> int | None:
+    """The layer's `sliding_window`; Keras 3.14 has none."""
+    return getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
+
+
+def _has_values(*tensors: Any) -> bool:
+    return all(_backend.concrete(tensor) is not None and _backend.is_usable(tensor) for tensor in tensors)
+
+
+def _mask_in_parts(layer: Any, compute_mask: Callable, args: tuple, kwargs: dict[str, Any]) -> Mask | None:
+    """What Keras would multiply out to a matrix; `None` if there is no mask, or it is not to be taken apart."""
+    given = inspect.signature(compute_mask).bind(*args, **kwargs).arguments
+    query, value = given.pop("query"), given.pop("value")
+    explicit, causal = given.get("attention_mask"), bool(given.pop("use_causal_mask", False))
+    tensors = [mask for mask in given.values() if mask is not None]
+    if len(query.shape) > 3 or not _has_values(*filter(ops.is_tensor, [query, value, *tensors])):
+        return None
+    of_keras = compute_mask.__module__.startswith("keras.")
+    if of_keras and explicit is not None and len(explicit.shape) == 4 and len(tensors) > 1:
+        return None  # Keras sets samples against heads then
+    return mask_in_parts(**given, use_causal_mask=causal, window=window_of(layer))
+
+
+def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args: tuple, kwargs: dict) -> Heads | None:
+    """`None` if the layer has to compute its attention by itself, as when it is asked for scores."""
+    given = inspect.signature(compute_attention).bind(*args, **kwargs).arguments
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    mask, training = given.get("attention_mask"), given.get("training")
+    asked = given.get("return_attention_scores") or layer.__dict__.get("_return_attention_scores")
+    dropout = training and layer.dropout > 0
+    if asked or dropout or not _has_values(query, key, value):
+        return None
+    if mask is None and given.get("use_causal_mask"):
+        mask = Mask((), causal=True, window=None)
+    elif mask is not None and not isinstance(mask, Mask):
+        mask = mask_in_parts(attention_mask=mask)
+
+    def own(query, key, value, allowed):
+        # The mask is whole: the layer has nothing to add to it. And not every flash attention takes one.
+        with _attributes(layer, _flash_attention=False, _sliding_window=None, sliding_window=None):
+            if allowed is not None and is_keras_method(compute_mask):
+                # Brings it into its own form. It looks for lengths in the second axis, and finds them there here, too.
+                allowed = compute_mask(query[..., 0], value[..., 0], attention_mask=allowed)
+            return compute_attention(query, key, value, attention_mask=allowed, training=training)[0]
+
+    return Heads(layer, query, key, value, mask, own)
+
+
+def _whole(layer: Any, argument: Any, query: Any, key: Any) -> Any:
+    """An argument as the layer's own attention takes it: only this package's takes a mask in parts."""
+    if not isinstance(argument, Mask) or isinstance(layer, Attention):
+        return argument
+    return argument.at(ops.arange(query.shape[1], dtype="int32"), key.shape[1])

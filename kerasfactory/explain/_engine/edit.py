@@ -3,7 +3,6 @@
 Nothing of the model is changed, as with `observe`.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +10,19 @@ from typing import Any, NamedTuple
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.attention import explicit_scores, find_attention, float_scores
-from kerasfactory.explain._engine.observe import Found, observe, relative_difference, rounding_of, state_of, unchanged
+from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import edit_scores, float_scores
+from kerasfactory.explain._engine.observe import (
+    Found,
+    compile_options,
+    observe,
+    relative_difference,
+    rounding_of,
+    state_of,
+    unchanged,
+)
+
+_EAGERLY = {"run_eagerly": True, "jit_compile": False}
 
 
 class Editor(NamedTuple):
@@ -42,26 +52,28 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
     names = {(found.name, found.number): name for name, found in first.found.items()}
-    attentions = {name: layer for name, layer in find_attention(model).items() if (name, 1) in names}
+    attentions = {found.name: found.layer for found in first.found.values()}
 
     def run(state, data, edit, given):
         before: dict[str, Any] = {}
         with unchanged(model):
-            for name, layer in attentions.items():
-                _edit(layer, name, names, lambda name, scores: edit(name, scores, given), before)
+            for layer_name, layer in attentions.items():
+                _edit_calls(layer, layer_name, names, lambda name, scores: edit(name, scores, given), before)
             outputs, _ = _backend.predict_step(model, state, data)
         return outputs, before
 
-    with unchanged(model):
-        how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
-    eagerly = {"run_eagerly": True, "jit_compile": False}
-    steps: dict[Callable, Callable] = {}
-    slopes: dict[tuple[Callable, Callable], Callable] = {}
+    options = compile_options(model)
+    predict_steps: dict[Callable, Callable] = {}
+    gradient_steps: dict[tuple[Callable, Callable], Callable] = {}
 
     def predict(batch, edit, given):
-        if edit not in steps:
-            steps[edit] = _backend.compiled(lambda state, both: run(state, both[0], edit, both[1])[0], **how)
-        return steps[edit](state_of(model), (batch, _tensors(given)))
+        def step(state, data):
+            batch, given = data
+            return run(state, batch, edit, given)[0]
+
+        if edit not in predict_steps:
+            predict_steps[edit] = _backend.compiled(step, **options)
+        return predict_steps[edit](state_of(model), (batch, _tensors(given)))
 
     def gradient(batch, edit, given, scalar, more=(), once=False):
         def step(state, data):
@@ -75,23 +87,36 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
             return gradients, outputs, scores
 
         data = (batch, _tensors(given), _tensors(more))
-        if (edit, scalar) not in slopes:
-            slopes[edit, scalar] = _backend.compiled(step, **how, once=once)
-        with contextlib.suppress(Exception):
-            return slopes[edit, scalar](state_of(model), data)
-        # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.
-        slopes[edit, scalar] = _backend.compiled(step, **eagerly)
-        return slopes[edit, scalar](state_of(model), data)
+        if (edit, scalar) not in gradient_steps:
+            gradient_steps[edit, scalar] = _backend.compiled(step, **options, once=once)
+        try:
+            return gradient_steps[edit, scalar](state_of(model), data)
+        except Exception as error:
+            # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.
+            gradient_steps[edit, scalar] = _backend.compiled(step, **_EAGERLY)
+            result = gradient_steps[edit, scalar](state_of(model), data)
+            warn(
+                "The gradients could not be compiled, and are computed eagerly, which takes longer. The cause was "
+                f"{type(error).__name__}: {str(error).strip()[:500]}"
+            )
+            return result
 
+    _check_made_of_scores(model, batch, run)
+    return Editor(first.found, shapes, predict, gradient)
+
+
+def _check_made_of_scores(model: Any, batch: tuple, run: Callable) -> None:
     def unedited(state, data):
         with unchanged(model):
             return _backend.predict_step(model, state, data)[0]
 
-    def as_it_is(state, data):
+    def with_its_own_scores(state, data):
         return run(state, data, lambda name, scores, given: scores, {})[0]
 
     # Compiling would take longer than these two runs.
-    expected, outputs = (_backend.compiled(step, **eagerly)(state_of(model), batch) for step in (unedited, as_it_is))
+    expected, outputs = (
+        _backend.compiled(step, **_EAGERLY)(state_of(model), batch) for step in (unedited, with_its_own_scores)
+    )
     difference = relative_difference(expected, outputs)
     if not difference <= rounding_of(model):
         raise ValueError(
@@ -100,21 +125,20 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
             "would do. Leave out layers that compute something else, with `layers=[...]`; "
             "`explain.recomposition_error` tells which they are. Random outputs, and NaN in `x`, do this too."
         )
-    return Editor(first.found, shapes, predict, gradient)
 
 
-def _edit(layer: Any, name: str, names: dict[tuple[str, int], str], edit: Callable, before: dict[str, Any]) -> None:
-    """Has the layer attend with edited scores. To be used within `unchanged`, which takes it away."""
-    compute_attention, numbers = layer._compute_attention, itertools.count(1)
+def _edit_calls(
+    layer: Any, layer_name: str, names: dict[tuple[str, int], str], edit: Callable, before: dict[str, Any]
+) -> None:
+    """Has the layer attend with edited scores in each of its calls, whose own scores are noted in `before`."""
+    numbers = itertools.count(1)
 
-    def edited(*args, **kwargs):
-        full_name = names[name, next(numbers)]
-        before[full_name] = explicit_scores(layer, compute_attention, args, kwargs)
-        scores = edit(full_name, before[full_name])
-        value = args[2] if len(args) > 2 else kwargs["value"]
-        return ops.einsum(layer._combine_equation, ops.cast(scores, value.dtype), value), scores
+    def edited(scores):
+        name = names[layer_name, next(numbers)]
+        before[name] = scores
+        return edit(name, scores)
 
-    layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
+    edit_scores(layer, edited)
 
 
 def _tensors(given: Any) -> Any:

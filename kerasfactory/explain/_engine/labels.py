@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasfactory.explain._engine.attention import attention_axes
-from kerasfactory.explain._engine.observe import Batch
+from kerasfactory.explain._engine.attention import all_layers, attention_axes
+from kerasfactory.explain._engine.observe import Batch, Found
 from kerasfactory.layers import FeatureTokenizer
 
 
@@ -15,7 +15,7 @@ def labels_of(
 ) -> dict[str, Any]:
     """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
     if names is None and batch.inputs == 1:
-        tokenizers = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureTokenizer)]
+        tokenizers = [layer for layer in all_layers(model) if isinstance(layer, FeatureTokenizer)]
         names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
     call = batch.found[name]
     dims = ["sequence" if folded else "sample", *axis_names(call.layer, len(shape))]
@@ -23,16 +23,20 @@ def labels_of(
     for dim, size in zip(dims, shape, strict=True):
         if names is not None and dim.startswith(("query", "key")) and size == len(names):
             coordinates[dim] = names
-    attributes = {
+    attributes = attributes_of(call) | {"prediction_difference": batch.difference}
+    return {"coords": coordinates, "dims": dims, "attrs": attributes}
+
+
+def attributes_of(call: Found) -> dict[str, Any]:
+    """What a result says of the call it belongs to, and of where it was computed."""
+    return {
         "layer": call.name,
         "class": type(call.layer).__name__,
         "call": call.number,
         "masks": call.masks,
         "backend": keras.config.backend(),
         "keras_version": keras.__version__,
-        "prediction_difference": batch.difference,
     }
-    return {"coords": coordinates, "dims": dims, "attrs": attributes}
 
 
 def axis_names(layer: Any, rank: int) -> list[str]:
@@ -47,6 +51,7 @@ def axis_names(layer: Any, rank: int) -> list[str]:
 
 
 def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None) -> None:
+    """Raises an error if scores of this shape have other axes than the layer's, or not as many keys as names."""
     dims = axis_names(layer, len(shape))
     if len(dims) != len(shape) - 1:
         raise ValueError(
@@ -59,4 +64,13 @@ def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] |
             f"`feature_names` must hold one name for each key. Layer {name!r} attends over "
             f"{' x '.join(map(str, keys))} keys. Give as many names, or choose other layers with `layers=[...]`. "
             f"Received {len(names)} names: {names}"
+        )
+
+
+def check_same_lengths(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+    """Raises an error if the scores of a sample have another shape than those in the first batch."""
+    if shape != first:
+        raise ValueError(
+            f"The scores of a sample have shape {shape} in one batch, and {first} in those before, in layer {name!r}: "
+            "the batches in `x` differ in length. Pad them all to one length, or give each by itself."
         )

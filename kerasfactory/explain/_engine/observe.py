@@ -6,9 +6,8 @@ forward pass writes into layers is taken out again.
 
 import contextlib
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -16,7 +15,17 @@ import numpy as np
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.attention import Call, Heads, _choose, _is_usual, _watch, find_attention
+from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import (
+    Call,
+    Heads,
+    Watch,
+    all_layers,
+    choose_attention,
+    find_attention,
+    is_keras_method,
+    private,
+)
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.layers import InterpretableMultiHeadAttention
 
@@ -76,24 +85,17 @@ def observe(
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
     build_model(model, first)
-    attentions = find_attention(model)
-    chosen = _choose(attentions, layers)
+    chosen = choose_attention(model, layers)
     steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
-    state = state_of(model)
-    measured, after, outputs = steps.compared(state, first)
-    measured = _in_order(measured, steps.calls)
-    changes_state = any(
-        one is not other and not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
-        for one, other in zip(state[1], after[1], strict=True)
-    )
-    state = after
-    found = {}
-    for full_name in measured:
-        name, number = steps.calls[full_name]
-        found[full_name] = Found(name, number, chosen[name], steps.masks[full_name])
-    _name_what_is_missing(model, attentions, chosen, layers, {call.name for call in found.values()}, steps.lost)
+    before = state_of(model)
+    measured, state, outputs = steps.compared(before, first)
+    measured = _in_order(measured, steps.found)
+    found = {name: steps.found[name]._replace(layer=chosen[steps.found[name].name]) for name in measured}
+    _report_missing(model, chosen, layers, {call.name for call in found.values()}, steps.lost)
+    changes_state = _differ(before[1], state[1])
     inputs = len(tree.flatten(first))
-    batch = Batch(size_of(first), inputs, expected, measured, found, relative_difference(*outputs), changes_state)
+    difference = relative_difference(*outputs)
+    batch = Batch(size_of(first), inputs, expected, measured, found, difference, changes_state)
     yield batch
     progress.update(1)
 
@@ -108,7 +110,7 @@ def observe(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
                 f"instead of {sorted(found)}. Capture such batches one by one."
             )
-        yield batch._replace(size=size_of(data), measured=_in_order(measured, steps.calls))
+        yield batch._replace(size=size_of(data), measured=_in_order(measured, steps.found))
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
@@ -124,95 +126,98 @@ def state_of(model: Any) -> tuple[list, list]:
     return trainable, non_trainable
 
 
+def compile_options(model: Any) -> dict[str, Any]:
+    """How `model.predict` would compile it."""
+    with unchanged(model):  # Keras works this out when it is asked, and writes the answer into the model
+        return {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+
+
+def _differ(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
+    return any(
+        one is not other and not np.array_equal(_backend.as_numpy(one), _backend.as_numpy(other))
+        for one, other in zip(arrays, others, strict=True)
+    )
+
+
 class _Steps(NamedTuple):
-    """Functions from `(state, data)` that run a batch, and what they come to know of the model as they are traced."""
+    """Functions from `(state, data)` that run a batch, and what they find out about the model as they are traced."""
 
     compared: Callable  # to what is measured, the state afterward, and the outputs, unwatched and watched
     watched: Callable  # to what is measured and the state afterward: a compiled function leaves out the rest
     watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
-    calls: dict[str, tuple[str, int]]
-    masks: dict[str, str]
-    lost: set[str]
-
-
-# Compiling takes longer than running many a batch: functions are kept, by what they measure, while their model lives.
-KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+    found: dict[str, Found]  # without the layers: what is kept must not keep the model
+    lost: set[str]  # layers whose scores cannot be had
 
 
 def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -> _Steps:
-    kept = KEPT.setdefault(model, {})
-    traced_of = fingerprint_of(chosen, model)
-    if measure in kept and same_fingerprint(kept[measure][0], traced_of):
-        return kept[measure][1]
+    def make():
+        found: dict[str, Found] = {}
+        lost: set[str] = set()
+        # What is kept must not keep the model, or both would stay for ever.
+        model_reference = weakref.ref(model)
+        layer_references = {name: weakref.ref(layer) for name, layer in chosen.items()}
 
-    calls: dict[str, tuple[str, int]] = {}
-    masks: dict[str, str] = {}
-    lost: set[str] = set()
-    # What is kept must not keep the model, or both would stay for ever.
-    its_model = weakref.ref(model)
-    its_layers = {name: weakref.ref(layer) for name, layer in chosen.items()}
+        def watched_layers():
+            return {name: reference() for name, reference in layer_references.items()}
 
-    def watched(state, data):
-        model = its_model()
-        with unchanged(model), _watching({name: layer() for name, layer in its_layers.items()}) as seen:
-            outputs, state = _backend.predict_step(model, state, data)
-            measured = _measured(seen, measure, calls, masks, lost)
-        return measured, state, outputs
+        def watched(state, data):
+            model = model_reference()
+            with unchanged(model), _watching(watched_layers()) as seen:
+                outputs, state = _backend.predict_step(model, state, data)
+                measured = _measured(seen, measure, found, lost)
+            return measured, state, outputs
 
-    def compared(state, data):
-        model = its_model()
-        with unchanged(model):
-            outputs, _ = _backend.predict_step(model, state, data)
-        measured, state, watched_outputs = watched(state, data)
-        return measured, state, (outputs, watched_outputs)
+        def compared(state, data):
+            model = model_reference()
+            with unchanged(model):
+                outputs, _ = _backend.predict_step(model, state, data)
+            measured, state, watched_outputs = watched(state, data)
+            return measured, state, (outputs, watched_outputs)
 
-    def stopping(number):
-        def until(state, data):
-            model = its_model()
-            layers = {name: layer() for name, layer in its_layers.items()}
-            with unchanged(model), _watching(layers, stop_after=number) as seen:
-                with contextlib.suppress(_Enough):
-                    _backend.predict_step(model, state, data)
-                return _measured(seen, measure, calls, masks, lost), state
+        def stopping(number):
+            def until(state, data):
+                model = model_reference()
+                with unchanged(model), _watching(watched_layers(), stop_after=number) as seen:
+                    with contextlib.suppress(_EnoughSeen):
+                        _backend.predict_step(model, state, data)
+                    return _measured(seen, measure, found, lost), state
 
-        return _backend.compiled(until, run_eagerly=True, jit_compile=False)
+            return _backend.compiled(until, run_eagerly=True, jit_compile=False)
 
-    with unchanged(model):  # Keras works this out when it is asked, and writes the answer into the model
-        how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
-    compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **how)
-    is_eager = how["run_eagerly"] or keras.config.backend() == "torch"
-    steps = _Steps(
-        _backend.compiled(compared, **how, once=True),
-        compiled,
-        stopping if is_eager else lambda number: compiled,
-        calls,
-        masks,
-        lost,
-    )
-    kept[measure] = (traced_of, steps)
-    return steps
+        options = compile_options(model)
+        compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **options)
+        is_eager = options["run_eagerly"] or keras.config.backend() == "torch"
+        return _Steps(
+            _backend.compiled(compared, **options, once=True),
+            compiled,
+            stopping if is_eager else lambda number: compiled,
+            found,
+            lost,
+        )
+
+    return kept(model, measure, chosen, make)
 
 
 def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, attend: Callable) -> _Steps:
     """Not kept, for nothing is compiled: `attend` needs values."""
-    calls: dict[str, tuple[str, int]] = {}
-    masks: dict[str, str] = {}
+    found: dict[str, Found] = {}
     lost: set[str] = set()
+    # The other layers attend in the same way: they would form what the chosen ones do not.
+    others = [layer for layer in find_attention(model).values() if all(layer is not one for one in chosen.values())]
 
     def watched(state, data):
         with unchanged(model), _watching(chosen, attend) as seen:
-            for layer in find_attention(model).values():
-                if not any(layer is other for other in chosen.values()):
-                    _watch(layer, None, attend)  # it would form what the chosen ones do not
+            for layer in others:
+                Watch(layer, None, attend)
             _, state = _backend.predict_step(model, state, data)
-            measured = _measured(seen, measure, calls, masks, lost)
+            measured = _measured(seen, measure, found, lost)
         return measured, state
 
     step = _backend.compiled(watched, run_eagerly=True, jit_compile=False)
-    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, calls, masks, lost)
+    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, found, lost)
 
 
-def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks: dict, lost: set) -> dict[str, Any]:
+def _measured(seen: dict[str, list[Call]], measure: Callable, found: dict[str, Found], lost: set) -> dict[str, Any]:
     measured = {}
     numbered = [
         (call, name, number, name if len(calls_of_layer) == 1 else f"{name}#{number}")
@@ -223,14 +228,26 @@ def _measured(seen: dict[str, list[Call]], measure: Callable, calls: dict, masks
         if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
             lost.add(name)
             continue
-        calls[full_name], masks[full_name] = (name, number), call.masks
+        found[full_name] = Found(name, number, None, call.masks)
         measured[full_name] = measure(call)
     return measured
 
 
-def _in_order(measured: dict[str, Any], calls: dict[str, tuple[str, int]]) -> dict[str, Any]:
+def _in_order(measured: dict[str, Any], found: dict[str, Found]) -> dict[str, Any]:
     """What JAX returns from a compiled function is in the order of the alphabet."""
-    return {name: measured[name] for name in calls if name in measured}
+    return {name: measured[name] for name in found if name in measured}
+
+
+# Compiling takes longer than running many a batch: functions are kept, by a key, while their model lives.
+_KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+
+
+def kept(model: Any, key: Any, chosen: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` returned for this key, until an attribute of a layer is set or other layers are chosen."""
+    kept_of_model, fingerprint = _KEPT.setdefault(model, {}), _fingerprint(chosen, model)
+    if key not in kept_of_model or not _same_fingerprint(kept_of_model[key][0], fingerprint):
+        kept_of_model[key] = (fingerprint, make())
+    return kept_of_model[key][1]
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -238,10 +255,10 @@ _PLAIN = (bool, int, float, str, type(None))
 _CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced")
 
 
-def fingerprint_of(chosen: dict[str, Any], model: Any) -> list:
+def _fingerprint(chosen: dict[str, Any], model: Any) -> list:
     """All that a traced function may have made a constant of: it changes if any attribute of any layer is set."""
     entries: list[Any] = list(chosen)
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         for name, value in vars(layer).items():
             if name in _CHANGED_BY_USE:
                 continue
@@ -256,13 +273,13 @@ def fingerprint_of(chosen: dict[str, Any], model: Any) -> list:
     return entries
 
 
-def same_fingerprint(one: list, other: list) -> bool:
+def _same_fingerprint(one: list, other: list) -> bool:
     pairs = zip(one, other, strict=False)
     return len(one) == len(other) and all(a is b or (isinstance(a, _PLAIN) and a == b) for a, b in pairs)
 
 
-def _name_what_is_missing(model, attentions, chosen, layers, seen, lost):
-    """No layer is left out in silence."""
+def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, seen: set[str], lost: set[str]) -> None:
+    """Names the layers that are not in the result, in a warning, or in an error where they were asked for."""
     missing = {}
     for name in chosen:
         if name in lost:
@@ -273,16 +290,16 @@ def _name_what_is_missing(model, attentions, chosen, layers, seen, lost):
         elif name not in seen:
             missing[name] = "the model did not call it, or its `call` does not go through `_compute_attention`"
     if layers is None:
-        for layer in model._flatten_layers(include_self=False):
+        for layer in all_layers(model):
             if isinstance(layer, keras.layers.Attention):
                 missing[layer.name] = f"it is a `keras.layers.{type(layer).__name__}`, without heads"
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
     if seen and layers is None:
         if missing:
-            warnings.warn(f"These layers are not captured:{reasons}", stacklevel=4)
+            warn(f"These layers are not captured:{reasons}")
     elif missing:
         raise ValueError(f"These layers cannot be captured:{reasons}")
-    elif not attentions:
+    elif not chosen:
         names = ", ".join(layer.name for layer in model.layers)
         raise ValueError(
             "The model has no `MultiHeadAttention` or `GroupQueryAttention`, neither Keras' own nor a subclass or a "
@@ -295,8 +312,8 @@ def unchanged(model: Any) -> Iterator[None]:
     """Takes back what a forward pass writes into layers; the values of variables are not touched by one of ours."""
     with _LOCK:
         before = [
-            (layer, dict(layer.__dict__), list(layer._losses), set(layer._loss_ids))
-            for layer in model._flatten_layers()
+            (layer, dict(layer.__dict__), list(private(layer, "_losses")), set(private(layer, "_loss_ids")))
+            for layer in all_layers(model)
         ]
         try:
             yield
@@ -308,12 +325,12 @@ def unchanged(model: Any) -> Iterator[None]:
                 for name, value in attributes.items():
                     if name not in layer.__dict__ or layer.__dict__[name] is not value:
                         layer.__dict__[name] = value
-                layer._losses[:] = losses
-                layer._loss_ids.clear()
-                layer._loss_ids.update(loss_ids)
+                private(layer, "_losses")[:] = losses
+                private(layer, "_loss_ids").clear()
+                private(layer, "_loss_ids").update(loss_ids)
 
 
-class _Enough(BaseException):
+class _EnoughSeen(BaseException):
     """Everything is known that is wanted. Keras takes hold of an `Exception` on its way."""
 
 
@@ -321,7 +338,7 @@ def _always_calls_the_same(model: Any) -> bool:
     """Whether the model is a graph that calls its attention layers, the same ones for all data."""
     of_keras = type(model).call.__module__ in ("keras.src.models.functional", "keras.src.models.sequential")
     return of_keras and all(
-        _is_usual(layer.call)
+        is_keras_method(layer.call)
         or not find_attention(layer)
         or (isinstance(layer, keras.Model) and _always_calls_the_same(layer))
         for layer in model.layers
@@ -337,20 +354,20 @@ def _watching(
 
     def stop():
         if sum(map(len, calls.values())) == stop_after:
-            raise _Enough
+            raise _EnoughSeen
 
     for name, layer in attentions.items():
-        _watch(layer, calls[name], attend, stop if stop_after else None)
+        Watch(layer, calls[name], attend, stop if stop_after else None)
     yield calls
 
 
 def build_model(model: Any, data: Any) -> None:
     """Gives a model its weights that has none yet, as `predict` would."""
-    if all(layer.built for layer in model._flatten_layers()):
+    if all(layer.built for layer in all_layers(model)):
         return
     with keras.StatelessScope():
         model(data[0])
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         if isinstance(layer, InterpretableMultiHeadAttention):
             layer._scores = layer._traced_scores = None  # were computed with weights that are no more
 
@@ -371,5 +388,16 @@ _ROUNDING, _HALF_PRECISION_ROUNDING = 1e-5, 2e-2
 
 
 def rounding_of(model: Any) -> float:
-    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+    """How far apart two runs of this model may lie, relative to the largest entry."""
+    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in all_layers(model))
     return _HALF_PRECISION_ROUNDING if half else _ROUNDING
+
+
+def warn_of_difference(model: Any, difference: float) -> None:
+    """Warns if the first batch's outputs differed when they were observed, by more than rounding."""
+    if not difference <= rounding_of(model):
+        warn(
+            "The model's outputs for the first batch differ when it is observed, by "
+            f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "
+            "returns. Outputs that are random, or depend on how often the model was called, do this."
+        )

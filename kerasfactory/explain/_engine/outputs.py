@@ -10,14 +10,7 @@ from keras import tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
-from kerasfactory.explain._engine.observe import (
-    KEPT,
-    build_model,
-    fingerprint_of,
-    same_fingerprint,
-    state_of,
-    unchanged,
-)
+from kerasfactory.explain._engine.observe import build_model, compile_options, kept, state_of, unchanged
 
 
 def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray:
@@ -33,19 +26,18 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
     build_model(model, first)
-    kept, traced_of = KEPT.setdefault(model, {}), fingerprint_of({}, model)
-    if predictions not in kept or not same_fingerprint(kept[predictions][0], traced_of):
-        its_model = weakref.ref(model)
+
+    def make():
+        model_reference = weakref.ref(model)
 
         def step(state, data):
-            model = its_model()
+            model = model_reference()
             with unchanged(model):
                 return _backend.predict_step(model, state, data)
 
-        with unchanged(model):
-            how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
-        kept[predictions] = (traced_of, _backend.compiled(step, **how))
-    run, state, parts = kept[predictions][1], state_of(model), []
+        return _backend.compiled(step, **compile_options(model))
+
+    run, state, parts = kept(model, predictions, {}, make), state_of(model), []
     for data in itertools.chain([first], batches):
         outputs, state = run(state, data)
         arrays = [_backend.as_numpy(output) for output in tree.flatten(outputs)]

@@ -1,6 +1,6 @@
-"""Results larger than memory: streamed to disk batch by batch, and continued after a kill at any moment.
+"""Results that grow batch by batch: in memory, or streamed to disk and continued after a kill at any moment.
 
-The store is a directory in Zarr's format 2, which xarray reads as it is. Each layer is a group, and each of its
+The store on disk is a directory in Zarr's format 2, which xarray reads as it is. Each layer is a group, and each of its
 variables an array that grows along its first dimension. Three facts make it survive a kill:
 
 - Zarr writes every file beside its place and renames it: after a kill a file is the old one or the new one.
@@ -24,8 +24,9 @@ import xarray as xr
 from keras import tree
 
 from kerasfactory import _backend
+from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import batches_of
-from kerasfactory.explain._engine.observe import build_model
+from kerasfactory.explain._engine.observe import build_model, rounding_of
 
 try:
     import fcntl
@@ -38,17 +39,121 @@ _LARGEST_CHUNK = 64 << 20  # readers hold whole chunks, and no codec takes 2 GiB
 _RECORD = "kerasfactory"
 
 
+def results_of(
+    store: Any, function: str, model: Any, x: Any, batch_size: int | None, arguments: Mapping[str, Any]
+) -> "Memory | Store":
+    """Where the results of a public function grow batch by batch: in memory, or in the directory `store`.
+
+        with results_of(store, "capture", model, x, batch_size, arguments) as results:
+            for batch in observe(model, results.x, layers, results.batch_size, verbose, measure):
+                results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+            results.finish()
+        datasets = results.open()
+
+    From the layer's name, `arrays` leads to what the function `labeled(name, arrays)` makes a Dataset of, along whose
+    first dimension the results grow, and `nan` to a boolean array that says which rows hold a NaN.
+    """
+    if store is None:
+        return Memory(x, batch_size)
+    return Store(store, function, model, x, batch_size, arguments, rounding_of)
+
+
+class Memory:
+    """Datasets, one for each layer, that grow batch by batch in memory."""
+
+    def __init__(self, x: Any, batch_size: int | None):
+        self.x, self.batch_size = x, batch_size
+        self.rows: dict[str, int] = {}
+        self.nan: dict[str, list[int]] = {}
+        self._without_rows: dict[str, xr.Dataset] = {}
+        self._arrays: dict[str, dict[str, np.ndarray]] = {}
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def append(
+        self,
+        arrays: dict[str, dict[str, np.ndarray]],
+        nan: dict[str, np.ndarray],
+        labeled: Callable[[str, Any], xr.Dataset],
+        expected: int | None = None,
+        changes_state: bool = False,
+    ) -> None:
+        """Adds what was made of a batch, one of so many if that is known."""
+        for name, arrays_of_layer in arrays.items():
+            start = self.rows.get(name, 0)
+            if name not in self._arrays:
+                self._arrays[name] = {}
+                self._without_rows[name] = _without_rows(labeled(name, arrays_of_layer))
+            for variable, values in arrays_of_layer.items():
+                grown = _grown(self._arrays[name].get(variable), values, start, expected)
+                self._arrays[name][variable] = grown
+            _count(self.rows, self.nan, name, nan[name])
+
+    def finish(self) -> None:
+        """Does nothing: `Store` writes here what is waiting."""
+
+    def open(self) -> dict[str, xr.Dataset]:
+        """The results so far. Nothing can be added afterward."""
+        datasets = {}
+        for name, arrays in self._arrays.items():
+            empty, rows = self._without_rows[name], self.rows[name]
+            variables = {}
+            for variable, array in arrays.items():
+                array.resize((rows, *array.shape[1:]), refcheck=False)
+                variables[variable] = (empty[variable].dims, array, empty[variable].attrs)
+            numbers = {_first_dimension(empty): np.arange(rows)}
+            datasets[name] = xr.Dataset(variables, dict(empty.coords) | numbers, empty.attrs)
+        return datasets
+
+
+def _grown(grown: np.ndarray | None, values: np.ndarray, start: int, expected: int | None) -> np.ndarray:
+    """An array with `values` in its rows from `start` on, and room for more. It never lies in memory twice."""
+    if grown is None:
+        if expected == 1 and values.flags.owndata and values.flags.writeable:
+            return values  # not copied: it may be as large as all the rest
+        grown = np.empty((len(values) * (expected or 1), *values.shape[1:]), values.dtype)
+    if start + len(values) > len(grown):
+        grown.resize((start + len(values), *grown.shape[1:]), refcheck=False)
+    grown[start : start + len(values)] = values
+    return grown
+
+
+def _first_dimension(dataset: xr.Dataset) -> Any:
+    return next(iter(dataset.data_vars.values())).dims[0]
+
+
+def _without_rows(dataset: xr.Dataset) -> xr.Dataset:
+    return dataset.isel({_first_dimension(dataset): slice(0, 0)}).copy(deep=True)
+
+
+def _count(rows: dict[str, int], nan: dict[str, list[int]], name: str, has_nan: np.ndarray) -> None:
+    """Counts further rows of a layer; of those with a NaN, `nan` says how many there are, and which is the first."""
+    before = rows.get(name, 0)
+    found = np.flatnonzero(has_nan)
+    if len(found):
+        count, first = nan.get(name, [0, before + int(found[0])])
+        nan[name] = [count + len(found), first]
+    rows[name] = before + len(has_nan)
+
+
+def warn_of_nan(nan: dict[str, list[int]], rows: dict[str, int]) -> None:
+    """Warns of layers whose results hold NaN, as `_count` counts them."""
+    for name, (count, first) in nan.items():
+        warn(
+            f"The scores of layer {name!r} are NaN in {count} of {rows[name]} samples, the first of them number "
+            f"{first}. Look for NaN or infinite numbers in these samples, and in the model's weights."
+        )
+
+
 class Store:
-    """Datasets, one for each layer, that grow batch by batch in a directory.
+    """Datasets, one for each layer, that grow batch by batch in a directory: see `results_of`.
 
     It stands in for the `x` of `observe`: it gives the first batch, by which the model is known again, and then those
     that are not stored yet.
-
-        with Store(path, "capture", model, x, batch_size, arguments, tolerance) as store:
-            for batch in observe(model, store, layers, None, verbose, measure):
-                store.append({name: xr.Dataset(...) for name in batch.measured}, batch.changes_state)
-            store.finish()
-        datasets = store.open()
 
     Args:
         path: The directory, `*.zarr`. Made if it is not there; continued if it belongs to the same call.
@@ -79,6 +184,7 @@ class Store:
         self._path = _checked_path(path)
         self._zarr = _import_zarr()
         self._source, self._expected = batches_of(x, batch_size)
+        self.x, self.batch_size = self, None  # for `observe`
         self._model, self._tolerance = model, tolerance
         self._made_by = {"function": function, **arguments}
         self._digests: collections.deque[str] = collections.deque()  # of batches drawn and not yet appended
@@ -151,12 +257,21 @@ class Store:
         """Of each layer that has NaN: the number of rows that hold one, and the first of them."""
         return self._record["nan"]
 
-    def append(self, results: dict[str, xr.Dataset], changes_state: bool = False) -> None:
-        """Adds what was made of the batch drawn last.
+    def append(
+        self,
+        arrays: dict[str, Any],
+        nan: dict[str, np.ndarray],
+        labeled: Callable[[str, Any], xr.Dataset],
+        expected: int | None = None,
+        changes_state: bool = False,
+    ) -> None:
+        """Adds what was made of the batch drawn last; see `results_of`.
 
         Args:
-            results: From the layer's name to variables, all with the same first dimension, along which they grow, and
-                to coordinates of the other dimensions.
+            arrays: By layer.
+            nan: By layer: which rows hold a NaN.
+            labeled: Makes a Dataset of the arrays of a layer.
+            expected: Not used: room is made on disk as it is needed.
             changes_state: For the first batch, whether what the model does with a batch depends on those before.
 
         Raises:
@@ -164,6 +279,7 @@ class Store:
                 first are not those in the store.
         """
         digest = self._digests.popleft()
+        results = {name: labeled(name, arrays_of_layer) for name, arrays_of_layer in arrays.items()}
         layout = {
             name: {variable: (array.dims, array.shape[1:]) for variable, array in dataset.data_vars.items()}
             for name, dataset in results.items()
@@ -179,13 +295,8 @@ class Store:
                 "All batches in a store must have the dimensions and lengths of the first, which are "
                 f"{self._layout}. Received a batch with: {layout}"
             )
-        for name, dataset in results.items():
-            before = self.rows.get(name, 0)
-            nan = np.flatnonzero(_has_nan(dataset))
-            if len(nan):
-                count, first = self.nan.get(name, [0, before + int(nan[0])])
-                self.nan[name] = [count + len(nan), first]
-            self.rows[name] = before + len(next(iter(dataset.data_vars.values())))
+        for name in results:
+            _count(self.rows, self.nan, name, nan[name])
         self._record |= {"batches": self._record["batches"] + 1, "data": digest}
         self._waiting.append(results)
         self._waiting_bytes += sum(dataset.nbytes for dataset in results.values())
@@ -314,7 +425,7 @@ class Store:
             for variable, array in dataset.data_vars.items():
                 rows = sum(len(batch[name][variable]) for batch in self._waiting)
                 chunks[variable] = {"chunks": _chunks((rows, *array.shape[1:]), array.dtype.itemsize)}
-            empty = dataset.isel({array.dims[0]: slice(0, 0)})
+            empty = _without_rows(dataset)
             empty.to_zarr(self._path, group=name, mode="a", encoding=chunks, consolidated=False, zarr_format=2)
 
 
@@ -353,12 +464,6 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         axis = next(axis for axis, length in enumerate(chunks) if length > 1)
         chunks[axis] = -(-chunks[axis] // 2)
     return tuple(chunks)
-
-
-def _has_nan(dataset: xr.Dataset) -> np.ndarray:
-    """Which rows hold a NaN."""
-    arrays = [array.values for array in dataset.data_vars.values() if array.dtype.kind == "f"]
-    return np.any([np.isnan(array).reshape(len(array), -1).any(axis=1) for array in arrays], axis=0)
 
 
 def digest_of(tensors: Any, before: str = "") -> str:
