@@ -21,20 +21,21 @@ def checked_seed(seed: Any) -> int:
     number = _integer(seed)
     if number is None or number < 0:
         raise ValueError(
-            f"`seed` must be an integer, at least 0. Received: seed={seed!r}. The same seed gives the same result: keep "
-            "the default, or choose another integer, such as seed=1."
+            f"`seed` must be an integer, at least 0. Received: seed={seed!r}. The same seed gives the same result: "
+            "keep the default, or choose another integer, such as seed=1."
         )
     return number
 
 
 def checked_level(level: Any) -> float:
     """The error level as a `float`, or a `ValueError` that explains how it differs from a confidence."""
-    if not isinstance(level, numbers.Real) or not 0 < level < 0.5:
+    number = float(level) if isinstance(level, numbers.Real) else 0.0
+    if not 0 < number < 0.5:
         raise ValueError(
             f"`level` must be a number between 0 and 0.5. Received: level={level!r}. `level` is an error level: 0.05 "
             "gives 95% intervals."
         )
-    return float(level)
+    return number
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
