@@ -1,5 +1,6 @@
 """Checks of arguments that several parts of the package share."""
 
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +10,31 @@ import numpy as np
 
 def positive_integer(name: str, value: Any) -> int:
     """The value as an `int`, or a `ValueError` that names the argument."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number <= 0:
+    number = _integer(value)
+    if number is None or number <= 0:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    return number
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed as an `int` of at least 0, or a `ValueError`."""
+    number = _integer(seed)
+    if number is None or number < 0:
+        raise ValueError(
+            f"`seed` must be an integer, at least 0. Received: seed={seed!r}. The same seed gives the same result: "
+            "keep the default, or choose another integer, such as seed=1."
+        )
+    return number
+
+
+def checked_level(level: Any) -> float:
+    """The error level as a `float`, or a `ValueError` that explains how it differs from a confidence."""
+    number = float(level) if isinstance(level, numbers.Real) else 0.0
+    if not 0 < number < 0.5:
+        raise ValueError(
+            f"`level` must be a number between 0 and 0.5. Received: level={level!r}. `level` is an error level: 0.05 "
+            "gives 95% intervals."
+        )
     return number
 
 
@@ -24,7 +44,15 @@ def generator(seed: int, name: str) -> np.random.Generator:
     People give one seed to all of them, and to the generator of their data. From one stream, what a test draws would
     depend on the attribution or the data that it tests.
     """
-    return np.random.default_rng([*name.encode(), seed])
+    return np.random.default_rng([*name.encode(), checked_seed(seed)])
+
+
+def _integer(value: Any) -> int | None:
+    """The value as an `int`, NumPy's integers included; None for anything else, `bool` included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def checked_names(feature_names: Any) -> list[str]:

@@ -8,34 +8,44 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kerasfactory.plot._ranking import COLORS, MARKERS, STATISTICS, bootstrap, check_finite, of_layers, undefined
+from kerasfactory.plot._ranking import (
+    COLORS,
+    MARKERS,
+    STATISTICS,
+    bootstrap,
+    check_finite,
+    checked_layers,
+    note_missing_distance,
+)
 
-_LINES = ["-", "--", ":", "-."]
+_LINE_STYLES = ["-", "--", ":", "-."]
 
 
 def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     r"""Draw how the heads change while a model trains: entropy, confidence and distance over the epochs.
 
-    One row for each layer, one line for each head, told apart by color, marker and stroke. The formulas are those
-    of `explain.head_statistics`. A head whose entropy
+    There is one row for each layer and one line for each head. Color, marker and line style tell the heads apart. The
+    formulas are those of `explain.head_statistics`. With \(n_i\) keys in view of query \(i\), the entropy of head
+    \(h\) is
 
     $$
-    H_h = \operatorname{mean}_i \frac{-\sum_j A_{hij} \ln A_{hij}}{\ln n_i} ,
+    H_h = \operatorname{mean}_i \frac{-\sum_j A_{hij} \ln A_{hij}}{\ln n_i} .
     $$
 
-    with \(n_i\) keys in view of query \(i\), stays at 1 looks at all keys alike, still.
+    A head whose entropy stays at 1 weighs all keys alike.
 
     Args:
-        history: From the layer's name to a Dataset with `entropy` and `confidence`, from 0 to 1, and `distance`, in
-            positions, all (epoch, head), as `explain.AttentionMonitor` records in its `history`; or one such Dataset.
-            NaN, as after a training that diverged, are gaps, and the title says from which epoch on.
+        history: A dictionary from the names of layers to Datasets with `entropy` and `confidence`, from 0 to 1, and
+            `distance`, in positions, all (epoch, head), as `explain.AttentionMonitor` records in its `history`; or one
+            such Dataset. NaN, as after a training that diverged, leaves a gap, and the label of the row says from which
+            epoch on.
 
     Returns:
         matplotlib.figure.Figure: The figure, with three axes for each layer.
 
     Raises:
-        ValueError: If `history` is empty, as before training; if a variable is missing, has other dimensions, or no
-            finite number (but for `distance`, which not every layer has).
+        ValueError: If `history` is empty, as it is before training; if a variable is missing or has other dimensions;
+            if `entropy` or `confidence` holds no finite number (`distance` need not, because not every layer has one).
 
     Example:
         ```python
@@ -52,53 +62,51 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         #> ['entropy', 'confidence', 'distance']
         ```
     """
-    layers = of_layers(history, "history", dict.fromkeys(STATISTICS, ("epoch", "head")))
-    figure, grid = plt.subplots(
-        len(layers), 3, squeeze=False, sharex=True, figsize=(9, 1.4 + 2.2 * len(layers)), layout="constrained"
-    )
+    layers = checked_layers(history, "history", dict.fromkeys(STATISTICS, ("epoch", "head")))
+    size = (9, 1.4 + 2.2 * len(layers))
+    figure, grid = plt.subplots(len(layers), 3, squeeze=False, sharex=True, figsize=size, layout="constrained")
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         epochs = dataset["epoch"].values
-        for (name, what), ax in zip(STATISTICS.items(), axes, strict=True):
+        for name, ax in zip(STATISTICS, axes, strict=True):
             for number, head in enumerate(dataset["head"].values):
                 ax.plot(
                     epochs,
-                    dataset[name].transpose("epoch", "head").values[:, number],
+                    dataset[name].values[:, number],
                     color=COLORS[number % len(COLORS)],
                     marker=MARKERS[number % len(MARKERS)],
                     markevery=max(1, len(epochs) // 10),
                     markersize=4,
-                    linestyle=_LINES[number // len(COLORS) % len(_LINES)],
+                    linestyle=_LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)],
                     label=f"head {head}",
                 )
-            if ax in grid[0]:
-                ax.set_title(what, fontsize="medium")
-            if ax in grid[-1]:
-                ax.set_xlabel("epoch")
             ax.grid(color="#dddddd", linewidth=0.6)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if name == "distance":
-                ax.set_ylim(0, 1.05 * float(np.nan_to_num(dataset[name]).max()) or 1)
-                undefined(ax, dataset[name].values)
-            else:
-                ax.set_ylim(-0.03, 1.03)
-        missing = np.flatnonzero(np.isnan(dataset["entropy"].transpose("epoch", "head").values).any(axis=1))
-        gap = f"\nNaN from epoch {epochs[missing[0]]} on" if len(missing) else ""
-        axes[0].set_ylabel(layer + gap if layer else gap.strip())
-    most = max(grid[:, 0], key=lambda ax: len(ax.lines))
-    figure.legend(handles=most.lines, loc="outside lower center", ncols=min(6, len(most.lines)), frameon=False)
+            ax.set_ylim(-0.03, 1.03)
+        axes[2].set_ylim(0, 1.05 * float(np.nan_to_num(dataset["distance"]).max()) or 1)
+        note_missing_distance(axes[2], dataset["distance"].values)
+        is_gap = np.isnan(dataset["entropy"].values).any(axis=1)
+        gap = f"NaN from epoch {epochs[is_gap.argmax()]} on" if is_gap.any() else ""
+        axes[0].set_ylabel("\n".join(filter(None, [layer, gap])))
+    for ax, title in zip(grid[0], STATISTICS.values(), strict=True):
+        ax.set_title(title, fontsize="medium")
+    for ax in grid[-1]:
+        ax.set_xlabel("epoch")
+    lines = max((ax.lines for ax in grid[:, 0]), key=len)
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(lines)), frameon=False)
     return figure
 
 
 def faithfulness(result: xr.Dataset) -> Figure:
     r"""Draw whether an attribution names the features that the model needs, and whether chance would do as well.
 
-    Left, the change of the output over the fraction of features: with those of highest attribution removed
-    (comprehensiveness: high is good), and with only those kept (sufficiency: low is good; DeYoung et al. 2020,
-    [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples, bands percentile
-    bootstrap intervals of these means, of 1,000 draws.
+    The left picture shows the change of the output over the fraction of features: with the features of highest
+    attribution removed (comprehensiveness: high is good), and with only these kept (sufficiency: low is good; DeYoung
+    et al. 2020, [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples. Bands are
+    percentile bootstrap intervals of these means, from 1,000 draws.
 
-    Right, the comprehensiveness averaged over the fractions (AOPC), of the attribution, and of `draws` random ones,
-    which are its null distribution. With the observed value \(T\) and the null values \(T^0_d\),
+    The right picture shows the comprehensiveness averaged over the fractions (AOPC), of the attribution and of `draws`
+    random attributions, which form the null distribution. With the observed value \(T\) and the null values
+    \(T^0_d\),
 
     $$
     p = \frac{1 + \#\{d : T^0_d \ge T\}}{1 + \text{draws}} .
@@ -106,14 +114,14 @@ def faithfulness(result: xr.Dataset) -> Figure:
 
     Args:
         result: A Dataset as from `explain.faithfulness`: `comprehensiveness`, `sufficiency` (sample, fraction), in the
-            unit of the model's output, `aopc_comprehensiveness`, `null` (draw) and `p_value`. The intervals are of its
-            attribute `level` (0.05 gives 95%), and the observed value is its attribute `observed` if it has one.
+            unit of the model's output, `aopc_comprehensiveness`, `null` (draw) and `p_value`. Its attribute `level`
+            sets the bands (0.05 gives 95%). Its attribute `observed`, if there is one, is the observed value.
 
     Returns:
         matplotlib.figure.Figure: The figure, with two axes.
 
     Raises:
-        ValueError: If a variable is missing, has other dimensions, or is empty, NaN or infinite.
+        ValueError: If a variable is missing, has other dimensions, is empty, or holds NaN or infinite numbers.
 
     Example:
         ```python
@@ -141,38 +149,30 @@ def faithfulness(result: xr.Dataset) -> Figure:
         "null": ("draw",),
         "p_value": (),
     }
+    variables = {str(name): values.dims for name, values in result.items()} if isinstance(result, xr.Dataset) else {}
     for name, dims in needed.items():
-        if not isinstance(result, xr.Dataset) or name not in result or set(result[name].dims) != set(dims):
-            received = (
-                {str(key): value.dims for key, value in result.items()} if isinstance(result, xr.Dataset) else result
-            )
+        if name not in variables or set(variables[name]) != set(dims):
             raise ValueError(
-                f"`result` must be a Dataset as from `explain.faithfulness`, with `{name}` {dims}. Received: {received}"
+                f"`result` must be a Dataset as from `explain.faithfulness`, with `{name}` {dims}. Received: "
+                f"{variables or type(result).__name__}"
             )
         check_finite(f"`{name}`", result[name].values)
-    level = 1 - float(result.attrs.get("level", 0.05))
+    level = float(result.attrs.get("level", 0.05))
     samples = result.sizes["sample"]
-    removal = f'\nremoved: "{result.attrs["removal"]}"' if "removal" in result.attrs else ""
-
-    figure, (curves, chance) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     fractions = result["fraction"].values
     labels = {"comprehensiveness": "comprehensiveness (top removed)", "sufficiency": "sufficiency (only top kept)"}
-    for number, (name, label) in enumerate(labels.items()):
+
+    figure, (curves, chance) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for (name, label), color, marker, line_style in zip(labels.items(), COLORS, MARKERS, _LINE_STYLES, strict=False):
         values = result[name].transpose("sample", "fraction").values
-        curves.plot(
-            fractions,
-            values.mean(axis=0),
-            color=COLORS[number],
-            marker=MARKERS[number],
-            ls=_LINES[number],
-            label=label,
-        )
+        curves.plot(fractions, values.mean(axis=0), color=color, marker=marker, ls=line_style, label=label)
         if samples > 1:
-            curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=COLORS[number], alpha=0.2, lw=0)
+            curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=color, alpha=0.2, lw=0)
     curves.axhline(0, color="#6b6b6b", linewidth=0.8)
+    removal = f'\nremoved: "{result.attrs["removal"]}"' if "removal" in result.attrs else ""
     curves.set_xlabel("fraction of the features" + removal)
     curves.set_ylabel("change of the output")
-    band = f"mean over {samples} samples, {level:.0%} band" if samples > 1 else "one sample: no band"
+    band = f"mean over {samples} samples, {100 * (1 - level):.4g}% band" if samples > 1 else "one sample: no band"
     curves.set_title(band, fontsize="medium")
     curves.legend(fontsize="small")
 

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import positive_integer
-from kerasfactory.plot._maps import Side, maps, scale, short
+from kerasfactory.plot._maps import Side, maps, quantity, scale, short
 
 _STYLE = """
 .kerasfactory-map{color:inherit;font:14px/1.5 system-ui,sans-serif;max-width:100%;margin:1em 0}
@@ -28,14 +28,14 @@ _STYLE = """
 background:linear-gradient(to right,transparent,color-mix(in srgb,currentColor 45%,#1769c4))}
 """
 
-# Every fragment brings the script, and the script looks for the fragments of its data that are not alive yet: so the
-# same fragment may be on a page twice.
+# Each fragment brings its script. The script starts all fragments that hold its data and have not been started, so that
+# a page may hold the same fragment twice.
 _SCRIPT = """
 (() => {
 const data = DATA;
 for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]:not([data-alive])')) {
   root.dataset.alive = "";
-  const [box, said] = root.querySelectorAll("[role=application],[role=status]");
+  const [box, status] = root.querySelectorAll("[role=application],[role=status]");
   const sliders = [...root.querySelectorAll("input")];
   const rows = data.queries.length, columns = data.keys.length, size = data.cell, left = data.left, top = 6;
   const width = left + columns * size + 8, height = top + rows * size + data.bottom;
@@ -48,8 +48,8 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
   const svg = draw(box, "svg", {width, height, "aria-hidden": "true"});
   const cells = [];
   for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
-    const at = {x: left + column * size, y: top + row * size, width: size, height: size};
-    cells.push(draw(svg, "rect", {...at, class: "ink"}));
+    const place = {x: left + column * size, y: top + row * size, width: size, height: size};
+    cells.push(draw(svg, "rect", {...place, class: "ink"}));
   }
   draw(svg, "rect", {x: left, y: top, width: columns * size, height: rows * size, class: "line", "stroke-opacity": .4});
   const marked = draw(svg, "rect", {width: size, height: size, class: "line", "stroke-width": 2, visibility: "hidden"});
@@ -64,12 +64,12 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
   const turned = {"text-anchor": "middle", transform: `rotate(-90 11 ${middle})`};
   draw(svg, "text", {x: 11, y: middle, ...turned}, "query (looking)");
   let row = 0, column = 0, weights = [];
-  const say = () => {
+  const announce = () => {
     marked.setAttribute("x", left + column * size);
     marked.setAttribute("y", top + row * size);
     marked.setAttribute("visibility", "visible");
     const weight = (weights[row * columns + column] / 1000).toFixed(3);
-    said.textContent = `query ${data.queries[row]}, key ${data.keys[column]}: ${weight}`;
+    status.textContent = `query ${data.queries[row]}, key ${data.keys[column]}: ${weight}`;
   };
   const show = () => {
     const chosen = {sample: 0, head: 0};
@@ -81,18 +81,18 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
     }
     weights = data.weights[chosen.sample][chosen.head];
     cells.forEach((cell, index) => cell.setAttribute("fill-opacity", Math.min(1, weights[index] / 1000 / data.end)));
-    if (marked.getAttribute("visibility") === "visible") say();
+    if (marked.getAttribute("visibility") === "visible") announce();
   };
   for (const slider of sliders) slider.addEventListener("input", show);
   const point = (event) => {
     const index = cells.indexOf(event.target);
     if (index < 0) return;
     [row, column] = [Math.floor(index / columns), index % columns];
-    say();
+    announce();
   };
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
-  box.addEventListener("focus", () => box.matches(":focus-visible") && say());
+  box.addEventListener("focus", () => box.matches(":focus-visible") && announce());
   box.addEventListener("keydown", (event) => {
     const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
       Home: [0, -columns], End: [0, columns]};
@@ -101,7 +101,7 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
     event.preventDefault();
     row = Math.max(0, Math.min(rows - 1, row + move[0]));
     column = Math.max(0, Math.min(columns - 1, column + move[1]));
-    say();
+    announce();
     const here = left + column * size, below = top + row * size;
     box.scrollLeft = Math.min(Math.max(box.scrollLeft, here + 2 * size - box.clientWidth), Math.max(0, here - size));
     box.scrollTop = Math.min(Math.max(box.scrollTop, below + 2 * size - box.clientHeight), Math.max(0, below - size));
@@ -114,15 +114,16 @@ for (const root of document.querySelectorAll('.kerasfactory-map[data-map="HASH"]
 
 def interactive(
     scores: xr.DataArray | xr.Dataset | Mapping[str, Any],
+    *,
     samples: int = 8,
-    top: int = 40,
+    top_k: int = 40,
     vmax: float | None = None,
 ) -> str:
     r"""A heat map to try, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
 
-    The piece is complete. It asks nothing of the network, works in a notebook (`IPython.display.HTML(...)`), in a page
-    of yours and beside others of its kind, follows the colors of the page, and can be used with the keyboard: tab to
-    the map, then the arrow keys. It shows weights
+    The piece is complete and loads nothing from the network. It works in a notebook (`IPython.display.HTML(...)`), in
+    your own page, and beside other maps. It follows the colors of the page, and the keyboard is enough to use it: tab
+    to the map, then press the arrow keys. It shows the weights
 
     $$
     A_{shij} , \qquad 0 \le A_{shij} \le 1 ,
@@ -133,10 +134,11 @@ def interactive(
 
     Args:
         scores: As for `heatmap`. Nothing is averaged.
-        samples: How many samples to take along, from the first; at least 1. With 8 heads and 64 tokens each adds some
-            0.1 MB.
-        top: How many names to show at most, at least 1: those of the keys that receive most attention in these samples.
-        vmax: Where the color scale ends, above 0; if not given, at the largest weight of all.
+        samples: The number of samples to include, from the first, at least 1. With 8 heads and 64 tokens, each adds
+            about 0.1 MB.
+        top_k: The largest number of names to show, at least 1. Those of the keys that receive most attention in these
+            samples are shown.
+        vmax: Where the color scale ends, above 0. By default, at the largest weight of all.
 
     Returns:
         str: HTML, a `<div>` with its style and script. The same scores give the same text.
@@ -161,10 +163,10 @@ def interactive(
         ```
     """
     samples = positive_integer("samples", samples)
-    drawn = maps(scores, (), top, samples)
-    end, words = scale(drawn.values, vmax)
+    drawn = maps(scores, (), top_k, samples)
+    end, description = scale(drawn.values, vmax)
     queries, keys = drawn.queries.cells(), drawn.keys.cells()
-    cell = int(np.clip(280 // max(len(queries), len(keys)), 12, 30))  # fits on a phone, if there are not many
+    cell = int(np.clip(280 // max(len(queries), len(keys)), 12, 30))  # a map of few cells fits on a phone
     query_ticks, key_ticks = _ticks(drawn.queries), _ticks(drawn.keys)
     data = {
         "samples": drawn.samples,
@@ -179,17 +181,16 @@ def interactive(
         "end": round(end, 6),
         "weights": np.rint(drawn.values * 1000).astype(int).reshape(*drawn.values.shape[:2], -1).tolist(),
     }
-    # In a script, `<` could end it. A page that is made of Markdown reads meaning into backticks.
+    # `<` could end the script, and a page made of Markdown would read backticks as code.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace("`", "\\u0060")
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     script = _SCRIPT.replace("HASH", name).replace("DATA", text)
     sliders = "".join(
-        f'<label>{what}<input type="range" name="{what}" min="0" max="{len(labels) - 1}" value="0"><b></b></label>'
-        for what, labels in (("sample", drawn.samples), ("head", drawn.heads))
+        f'<label>{dim}<input type="range" name="{dim}" min="0" max="{len(labels) - 1}" value="0"><b></b></label>'
+        for dim, labels in (("sample", drawn.samples), ("head", drawn.heads))
         if len(labels) > 1
     )
     title = html.escape("; ".join(filter(None, [drawn.title, drawn.note])))
-    quantity = "attention, sum of a bin" if drawn.keys.binned() else "attention"
     pieces = [
         f'<div class="kerasfactory-map" data-map="{name}">',
         f"<style>{_one_line(_STYLE)}</style>",
@@ -198,7 +199,7 @@ def interactive(
         '<div role="application" tabindex="0" aria-label="Heat map of attention. Arrow keys move between its cells.">'
         "</div>",
         '<p role="status">Point at a cell, or tab to the map and use the arrow keys.</p>',
-        f'<p>{quantity} {words}:<span class="scale"></span></p>',
+        f'<p>{quantity(drawn)} {description}:<span class="scale"></span></p>',
         "<noscript>This map needs JavaScript.</noscript>",
         f"<script>{_one_line(script)}</script>",
         "</div>",
@@ -207,7 +208,7 @@ def interactive(
 
 
 def _ticks(side: Side) -> list[tuple[int, str]]:
-    """Cells that have a label: all names, or some positions."""
+    """The cells that have a label, and the label: all names, or some positions."""
     if side.names is not None:
         return [(index, short(name)) for index, name in enumerate(side.names)]
     starts = side.edges[:-1].tolist()
@@ -215,5 +216,5 @@ def _ticks(side: Side) -> list[tuple[int, str]]:
 
 
 def _one_line(code: str) -> str:
-    """Without line breaks, in which Markdown would see paragraphs."""
+    """The code without line breaks, which Markdown would take for paragraphs."""
     return " ".join(line.strip() for line in code.splitlines() if line.strip())

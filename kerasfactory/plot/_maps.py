@@ -1,4 +1,4 @@
-"""What to draw of scores: one form for all that `explain` returns, short enough to be read."""
+"""What to draw of scores: one form for everything that `explain` returns, small enough to be read."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,18 +8,18 @@ import xarray as xr
 
 from kerasfactory._arguments import positive_integer
 
-BINS = 64  # along an axis without names: more, and a key that a head picks out is thinner than a line
+_BINS = 64  # along an axis without names: with more, a key that a head picks out would be thinner than a line
 _LONGEST_NAME = 24
 
 
 class Side(NamedTuple):
-    """The queries or the keys of a map, as drawn: by name, or from position to position."""
+    """The queries or the keys of a map, as drawn: with names, or as ranges of positions."""
 
     names: list[str] | None
-    edges: np.ndarray
+    edges: np.ndarray  # where each cell starts, and where the last one ends
 
     def cells(self) -> list[str]:
-        """What each cell stands for."""
+        """The name or the positions of each cell."""
         if self.names is not None:
             return self.names
         ends = zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True)
@@ -34,6 +34,7 @@ class Maps(NamedTuple):
     """Maps of one layer, ready to be drawn."""
 
     values: np.ndarray  # (sample, head, query, key)
+    dims: tuple[Hashable, ...]  # of the scores, before any mean
     samples: list[str]
     heads: list[str]
     queries: Side
@@ -42,50 +43,30 @@ class Maps(NamedTuple):
     note: str  # what was left out
 
 
-def maps(scores: Any, mean: Sequence[str], top: int, samples: int | None = None) -> Maps:
-    """The scores of one layer, averaged over the dimensions in `mean`, with at most `top` names to an axis.
+def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> Maps:
+    """The scores of one layer, averaged over the dimensions `mean_over`, with at most `top_k` names on an axis.
 
-    An average is over the queries that may look at any key, as in `explain.summarize`.
+    A mean counts only the queries that may look at any key, as in `explain.summarize`.
     """
-    top = positive_integer("top", top)
+    top_k = positive_integer("top_k", top_k)
     array, queries, keys = _array(scores)
-    if samples is not None and "sample" in array.dims:
+    dims = array.dims
+    if samples is not None and "sample" in dims:
         array = array.isel(sample=slice(samples))
     title = [str(array.name)] if array.name is not None else []
-    selected = [dim for dim in ("sample", "head") if dim in array.coords and not array[dim].ndim]
-    title += [f"{dim} {array[dim].item()}" for dim in selected]
-    averaged = [dim for dim in mean if array.sizes.get(dim, 1) > 1]
+    title += [f"{dim} {array[dim].item()}" for dim in ("sample", "head") if dim in array.coords and dim not in dims]
+    averaged = [dim for dim in mean_over if array.sizes.get(dim, 1) > 1]
     if averaged:
         title.append("mean over " + " and ".join(f"{array.sizes[dim]} {dim}s" for dim in averaged))
-        looks = (array != 0).any("key").sum(averaged)
-        array = array.sum(averaged, skipna=False) / looks.clip(1)
+        counted = (array != 0).any("key").sum(averaged)
+        array = array.sum(averaged, skipna=False) / counted.clip(1)
     array = array.expand_dims([dim for dim in ("sample", "head") if dim not in array.dims])
     array = array.transpose("sample", "head", "query", "key")
     values = array.to_numpy().astype("float64")
     _check_values(values)
-
-    note = ""
-    if keys.names is not None and len(keys.names) > top:
-        received = values.sum(axis=(0, 1, 2))
-        chosen = np.argsort(-received, kind="stable")[:top]
-        share = received[chosen].sum() / received.sum() if received.any() else 0
-        note = f"{top} of {len(keys.names)} features, to which {share:.0%} of the attention goes, most first"
-        if queries.names == keys.names:
-            values, queries = values[:, :, chosen], _chosen(queries, chosen)
-        values, keys = values[..., chosen], _chosen(keys, chosen)
-    if queries.names is not None and len(queries.names) > top:
-        queries = Side(None, queries.edges)  # no order to choose by
-    if keys.names is None and values.shape[-1] > BINS:
-        edges = _edges(values.shape[-1])
-        values, keys = np.add.reduceat(values, edges[:-1], axis=-1), Side(None, keys.edges[edges])
-    if queries.names is None and values.shape[-2] > BINS:
-        edges = _edges(values.shape[-2])
-        looking = np.add.reduceat(values.any(axis=-1, keepdims=True).astype(int), edges[:-1], axis=-2)
-        values = np.add.reduceat(values, edges[:-1], axis=-2) / looking.clip(1)
-        queries = Side(None, queries.edges[edges])
-    if keys.binned() or queries.binned():
-        note = ", ".join([note] * bool(note) + ["positions in bins"])
-    return Maps(values, _labels(array, "sample"), _labels(array, "head"), queries, keys, ", ".join(title), note)
+    values, queries, keys, note = _shortened(values, queries, keys, top_k)
+    sample_labels, head_labels = ([str(label) for label in array[dim].values] for dim in ("sample", "head"))
+    return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note)
 
 
 def short(name: str) -> str:
@@ -94,10 +75,15 @@ def short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:half].strip()}…{name[1 - half :].strip()}"
 
 
+def quantity(drawn: Maps) -> str:
+    """What a color stands for."""
+    return "attention, sum of a bin" if drawn.keys.binned() else "attention"
+
+
 def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
-    """The end of the color scale, which starts at 0, and the words for it."""
+    """Where the color scale ends, which starts at 0, and a description of the scale."""
     if vmax is None:
-        largest = float(f"{values.max():.6g}")  # else a sum that is a rounding below 1 has no tick at 1
+        largest = float(f"{values.max():.6g}")  # so that the scale of a sum just below 1 has a tick at 1
         return largest or 1.0, f"from 0 to {largest:.2g}, the largest" if largest else "all 0"
     if not vmax > 0:
         raise ValueError(f"`vmax` must be a number above 0, where the color scale ends. Received: vmax={vmax!r}")
@@ -117,7 +103,8 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
     if isinstance(scores, xr.Dataset) and "map" in scores:
         array = scores["map"].rename({"query_bin": "query", "key_bin": "key"}).rename(scores.attrs.get("layer"))
         sides = [
-            Side(_names(scores, dim, array.sizes[dim]), _bin_edges(scores, f"{dim}_bin")) for dim in ("query", "key")
+            Side(_names(scores, dim, array.sizes[dim]), np.append(scores[f"{dim}_bin"], scores[f"{dim}_bin_end"][-1:]))
+            for dim in ("query", "key")
         ]
         array = array.drop_vars(["query", "key"])
     elif isinstance(scores, xr.DataArray):
@@ -141,25 +128,41 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
     return array, queries, keys
 
 
-def _names(of: xr.DataArray | xr.Dataset, dim: Hashable, size: int) -> list[str] | None:
-    return [str(name) for name in of[dim].values] if dim in of.coords and of.sizes[dim] == size else None
+def _names(labeled: xr.DataArray | xr.Dataset, dim: Hashable, size: int) -> list[str] | None:
+    return [str(name) for name in labeled[dim].values] if dim in labeled.coords and labeled.sizes[dim] == size else None
 
 
-def _bin_edges(summary: xr.Dataset, dim: str) -> np.ndarray:
-    return np.append(summary[dim].values, summary[f"{dim}_end"].values[-1:])
+def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tuple[np.ndarray, Side, Side, str]:
+    """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out."""
+    notes = []
+    if keys.names is not None and len(keys.names) > top_k:
+        received = values.sum(axis=(0, 1, 2))
+        chosen = np.argsort(-received, kind="stable")[:top_k]
+        share = received[chosen].sum() / received.sum() if received.any() else 0
+        notes.append(f"{top_k} of {len(keys.names)} features, to which {share:.0%} of the attention goes, most first")
+        shown = Side([keys.names[index] for index in chosen], np.arange(top_k + 1))
+        if queries.names == keys.names:
+            values, queries = values[:, :, chosen], shown
+        values, keys = values[..., chosen], shown
+    if queries.names is not None and len(queries.names) > top_k:
+        queries = Side(None, queries.edges)  # nothing says which to choose
+    # As in `explain.summarize`: the sum over the keys of a bin, the mean over its queries that may look at any key.
+    if keys.names is None and values.shape[3] > _BINS:
+        starts, keys = _in_bins(keys)
+        values = np.add.reduceat(values, starts, axis=3)
+    if queries.names is None and values.shape[2] > _BINS:
+        starts, queries = _in_bins(queries)
+        counted = np.add.reduceat(values.any(axis=3, keepdims=True).astype(int), starts, axis=2)
+        values = np.add.reduceat(values, starts, axis=2) / counted.clip(1)
+    if keys.binned() or queries.binned():
+        notes.append("positions in bins")
+    return values, queries, keys, ", ".join(notes)
 
 
-def _edges(size: int) -> np.ndarray:
-    return np.arange(BINS + 1) * size // BINS
-
-
-def _chosen(side: Side, chosen: np.ndarray) -> Side:
-    assert side.names is not None
-    return Side([side.names[index] for index in chosen], np.arange(len(chosen) + 1))
-
-
-def _labels(array: xr.DataArray, dim: str) -> list[str]:
-    return [str(label) for label in array[dim].values]
+def _in_bins(side: Side) -> tuple[np.ndarray, Side]:
+    """The first cell of each bin, and the side in bins."""
+    cells = np.arange(_BINS + 1) * (len(side.edges) - 1) // _BINS
+    return cells[:-1], Side(None, side.edges[cells])
 
 
 def _check_values(values: np.ndarray) -> None:

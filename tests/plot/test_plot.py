@@ -116,11 +116,12 @@ def test_heatmap_draws_on_given_axes_with_a_given_scale_and_leaves_the_rest_alon
 def test_many_named_tokens_show_those_that_receive_most():
     names = [f"a feature with the long name {number}" for number in range(100)]
     scores = scores_of(100, names)
-    ax = plot.heatmap(scores, top=10)
+    ax = plot.heatmap(scores, top_k=10)
     mean = scores.mean(["sample", "head"]).values
     most = np.argsort(-mean.sum(axis=0))[:10]
     np.testing.assert_allclose(drawn(ax), mean[np.ix_(most, most)])
     assert ax.get_xticklabels()[0].get_text().endswith(f"name {most[0]}")
+    assert ax.get_xticklabels()[0].get_size() == ax.get_yticklabels()[0].get_size()
     share = mean[:, most].sum() / mean.sum()
     said = " ".join(ax.get_title().split())
     assert f"10 of 100 features, to which {share:.0%} of the attention goes, most first" in said
@@ -231,7 +232,7 @@ def test_scores_that_cannot_be_drawn_are_refused(draw, wrong):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: plot.heatmap(s, top=0), "`top` must be a positive integer"),
+        (lambda s: plot.heatmap(s, top_k=0), "`top_k` must be a positive integer"),
         (lambda s: plot.heatmap(s, vmax=0), "`vmax` must be a number above 0"),
         (lambda s: plot.heads(s, columns=0), "`columns` must be a positive integer"),
         (lambda s: plot.heads(s[:, 0]), "must have a dimension `head`"),
@@ -252,7 +253,7 @@ def attribution_of(means, samples=50):
 
 def test_features_are_ranked_with_bootstrap_intervals():
     attribution = attribution_of([0.2, 0.9, 0.5])
-    ax = plot.features(attribution, level=0.9)
+    ax = plot.features(attribution, level=0.1)
     assert texts(ax.get_yticklabels()) == ["feature 1", "feature 2", "feature 0"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first is on top
     order = [1, 2, 0]
@@ -267,8 +268,18 @@ def test_features_are_ranked_with_bootstrap_intervals():
     assert ax.get_xlabel() == "attribution, mean over 50 samples, with its 90% interval"
 
 
+def test_an_error_level_of_5_percent_draws_the_95_percent_interval():
+    attribution = attribution_of([0.2, 0.9, 0.5])
+    rng = np.random.default_rng(0)
+    means = [attribution.values[rng.integers(50, size=50)].mean(axis=0) for _ in range(1000)]
+    for ax in (plot.features(attribution, level=0.05), plot.features(attribution)):
+        bounds = np.array([segment[:, 0] for segment in ax.collections[0].get_segments()]).T
+        np.testing.assert_allclose(bounds, np.percentile(means, [2.5, 97.5], axis=0)[:, [1, 2, 0]], rtol=1e-9)
+        assert ax.get_xlabel().endswith("with its 95% interval")
+
+
 def test_features_beyond_the_top_are_left_out_by_size_not_sign():
-    ax = plot.features(attribution_of([0.2, -0.9, 0.5, 0.01]), top=2)
+    ax = plot.features(attribution_of([0.2, -0.9, 0.5, 0.01]), top_k=2)
     assert texts(ax.get_yticklabels()) == ["feature 2", "feature 1"]
     assert ax.get_title() == "2 of 4 features"
 
@@ -330,9 +341,16 @@ def test_attributions_that_cannot_be_drawn_are_refused(attribution, message):
         plot.features(attribution)
 
 
-def test_the_level_of_the_interval_is_checked():
-    with pytest.raises(ValueError, match="`level` must be between 0 and 1"):
-        plot.features(attribution_of([0.1]), level=95)
+@pytest.mark.parametrize("level", [95, 0.95, 0])
+def test_the_level_of_the_interval_is_checked_and_a_confidence_is_shown_the_way_out(level):
+    with pytest.raises(ValueError, match=r"`level` must be a number between 0 and 0\.5.*an error level: 0\.05 "):
+        plot.features(attribution_of([0.1]), level=level)
+    assert not plt.get_fignums()
+
+
+def test_the_seed_of_the_bootstrap_is_checked():
+    with pytest.raises(ValueError, match="`seed` must be an integer, at least 0"):
+        plot.features(attribution_of([0.1]), seed=-1)
 
 
 def statistics_of(heads=2, **changed):
