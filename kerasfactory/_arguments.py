@@ -65,8 +65,3 @@ def checked_names(feature_names: Any) -> list[str]:
     if repeated:
         raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")
     return [str(name) for name in names]  # NumPy's strings are no JSON
-
-
-def checked_level(level: float) -> None:
-    if not 0 < level < 0.5:
-        raise ValueError(f"`level` must be a number between 0 and 0.5. Received: level={level!r}")
