@@ -68,9 +68,10 @@ def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] |
 
 
 def check_same_lengths(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:
-    """Raises an error if the scores of a sample have another shape than those in the first batch."""
+    """Raises an error if the scores of a sample, (…, query, key), have another shape than those in the first batch."""
     if shape != first:
         raise ValueError(
-            f"The scores of a sample have shape {shape} in one batch, and {first} in those before, in layer {name!r}: "
-            "the batches in `x` differ in length. Pad them all to one length, or give each by itself."
+            f"Layer {name!r} has {shape[-2]} queries and {shape[-1]} keys in one batch, and {first[-2]} and "
+            f"{first[-1]} in those before (its scores have the shapes {shape} and {first}): the batches in `x` differ "
+            "in length. Pad them all to one length, or give each by itself."
         )
