@@ -75,14 +75,14 @@ def attribute(
 
     - `"uniform"`: a control that knows nothing, 1 divided by the number of features in view. **Rows sum to 1.**
 
-    - `"random"`: another, drawn evenly from all distributions over the features in view. **Rows sum to 1.**
+    - `"random"`: another, drawn uniformly from all distributions over the features in view. **Rows sum to 1.**
 
     Each is then the mean over the queries, as suits a model that pools them, or that of one `query`, as suits a model
-    that decides by one position. Queries that look nowhere, such as padding, are left out of the mean.
+    that decides by one position. Queries without a key in view, such as padding, are left out of the mean.
 
     Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers, in
     `"attention_gradient"`, a masked position that attends to others itself passes on what it holds. A sample without
-    anything to look at gets zeros.
+    any key in view gets zeros.
 
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
@@ -90,9 +90,9 @@ def attribute(
     It runs batch by batch, and keeps nothing but the result.
 
     Args:
-        model: A `keras.Model`, as for `capture`. Its attention layers must look at the same features. For `"rollout"`,
-            and for `"attention_gradient"` with several layers, they must also be one behind the other, each with its
-            queries at the positions of its keys.
+        model: A `keras.Model`, as for `capture`. Its attention layers must attend to the same features. For
+            `"rollout"`, and for `"attention_gradient"` with several layers, they must also be one behind the other, each
+            with its queries at the positions of its keys.
         x: Inputs, as for `capture`.
         method: One of the above.
         target: Which of the model's outputs to take the gradient of, from 0; if not given, the largest of each sample
@@ -202,8 +202,8 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     r"""The attention of several layers as that of one: how much of each position arrives in each.
 
     From the second layer on, a position holds a mixture of those before it, and a weight says little about the input.
-    Rollout multiplies the mixtures. Half of each position is taken to come from the layer, half past it through the
-    residual connection:
+    Rollout multiplies the mixtures. Half of each position is taken to come from the layer, and half bypasses the layer
+    through the residual connection:
 
     $$
     \tilde A_l = \tfrac{1}{2} \left( \tfrac{1}{H} \sum_h A_{lh} + I \right) \tilde A_{l-1}, \qquad \tilde A_0 = I
@@ -227,7 +227,7 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
 
     Raises:
         ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1; if
-            layers differ in their samples or lengths, or look at other positions than they look from
+            layers differ in their samples or lengths, or attend to other positions than they attend from
             (cross-attention).
 
     Warns:
@@ -335,7 +335,7 @@ def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _mean_of_heads(batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of what was measured of a call: one matrix (sample, query, key), and which queries (sample, query) look."""
+    """What was measured of a call as one matrix (sample, query, key); and (sample, query), whether a key is in view."""
     measured = batch.measured[name]
     if isinstance(measured, tuple):  # the heads are merged already
         values, scores = map(_backend.as_numpy, measured)

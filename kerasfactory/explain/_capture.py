@@ -37,9 +37,9 @@ def capture(
 ) -> dict[str, xr.DataArray]:
     r"""The attention scores of a model, for every sample in `x`, as labeled arrays.
 
-    It takes any model, at any moment, and does not change it: neither its weights, seeds and compiled functions,
-    nor what its layers remember of their latest call. The model runs as `model.predict` would run it, with
-    dropout off, and next to each attention layer's own computation its scores are read,
+    The model may be in any state, and it is not changed: not its weights, seeds and compiled functions, and not
+    what its layers remember of their latest call. It runs as `model.predict` would run it, with dropout off, and the
+    scores are read beside each attention layer's own computation,
 
     $$
     A_h = \operatorname{softmax}\!\left(\frac{Q_h K_h^\top}{\sqrt{d}} + M\right) ,
@@ -49,10 +49,10 @@ def capture(
     \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
     3.2.1). They are taken before dropout.
 
-    Captured are `InterpretableMultiHeadAttention`, `keras.layers.MultiHeadAttention`,
-    `keras.layers.GroupQueryAttention` and their subclasses that compute scores in `_compute_attention`, wherever
-    they are in the model. Of a subclass the scores are what its own `_compute_attention` returns. A layer
-    that cannot be captured is named in a warning.
+    These layers are captured, wherever they are in the model: `InterpretableMultiHeadAttention`,
+    `keras.layers.MultiHeadAttention`, `keras.layers.GroupQueryAttention`, and their subclasses that compute scores in
+    `_compute_attention`. For a subclass, the scores are whatever its own `_compute_attention` returns. A warning
+    names each layer that cannot be captured.
 
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
@@ -61,7 +61,8 @@ def capture(
             `keras.utils.PyDataset`, a torch `DataLoader`, or a generator of batches that ends. Labels in it are
             left out.
         layers: Names of the attention layers to capture; all of them if not given. A name that several layers
-            of nested models share stands for all of them; their paths (`block_1/attention`) tell them apart.
+            of nested models share stands for all of them. A path (`block_1/attention`), or the end of one, tells them
+            apart.
         feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
             axis if it is as long. If not given, the names in the model's `FeatureTokenizer` are used where they
             fit, provided that the model has one tokenizer and one input.
@@ -84,7 +85,7 @@ def capture(
           `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
           by their number.
 
-        Rows (over the keys) sum to 1. A masked key has weight 0, and so has every key of a query that may look at none.
+        Each row, over the keys, sums to 1. A masked key has weight 0. A row whose keys are all masked is 0.
         A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, ….
         The attributes say the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
         `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
@@ -160,8 +161,8 @@ def recomposition_error(
     use a fused kernel that never forms the scores). With a gate (`use_gate=True`), the gate is applied as the layer
     does.
 
-    Queries that may look at no key are left out: their scores are 0, and Keras' output for them is, depending on the
-    way it took, 0 or the mean of all values.
+    Queries whose keys are all masked are left out: their scores are 0, and Keras' output for them is 0 or the mean of
+    all values, depending on how it computes attention.
 
     Args:
         model: A `keras.Model`, as for `capture`.

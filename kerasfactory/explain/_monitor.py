@@ -41,7 +41,7 @@ class AttentionMonitor(keras.callbacks.Callback):
             `head_statistics` along a further dimension: `entropy`, `confidence`, `distance` (epoch, head) and
             `redundancy` (epoch, head, head_other). The coordinate `epoch` counts the epochs done: 0 is before training.
             Empty before that. A `fit` that goes on, with `initial_epoch`, adds to it; one that starts at an epoch
-            before the last one recorded starts it anew. It stays while the callback does; it is not part of a saved
+            before the last one recorded starts it again. It stays while the callback does; it is not part of a saved
             model. Numbers are NaN once the model's weights are.
 
     Raises:

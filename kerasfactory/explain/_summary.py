@@ -68,7 +68,7 @@ def summarize(
     \operatorname{received}_j = \frac{1}{|I|} \sum_{i \in I} A_{ij} ,
     $$
 
-    where \(I\) are the queries that may look at any key. That attention can be computed block by block, exactly,
+    where \(I\) are the queries with any key in view. That attention can be computed block by block, exactly,
     is due to Dao et al. 2022, [*FlashAttention*](https://arxiv.org/abs/2205.14135), section 3.1. Since the rows of a
     block are whole here, their softmax needs no second pass, nor the online form that the paper uses.
 
@@ -78,7 +78,7 @@ def summarize(
     precision that is more exact than its own arithmetic.
 
     Some layers form their scores nevertheless, and memory is then as for `capture`: a subclass with its own
-    `_compute_attention` or `_masked_softmax` (summarized is what that returns; a weight of 0 counts as masked), a
+    `_compute_attention` or `_masked_softmax` (the summary is of what that returns; a weight of 0 counts as masked), a
     layer that is called with `return_attention_scores=True`, and `keras.layers.Attention`. A subclass with its own
     `call`, or its own way to make masks, forms the mask.
 
@@ -100,18 +100,18 @@ def summarize(
 
         - `entropy` (sample, head, query): in nats, from 0, for one key, to the logarithm of the number of keys.
         - `distance` (sample, head, query): mean distance of a query from the keys it attends at, in positions, from 0.
-        - `received` (sample, head, key): mean weight of a key, over the queries that may look at any; sums to 1.
+        - `received` (sample, head, key): mean weight of a key, over the queries with any key in view; sums to 1.
         - `top_key`, `top_weight` (sample, head, query, rank): the positions of the keys with the largest weights, and
           the weights, from 0 to 1, heaviest first. They are chosen before the softmax, so that keys whose weights
-          underflow to 0 are still in order. Where a query may look at fewer keys, position -1 and weight 0.
+          underflow to 0 are still in order. Where a query has fewer keys in view, position -1 and weight 0.
         - `map` (sample, head, query_bin, key_bin): the weight that falls into the keys of a bin, summed, as the mean
-          over those queries of a bin that may look at any key. Rows sum to 1. With as many bins as queries and keys,
+          over those queries of a bin with any key in view. Rows sum to 1. With as many bins as queries and keys,
           these are the scores. `query_bin` and `key_bin` hold the first position of each bin, `query_bin_end` and
           `key_bin_end` the first one after it.
         - `row` (sample, head, row, key), with `rows`: the scores of these queries, whose positions are the coordinate
           `position` (row).
 
-        A query that may look at no key has entropy and distance 0, and neither top keys nor weights. Names of
+        A query whose keys are all masked has entropy and distance 0, and neither top keys nor weights. Names of
         features are coordinates of `query` and `key`, where they fit. A model that folds another axis into the batch
         gives `sequence` instead of `sample`.
 
@@ -305,7 +305,7 @@ def _attend(heads: Heads, is_chosen: bool, wanted: _Wanted, buffers: dict, check
 
 
 def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, np.ndarray], float]:
-    """What `_attend` said of the call, or the same of the scores that the layer formed."""
+    """What `_attend` made of the call, or the same of the scores that the layer formed."""
     if isinstance(call.attended, Exception):
         raise call.attended
     if call.attended is not None:
@@ -336,7 +336,7 @@ def _several_axes(layer: Any) -> ValueError:
 
 
 def _empty(shape: tuple[int, ...], wanted: _Wanted) -> dict[str, np.ndarray]:
-    """The summary of queries that look at nothing."""
+    """The summary of queries without a key in view."""
     *start, queries, keys = shape
     ranks = min(wanted.top_k, keys)
     bins = min(wanted.map_size, queries), min(wanted.map_size, keys)
@@ -385,7 +385,7 @@ def _mask_in_numpy(mask: Mask | None) -> Mask | None:
 
 
 def _visible_keys(mask: Mask | None, queries: slice, keys: int) -> slice:
-    """The keys from the first to the last that any of the queries may look at, as far as their order tells."""
+    """The keys from the first to the last that any of the queries has in view, as far as their order tells."""
     first, last = 0, keys
     if mask is not None and mask.window:
         first, last = max(0, queries.start - mask.window + 1), min(keys, queries.stop + mask.window - 1)
@@ -395,7 +395,7 @@ def _visible_keys(mask: Mask | None, queries: slice, keys: int) -> slice:
 
 
 def _allowed(mask: Mask, block: Any, visible: slice) -> np.ndarray:
-    """Which queries may look at which keys; it broadcasts to (sample, head, query, key)."""
+    """Which keys are in view of which queries; it broadcasts to (sample, head, query, key)."""
     samples, heads, queries = block
     allowed = np.ones((1, 1, 1, 1), bool)
     for part in mask.parts:

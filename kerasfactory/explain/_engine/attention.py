@@ -359,7 +359,7 @@ def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args
         # The mask is whole: the layer has nothing to add to it. And not every flash attention takes one.
         with _attributes(layer, _flash_attention=False, _sliding_window=None, sliding_window=None):
             if allowed is not None and is_keras_method(compute_mask):
-                # Brings it into its own form. It looks for lengths in the second axis, and finds them there here, too.
+                # The layer brings it into its own form. It reads lengths off the second axis, where they are here, too.
                 allowed = compute_mask(query[..., 0], value[..., 0], attention_mask=allowed)
             return compute_attention(query, key, value, attention_mask=allowed, training=training)[0]
 

@@ -11,7 +11,7 @@ from keras import ops, tree
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 
-_POSITIONS = 2**14  # in a batch, if nobody says how many samples it has
+_POSITIONS = 2**14  # in a batch, if the number of its samples is not given
 
 
 def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
