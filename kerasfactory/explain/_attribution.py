@@ -91,8 +91,8 @@ def attribute(
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must attend to the same features. For
-            `"rollout"`, and for `"attention_gradient"` with several layers, they must also be one behind the other, each
-            with its queries at the positions of its keys.
+            `"rollout"`, and for `"attention_gradient"` with several layers, they must also be one behind the other,
+            each with its queries at the positions of its keys.
         x: Inputs, as for `capture`.
         method: One of the above.
         target: Which of the model's outputs to take the gradient of, from 0; if not given, the largest of each sample

@@ -19,6 +19,11 @@ from kerasfactory import _backend
 from kerasfactory.layers import InterpretableMultiHeadAttention
 from kerasfactory.layers._attention import Attention, Mask, mask_in_parts
 
+# The layers that are read: these and their subclasses. Each has the methods and attributes that `PRIVATE_NAMES` lists.
+READ_LAYERS = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+# Those that attend and are not read, with the reason.
+UNREAD_LAYERS = {keras.layers.Attention: "without heads"}
+
 # The private names of Keras that `explain` relies on, by their owner. What every Keras must have is read through
 # `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -105,7 +110,7 @@ def _paths_of_attention(model: Any) -> list[tuple[Any, list[str]]]:
             # Users know the layer that wraps Keras' one, and its name.
             is_wrapped = isinstance(layer, InterpretableMultiHeadAttention) and sublayer is layer.mha
             sub_path = path if is_wrapped else [*path, sublayer.name]
-            if isinstance(sublayer, keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
+            if isinstance(sublayer, READ_LAYERS):
                 paths.append((sublayer, sub_path))
             else:
                 walk(sublayer, sub_path)
@@ -131,6 +136,16 @@ def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
 def find_attention(model: Any) -> dict[str, Any]:
     """The Keras attention layers in `model`, by name; by path (`block_1/attention`) where a name is not unique."""
     return {name: layer for name, (layer, _) in _named_attention(model).items()}
+
+
+def unread_attention(model: Any) -> dict[str, str]:
+    """The names of layers in the model that attend and are not read, and why."""
+    return {
+        layer.name: f"it is a `keras.layers.{type(layer).__name__}`, {reason}"
+        for layer in all_layers(model)
+        for kind, reason in UNREAD_LAYERS.items()
+        if isinstance(layer, kind)
+    }
 
 
 def choose_attention(model: Any, layers: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from kerasfactory.explain._engine.attention import (
     find_attention,
     is_keras_method,
     private,
+    unread_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.layers import InterpretableMultiHeadAttention
@@ -290,9 +291,7 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, seen: set[s
         elif name not in seen:
             missing[name] = "the model did not call it, or its `call` does not go through `_compute_attention`"
     if layers is None:
-        for layer in all_layers(model):
-            if isinstance(layer, keras.layers.Attention):
-                missing[layer.name] = f"it is a `keras.layers.{type(layer).__name__}`, without heads"
+        missing |= unread_attention(model)
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
     if seen and layers is None:
         if missing:
