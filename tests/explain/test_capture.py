@@ -618,7 +618,7 @@ def test_layers_are_chosen_by_name_or_path():
 def test_a_path_names_a_layer_whose_own_name_is_enough():
     model = nested()
     for path in ("first/attention", "encoder/first/attention", "attention"):
-        assert "attention" in path and list(explain.capture(model, TABLE, layers=path, verbose=0))
+        assert list(explain.capture(model, TABLE, layers=path, verbose=0))
     captured = explain.capture(model, TABLE, layers="decoder/attention", verbose=0)
     assert list(captured) == ["decoder/attention"]
     alone = pooled(inputs := keras.Input((6, 8)), Block(name="block")(inputs))
