@@ -253,7 +253,8 @@ def _against_chance(
         """Of several rankings, (ranking, sample, feature): (kind, ranking)."""
         removed = _removed_sets(ranks, counts).reshape(-1, *ranks.shape[1:])
         # One row for each sample will do: its chance is the same in the observed and in the null.
-        return changes(removed, chosen, rows[:1]).reshape(2, len(counts), *ranks.shape[:2]).mean(axis=(1, 3))
+        found = changes(removed, chosen, rows[:1]).reshape(2, len(counts), *ranks.shape[:2])
+        return found.swapaxes(1, 2).reshape(2, len(ranks), -1).mean(axis=-1)  # summed in the same order for any number
 
     null = np.empty((2, draws))
     at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
