@@ -287,8 +287,8 @@ def test_claims_that_are_not_checked_are_still_judged_with_the_others(model, oth
     """Beside one more small p-value a claim can be supported that is not without it."""
     made = _audit._record
 
-    def with_p_values(model, x, y, background, models, settings, verbose):
-        record = made(model, x, y, background, models, settings, verbose)
+    def with_p_values(model, x, y, background, models, *settings):
+        record = made(model, x, y, background, models, *settings)
         of_seeds = by_id(record)["seeds"]
         for claim in record["claims"]:
             if claim["p_value"] is not None:

@@ -175,7 +175,7 @@ def audit(
         "batch_size": batch_size,
         "seed": seed,
     }
-    record = _record(model, x, y, background, models, settings, verbose)
+    record = _record(model, x, y, background, models, settings, batch_size, verbose)
     judge(record["claims"], level)
     if files is None:
         return Audit(record)
@@ -211,7 +211,8 @@ def verify(
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
             is not checked, and a warning says so.
         background: The background data, if the audit was made with such.
-        batch_size: Samples in a batch, the one of the audit if not given. Another one is no finding.
+        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding. The controls of
+            attention use that of the audit in any case, because their random draws depend on it.
         verbose: As for `audit`.
 
     Returns:
@@ -261,9 +262,9 @@ def verify(
     if record["data"]["background"] and background is None:
         raise ValueError("The audit was made with background data: give them, `background=...`.")
 
-    settings = record["settings"] if batch_size is None else {**record["settings"], "batch_size": batch_size}
-    now = json.loads(as_json(_record(model, x, y, background, models, settings, verbose)))
-    now["settings"] = record["settings"]
+    settings = record["settings"]
+    batch_size = settings["batch_size"] if batch_size is None else batch_size
+    now = json.loads(as_json(_record(model, x, y, background, models, settings, batch_size, verbose)))
     before = {claim["id"]: claim for claim in record["claims"]}
     unchecked = set()
     if record["data"]["labels"] and y is None:
@@ -305,15 +306,24 @@ def _writable(path: Any) -> tuple[Path, Path]:
 
 
 def _record(
-    model: Any, x: Any, y: Any, background: Any, models: Any, settings: dict[str, Any], verbose: Any
+    model: Any,
+    x: Any,
+    y: Any,
+    background: Any,
+    models: Any,
+    settings: dict[str, Any],
+    batch_size: int | None,
+    verbose: Any,
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
     x, y, background = _checked(x, y, background)
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
-    running = {key: settings[key] for key in ("method", "layers", "feature_names", "batch_size", "seed")}
-    attribution = attribute(model, x, verbose=0, **running)
-    planned = Subject(model, x, y, background, models, digests, attribution, settings, _DRAWS, "not tested")
+    chosen = {key: settings[key] for key in ("method", "layers", "feature_names", "seed")}
+    attribution = attribute(model, x, batch_size=batch_size, verbose=0, **chosen)
+    planned = Subject(
+        model, x, y, background, models, digests, attribution, settings, batch_size, _DRAWS, untestable="not tested"
+    )
     progress.add(1)
     captured, claims = exact_capture(planned)
     progress.add(1)

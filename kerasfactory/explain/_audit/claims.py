@@ -37,7 +37,8 @@ class Subject(NamedTuple):
     models: Sequence[keras.Model]  # from other seeds
     digests: list[str]  # of their weights
     attribution: xr.DataArray  # (sample, feature)
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # those of the record
+    batch_size: int | None  # that it runs with
     draws: int  # of the nulls
     untestable: str  # why no claim can be tested, or ""
 
@@ -48,7 +49,7 @@ class Subject(NamedTuple):
 
     @property
     def running(self) -> dict[str, Any]:
-        return {**self.chosen("layers", "batch_size"), "verbose": 0}
+        return {**self.chosen("layers"), "batch_size": self.batch_size, "verbose": 0}
 
     def chosen(self, *names: str) -> dict[str, Any]:
         return {name: self.settings[name] for name in names}
@@ -80,7 +81,7 @@ def _claim(
 def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        scores = capture(subject.model, subject.x[: subject.settings["batch_size"] or 32], **subject.running)
+        scores = capture(subject.model, subject.x[: subject.batch_size or 32], **subject.running)
     errors = recomposition_error(subject.model, subject.x, **subject.running)
     found: dict[str, Any] = {
         "tolerance": max(_EXACT, rounding_of(subject.model)),
@@ -118,7 +119,9 @@ def _attention(subject: Subject) -> Result:
     if subject.untestable:
         untested = sentences.items()
         return None, [_claim(f"attention-{name}", said, statistic, subject.untestable) for name, said in untested]
-    result = attention_controls(subject.model, subject.x, **subject.chosen("level", "seed"), **subject.running)
+    # What is drawn depends on the batches: they stay those of the record.
+    settings = subject.chosen("layers", "level", "batch_size", "seed")
+    result = attention_controls(subject.model, subject.x, verbose=0, **settings)
     tolerance, controls, claims = result.attrs["tolerance"], [], []
     for name in result["control"].values.tolist():
         control = result.sel(control=name)
@@ -160,8 +163,9 @@ def _ranking(subject: Subject) -> Result:
         subject.attribution,
         background=subject.background,
         draws=subject.draws,
+        batch_size=subject.batch_size,
         verbose=0,
-        **subject.chosen("level", "batch_size", "seed"),
+        **subject.chosen("level", "seed"),
     )
     tests, claims, counts = [], [], result["removed"].values
     for name, suffix, removed in (("comprehensiveness", "", counts), ("sufficiency", "_sufficiency", count - counts)):
@@ -259,7 +263,7 @@ def _features(subject: Subject) -> Result:
     if untestable := _no_ranking(subject) or _no_loss(subject):
         return None, [claim(feature, untestable) for feature in subject.features]
     given = (subject.model, subject.x, subject.y, subject.attribution)
-    settings = subject.chosen("level", "batch_size", "seed")
+    settings = {**subject.chosen("level", "seed"), "batch_size": subject.batch_size}
     result = feature_claims(*given, background=subject.background, **settings)
     claims, mean = [], result["attribution"].mean()
     for number, feature in enumerate(subject.features):
