@@ -7,10 +7,7 @@
 # them, a simulated diagnosis with five classes shows the order of work: build, train, then read.
 
 # %%
-import json
-import tempfile
 import warnings
-from pathlib import Path
 
 import keras
 import matplotlib.pyplot as plt
@@ -137,15 +134,12 @@ plt.show()
 # tumors that the model has not seen. Of the claims that it supports, one in ten may be wrong (`level=0.1`).
 
 # %%
-page = explain.audit(
-    models[0], x_test, y_test, Path(tempfile.mkdtemp()) / "audit.html", models=models[1:], level=0.1, verbose=0
-)
-record = json.loads(page.with_suffix(".json").read_text())
-for claim in record["claims"][:7]:
-    print(f"{claim['verdict']:13} {claim['claim']}")
-verdicts = [claim["verdict"] for claim in record["claims"] if claim["feature"]]
-print("Measurements of which the claim is supported:", verdicts.count("supported"))
-print("At least 4 are refuted:", verdicts.count("refuted") >= 4)
+report = explain.audit(models[0], x_test, y_test, models=models[1:], level=0.1, verbose=0)
+for claim in report.claims[report.claims["feature"].isna()].itertuples():
+    print(f"{claim.verdict:13} {claim.claim}")
+verdicts = report.features["verdict"]
+print("Measurements of which the claim is supported:", (verdicts == "supported").sum())
+print("At least 4 are refuted:", (verdicts == "refuted").sum() >= 4)
 
 # %% [markdown]
 # ## The ranking beside two others
@@ -154,7 +148,7 @@ print("At least 4 are refuted:", verdicts.count("refuted") >= 4)
 # logistic regression is another model, on the same data.
 
 # %%
-audited = np.array([one["attribution"] for one in record["attribution"]["features"]])
+audited = report.features["attribution"].values
 
 
 def score(model, x, y):
@@ -181,8 +175,8 @@ for label, other in [
 # %% [markdown]
 # The three rankings agree in most of what they put first, and differ in the rest. The audit says how far that carries.
 # Taken together, the measurements that attention ranks first are those that the output depends on, more than random
-# ones. Taken one by one, the test finds none that the model needs, and refutes it for some: drawn anew, given the others,
-# they make the model no worse, since the others nearly tell them. And the attention weights themselves hardly matter: with the same weight for every
+# ones. Taken one by one, the test finds none that the model needs, and refutes it for some: resampled given the others,
+# they leave the model no worse, since the others nearly tell them. And the attention weights themselves hardly matter: with the same weight for every
 # measurement, the typical prediction stays what it was. What the weights show was learned along with the values that
 # they multiply, and the values do the work.
 #

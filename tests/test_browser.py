@@ -252,8 +252,8 @@ def audits(tmp_path_factory):
     x = np.random.default_rng(0).normal(size=(80, len(names)))
     folder = tmp_path_factory.mktemp("audits")
     return [
-        explain.audit(model, x, x[:, 0] > 0, folder / "tested.html", verbose=0),
-        explain.audit(model, x[:5], path=folder / "untested.html", verbose=0),
+        explain.audit(model, x, x[:, 0] > 0, folder / "tested.html", verbose=0).path,
+        explain.audit(model, x[:5], path=folder / "untested.html", verbose=0).path,
     ]
 
 

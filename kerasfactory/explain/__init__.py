@@ -2,6 +2,7 @@
 
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._audit.audit import audit, verify
+from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
@@ -12,6 +13,7 @@ from kerasfactory.explain._summary import summarize
 
 __all__ = [
     "AttentionMonitor",
+    "Audit",
     "attention_controls",
     "attribute",
     "audit",

@@ -1,7 +1,7 @@
 """Whether the features that an attribution puts first are those that a model uses: a test that it could fail."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +16,9 @@ from kerasfactory.explain._engine.statistics import bootstrap_interval
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _NULL_SAMPLES = 500
-_ROWS = 2**14  # to predict at once
+_RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
+_COMPARED = 40  # features; sets of more are hardly ever drawn twice
+_KINDS = ("comprehensiveness", "sufficiency")
 _REMOVALS = ("marginal", "mean", "mask")
 
 
@@ -66,6 +68,10 @@ def faithfulness(
     p = \frac{1 + \#\{\text{null} \ge \text{observed}\}}{1 + \text{draws}} .
     $$
 
+    Sufficiency is tested on the same relabelings. It should be small, so its p-value counts the draws at or below the
+    observed one. The opposite p-values count the other side: a small one says that the attribution does worse than
+    attributions that know nothing.
+
     Relabeling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
     samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
     ranking that is the same for all samples is one guess among the possible rankings, however many samples there are.
@@ -104,15 +110,19 @@ def faithfulness(
         - `comprehensiveness`, `sufficiency` (sample, fraction), in the unit of the output. The coordinate `removed`
           (fraction) is the number \(k\) of features.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
-        - `null` (draw), `p_value`: as above. They need draws × fractions × samples predictions, and are therefore
-          taken from 500 samples, drawn at random, if there are more, and with one row of `background` for each.
-          `observed` in the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
-        - `interval` (bound: `lower`, `upper`) of `aopc_comprehensiveness`: a percentile bootstrap over the samples. The
-          model, the attribution and the background stay as they are in it. NaN for a single sample.
+        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
+          random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
+          predictions. A set of features that is drawn more than once is predicted once. `observed` in the attributes
+          is the AOPC comprehensiveness of the attribution in the same samples and rows.
+        - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
+          `observed_sufficiency` in the attributes.
+        - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
+          `aopc_sufficiency`: a percentile bootstrap over the samples. The model, the attribution and the background
+          stay as they are in it. NaN for a single sample.
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
-        sample), `change` (`"signed"` or `"absolute"`), `target`, `draws`, `null_samples`, `observed`, `level` and
-        `seed`.
+        sample), `change` (`"signed"` or `"absolute"`), `target`, `draws`, `null_samples`, `observed`,
+        `observed_sufficiency`, `level` and `seed`.
 
     Raises:
         ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features; if an
@@ -146,84 +156,113 @@ def faithfulness(
         raise ValueError(f"`level` must lie between 0 and 1. Received: level={level!r}")
     samples, features = importance.shape
     rng = generator(seed, "faithfulness")
-    donors, said_of_background = _donors(x, removal, background, mask_value)
+    donors, background_used = _donors(x, removal, background, mask_value)
     rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
-    columns, said_of_target = _columns(outputs, y, target)
-    own = outputs[np.arange(samples), columns]
-    absolute = outputs.shape[1] == 1
-
-    def changes(removed, of, rows):
-        """By how much the outputs of the samples `of` fall, (set, sample), without (set, sample, feature)."""
-        result = np.empty(removed.shape[:2])
-        step = max(1, _CELLS // (x[0].size * len(removed) * len(rows)))
-        for start in range(0, len(of), step):
-            part = of[start : start + step]
-            where = removed[:, None, start : start + step].reshape(
-                len(removed), 1, len(part), features, *[1] * (x.ndim - 2)
-            )
-            changed = np.where(where, donors[rows[:, part]], x[part]).reshape(-1, *x.shape[1:])
-            changed_outputs = checked_outputs(
-                predictions(model, changed, batch_size), f'`x` with features removed by "{removal}"'
-            )
-            changed_outputs = changed_outputs.reshape(len(removed), len(rows), len(part), -1)
-            without = changed_outputs[:, :, np.arange(len(part)), columns[part]].mean(axis=1)
-            result[:, start : start + step] = own[part] - without
-        return np.abs(result) if absolute else result
-
+    changes, own, output_used = _change_function(model, x, donors, y, target, batch_size, removal)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), -importance)))
     counts = np.maximum(1, np.floor(shares * features + 0.5).astype(int))
-    sets = [ranks < count for count in counts] + [ranks >= count for count in counts]
-    comprehensiveness, sufficiency = np.split(changes(np.stack(sets), np.arange(samples), rows), 2)
+    both = changes(_removed_sets(ranks, counts), np.arange(samples), rows).reshape(2, len(counts), samples)
     progress.update(1)
 
     chosen = chosen_samples(samples, _NULL_SAMPLES, rng)
-    # One row for each sample will do: its chance is the same in the observed and in the null.
-    observed = float(changes(np.stack(sets[: len(counts)])[:, chosen], chosen, rows[:1]).mean())
-    null = np.empty(draws)
-    at_once = max(1, _ROWS // (len(counts) * len(chosen)))
+    observed, null = _against_chance(changes, ranks[chosen], counts, chosen, rows, draws, rng, progress)
+    # A draw that puts the same features first counts as equal, whatever its rounding.
+    rounding = 1e-6 * np.abs(own).max()
+    at_least = (1 + np.sum(null >= observed[:, np.newaxis] - rounding, axis=1)) / (1 + draws)
+    at_most = (1 + np.sum(null <= observed[:, np.newaxis] + rounding, axis=1)) / (1 + draws)
+    results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
+    results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
+    for name, suffix, change, of_null in zip(_KINDS, ("", "_sufficiency"), both, null, strict=True):
+        results[name] = (("sample", "fraction"), change.T)
+        results[f"aopc_{name}"] = change.mean()
+        results[f"null{suffix}"] = ("draw", of_null)
+        results[f"interval{suffix}"] = ("bound", bootstrap_interval(change.mean(axis=0), np.mean, level, seed))
+    coordinates = {"sample": np.arange(samples), "fraction": shares, "removed": ("fraction", counts)}
+    attributes = {"removal": removal} | ({"mask_value": mask_value} if removal == "mask" else {})
+    attributes |= {"background": background_used, "background_rows": len(rows), **output_used, "draws": draws}
+    attributes |= {"null_samples": len(chosen), "observed": observed[0].item()}
+    attributes |= {"observed_sufficiency": observed[1].item(), "level": level, "seed": seed}
+    return xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes)
+
+
+def _change_function(
+    model: keras.Model, x: np.ndarray, donors: np.ndarray, y: Any, target: Any, batch_size: int | None, removal: str
+) -> tuple[Callable[..., np.ndarray], np.ndarray, dict[str, Any]]:
+    """A function that says by how much outputs fall without features, the outputs with all of them, and attributes."""
+    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
+    columns, target_used = _columns(outputs, y, target)
+    own = outputs[np.arange(len(x)), columns]
+    absolute = outputs.shape[1] == 1
+
+    def outputs_without(removed, of, donor):
+        """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each."""
+        result = np.empty(removed.shape[0] * removed.shape[1])
+        sample = np.tile(np.arange(len(of)), len(removed))
+        removed = removed.reshape(len(result), -1)
+        first, copies = _distinct(removed, sample)
+        predicted = np.empty(len(first))
+        step = max(1, _CELLS // x[0].size)
+        for start in range(0, len(first), step):
+            part = first[start : start + step]
+            number = of[sample[part]]
+            where = removed[part].reshape(len(part), -1, *[1] * (x.ndim - 2))
+            changed = np.where(where, donors[donor[sample[part]]], x[number])
+            outputs = predictions(model, changed, batch_size)
+            outputs = checked_outputs(outputs, f'`x` with features removed by "{removal}"')
+            predicted[start : start + step] = outputs[np.arange(len(part)), columns[number]]
+        return predicted[copies].reshape(-1, len(of))
+
+    def changes(removed, of, rows):
+        """By how much the outputs of the samples `of` fall, (set, sample), without (set, sample, feature)."""
+        without = np.mean([outputs_without(removed, of, donor[of]) for donor in rows], axis=0)
+        return np.abs(own[of] - without) if absolute else own[of] - without
+
+    return changes, own, {"change": "absolute" if absolute else "signed", "target": target_used}
+
+
+def _removed_sets(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which features go, first for comprehensiveness and then for sufficiency: (set, ..., feature)."""
+    return np.stack([ranks < count for count in counts] + [ranks >= count for count in counts])
+
+
+def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of rows that differ, and which of these each row is like: small sets come again and again."""
+    features = removed.shape[1]
+    if features > _COMPARED:
+        return np.arange(len(removed)), np.arange(len(removed))
+    codes = removed @ (1 << np.arange(features)) + (sample << features)
+    _, first, copies = np.unique(codes, return_index=True, return_inverse=True)
+    return first, copies
+
+
+def _against_chance(
+    changes: Callable[..., np.ndarray],
+    ranks: np.ndarray,
+    counts: np.ndarray,
+    chosen: np.ndarray,
+    rows: np.ndarray,
+    draws: int,
+    rng: np.random.Generator,
+    progress: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled."""
+
+    def aopcs(ranks):
+        """Of several rankings, (ranking, sample, feature): (kind, ranking)."""
+        removed = _removed_sets(ranks, counts).reshape(-1, *ranks.shape[1:])
+        # One row for each sample will do: its chance is the same in the observed and in the null.
+        found = changes(removed, chosen, rows[:1]).reshape(2, len(counts), *ranks.shape[:2])
+        return found.swapaxes(1, 2).reshape(2, len(ranks), -1).mean(axis=-1)  # summed in the same order for any number
+
+    null = np.empty((2, draws))
+    at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
     for start in range(0, draws, at_once):
         stop = min(start + at_once, draws)
-        relabeled = [ranks[chosen][:, rng.permutation(features)] for _ in range(start, stop)]
-        removed = np.stack([of_draw < count for of_draw in relabeled for count in counts])
-        null[start:stop] = changes(removed, chosen, rows[:1]).reshape(stop - start, -1).mean(axis=1)
+        null[:, start:stop] = aopcs(np.stack([ranks[:, rng.permutation(ranks.shape[1])] for _ in range(start, stop)]))
         progress.update(stop + 1)
-
-    # A draw that puts the same features first is to count as such, whatever its rounding.
-    rounding = 1e-6 * np.abs(own).max()
-    attributes = {"removal": removal} | ({"mask_value": mask_value} if removal == "mask" else {})
-    attributes |= {
-        "background": said_of_background,
-        "background_rows": len(rows),
-        "change": "absolute" if absolute else "signed",
-        "target": said_of_target,
-        "draws": draws,
-        "null_samples": len(chosen),
-        "observed": observed,
-        "level": level,
-        "seed": seed,
-    }
-    dims = ("sample", "fraction")
-    return xr.Dataset(
-        {
-            "comprehensiveness": (dims, comprehensiveness.T),
-            "sufficiency": (dims, sufficiency.T),
-            "aopc_comprehensiveness": comprehensiveness.mean(),
-            "aopc_sufficiency": sufficiency.mean(),
-            "null": ("draw", null),
-            "p_value": (1 + np.sum(null >= observed - rounding)) / (1 + draws),
-            "interval": ("bound", bootstrap_interval(comprehensiveness.mean(axis=0), np.mean, level, seed)),
-        },
-        {
-            "sample": np.arange(samples),
-            "fraction": shares,
-            "removed": ("fraction", counts),
-            "bound": ["lower", "upper"],
-        },
-        attributes,
-    )
+    return aopcs(ranks[np.newaxis])[:, 0], null
 
 
 def _checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:

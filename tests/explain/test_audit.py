@@ -1,18 +1,22 @@
 """An audit says what holds, and `verify` what no longer does."""
 
 import functools
+import html
 import json
 import os
 import platform
 import re
+from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from keras import layers
 
 from kerasfactory import explain
 from kerasfactory.explain._audit import audit as _audit
+from kerasfactory.explain._audit import claims as _audit_claims
 from kerasfactory.explain._audit import file as _audit_file
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
@@ -36,7 +40,8 @@ def build(names=NAMES, width=8):
 def _quick():
     """The adversary, whose way is tested elsewhere, goes a short one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_audit, "attention_controls", functools.partial(_audit.attention_controls, steps=3))
+        quick = functools.partial(_audit_claims.attention_controls, steps=3)
+        patch.setattr(_audit_claims, "attention_controls", quick)
         yield
 
 
@@ -58,8 +63,13 @@ def others():
 
 
 @pytest.fixture(scope="module")
-def written(model, others, tmp_path_factory):
+def report(model, others, tmp_path_factory):
     return explain.audit(model, X, Y, tmp_path_factory.mktemp("audit") / "audit.html", models=others, verbose=0)
+
+
+@pytest.fixture(scope="module")
+def written(report):
+    return report.path
 
 
 @pytest.fixture
@@ -71,7 +81,11 @@ def copied(written, tmp_path):
 
 
 def data(path):
-    return json.loads(path.with_suffix(".json").read_text())
+    return json.loads(Path(path).with_suffix(".json").read_text())
+
+
+def by_id(record):
+    return {claim["id"]: claim for claim in record["claims"]}
 
 
 def leaves(value, path=()):
@@ -105,7 +119,7 @@ def test_an_audit_says_what_was_audited_and_how_each_claim_came_out(model, writt
         assert {"claim", "verdict", "statistic", "p_value", "interval", "reason"} <= set(claim)
         assert claim["verdict"] in ("supported", "refuted", "undetermined")
         assert claim["reason"]
-    assert record["claims"][0]["verdict"] == "supported"
+    assert by_id(record)["capture"]["verdict"] == "supported"
     by_feature = {claim["feature"]: claim for claim in record["claims"] if claim["feature"]}
     assert list(by_feature) == NAMES
     assert by_feature["noise"]["verdict"] != "supported"
@@ -114,7 +128,7 @@ def test_an_audit_says_what_was_audited_and_how_each_claim_came_out(model, writt
 
 def test_weights_are_shuffled_and_other_seeds_are_asked(model, others, written):
     record = data(written)
-    shuffled, seeds = record["claims"][5:7]
+    shuffled, seeds = (by_id(record)[name] for name in ("randomization", "seeds"))
     expected = explain.parameter_randomization(model, X, verbose=0)
     assert shuffled["statistic"]["value"] == pytest.approx(expected["median_kept"].item(), abs=1e-5)
     assert (shuffled["verdict"] == "supported") == (shuffled["interval"][1] <= 0.5)
@@ -124,6 +138,108 @@ def test_weights_are_shuffled_and_other_seeds_are_asked(model, others, written):
     # Three models that choose one of four: by chance all are of one mind in 1 of 16 cases.
     assert seeds["verdict"] == "undetermined"
     assert record["seeds"]["p_value"] > 0.04
+
+
+def test_a_claim_is_found_by_its_id(written):
+    assert list(by_id(data(written))) == [
+        "capture",
+        "attention-uniform",
+        "attention-permuted",
+        "ranking-comprehensiveness",
+        "ranking-sufficiency",
+        "randomization",
+        "seeds",
+        *(f"feature/{name}" for name in NAMES),
+    ]
+
+
+def test_rankings_are_tested_as_by_faithfulness(model, written):
+    record = data(written)
+    attribution = explain.attribute(model, X, verbose=0)
+    draws = 11 - 1  # claims that a test decides
+    expected = explain.faithfulness(model, X, attribution, draws=max(200, 20 * draws), verbose=0)
+    for name, suffix in (("comprehensiveness", ""), ("sufficiency", "_sufficiency")):
+        claim = by_id(record)[f"ranking-{name}"]
+        assert claim["statistic"] == {"name": f"AOPC {name}", "value": pytest.approx(expected[f"aopc_{name}"].item())}
+        assert claim["p_value"] == pytest.approx(expected[f"p_value{suffix}"].item())
+        assert claim["interval"] == pytest.approx(expected[f"interval{suffix}"].values.tolist())
+    assert record["faithfulness"]["tests"][1]["removed"] == (4 - expected["removed"].values).tolist()
+
+
+def test_the_report_is_a_table_of_claims_and_one_of_features(report):
+    record = data(report)
+    assert list(report.claims.index) == list(by_id(record))
+    assert report.claims.index.name == "id"
+    for name, claim in by_id(record).items():
+        row = report.claims.loc[name]
+        assert {key: row[key] for key in ("claim", "verdict", "reason")} == {
+            key: claim[key] for key in ("claim", "verdict", "reason")
+        }
+        assert row["statistic"] == claim["statistic"]["name"]
+        assert pd.isna(row["feature"]) if claim["feature"] is None else row["feature"] == claim["feature"]
+        lower, upper = claim["interval"] or (None, None)
+        numbers = [claim["statistic"]["value"], lower, upper, claim["p_value"], claim["p_adjusted"]]
+        shown = row[["value", "lower", "upper", "p_value", "p_adjusted"]].astype(float)
+        np.testing.assert_array_equal(shown, np.array(numbers, float))
+
+    assert report.features.index.name == "feature"
+    assert report.features.index.tolist() == NAMES
+    for found in record["attribution"]["features"]:
+        row, claim = report.features.loc[found["feature"]], by_id(record)[f"feature/{found['feature']}"]
+        assert row["attribution"] == found["attribution"]
+        assert [row["attribution_lower"], row["attribution_upper"]] == found["interval"]
+        assert [row["effect_lower"], row["effect_upper"]] == claim["interval"]
+        assert row["effect"] == claim["statistic"]["value"]
+        assert [row["p_value"], row["p_adjusted"]] == [claim["p_value"], claim["p_adjusted"]]
+        assert row["verdict"] == claim["verdict"]
+    assert {key: value for key, value in record.items() if key not in ("page", "checksum")} == report.record
+
+
+def test_the_report_can_be_used_as_the_path_of_its_page(model, others, report):
+    assert report.path == Path(report) == Path(os.fspath(report))
+    with open(report) as file:
+        assert file.readline() == "<!DOCTYPE html>\n"
+    assert explain.verify(report, model, X, Y, models=others, batch_size=64, verbose=0) == []
+    verdicts = report.claims["verdict"].value_counts()
+    assert repr(report) == str(report)
+    assert repr(report) == (
+        f"<Audit of planted: {verdicts['supported']} supported, {verdicts.get('refuted', 0)} refuted, "
+        f"{verdicts['undetermined']} undetermined, in audit.html>"
+    )
+
+
+def test_without_a_path_nothing_is_written(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = explain.audit(model, X[:5], Y[:5], verbose=0)
+    assert not list(tmp_path.iterdir())
+    assert report.path is None
+    assert report.claims["verdict"].tolist() == ["supported", *["undetermined"] * 10]
+    assert report.features[["effect", "p_value"]].isna().all(axis=None)
+    assert repr(report) == "<Audit of planted: 1 supported, 0 refuted, 10 undetermined>"
+    assert "1 supported, 0 refuted, 10 undetermined" in report._repr_html_()
+    for used in (os.fspath, open, lambda path: explain.verify(path, model, X[:5])):
+        with pytest.raises(ValueError, match=r'not written to a file.*path="audit\.html"'):
+            used(report)
+
+
+def test_a_notebook_shows_the_page_in_a_box_where_nothing_runs(report):
+    shown = report._repr_html_()
+    assert "\n" not in shown
+    title, sandbox, source = re.fullmatch(
+        r'<div><iframe title="([^"]*)" sandbox="([^"]*)" style="[^"]*" srcdoc="([^"]*)"></iframe></div>', shown
+    ).groups()
+    assert (title, sandbox) == ("Audit of planted", "")
+    page, _ = _audit_file.without_data(report.path.read_text())
+    assert html.unescape(source) == page
+
+
+def test_a_feature_may_have_the_name_of_a_number_in_the_file():
+    before = {
+        "claims": [{"id": "feature/a/p_value", "claim": "a", "verdict": "supported", "statistic": {"value": 0.1}}]
+    }
+    now = changed(before, ("claims", 0, "statistic", "value"), 0.11)
+    found = _audit_file.differences(before, now, 1e-5)
+    assert found == ["In “claims”, feature/a/p_value/statistic/value was 0.1 and is now 0.11."]
 
 
 def test_p_values_are_adjusted_for_all_claims_together(written):
@@ -138,7 +254,7 @@ def test_p_values_are_adjusted_for_all_claims_together(written):
 
 
 def test_the_same_audit_is_the_same_file(model, others, written, tmp_path):
-    again = explain.audit(model, X, Y, tmp_path / "audit.html", models=others, verbose=0)
+    again = explain.audit(model, X, Y, tmp_path / "audit.html", models=others, verbose=0).path
     for suffix in (".html", ".json"):
         assert again.with_suffix(suffix).read_bytes() == written.with_suffix(suffix).read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.html", "audit.json"]
@@ -171,9 +287,9 @@ def test_claims_that_are_not_checked_are_still_judged_with_the_others(model, oth
     """Beside one more small p-value a claim can be supported that is not without it."""
     made = _audit._record
 
-    def with_p_values(model, x, y, background, models, settings, verbose):
-        record = made(model, x, y, background, models, settings, verbose)
-        of_seeds = record["claims"][6]
+    def with_p_values(model, x, y, background, models, *settings):
+        record = made(model, x, y, background, models, *settings)
+        of_seeds = by_id(record)["seeds"]
         for claim in record["claims"]:
             if claim["p_value"] is not None:
                 claim["p_value"], claim["verdict"] = 0.9, "undetermined"
@@ -243,7 +359,7 @@ def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
 
 def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(model, others, copied):
     record = data(copied)
-    (claim,) = (claim for claim in record["claims"] if claim["feature"] == "noise")
+    claim = by_id(record)["feature/noise"]
     claim["verdict"], claim["p_value"], claim["statistic"]["value"] = "supported", 1e-4, 0.3
     forged = {key: value for key, value in record.items() if key not in ("page", "checksum")}
     _audit_file.save(forged, copied, copied.with_suffix(".json"))
@@ -334,7 +450,8 @@ def test_bad_input_is_refused(model, tmp_path):
 @pytest.mark.parametrize("samples", [1, 7])
 def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
     record = data(explain.audit(model, X[:samples], Y[:samples], tmp_path / "audit.html", verbose=0))
-    first, *others = record["claims"]
+    claims = by_id(record)
+    first, others = claims.pop("capture"), claims.values()
     assert first["verdict"] == "supported"
     assert {claim["verdict"] for claim in others} == {"undetermined"}
     assert {claim["p_value"] for claim in others} == {None}
@@ -345,7 +462,7 @@ def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, 
     constant = X[:100].copy()
     constant[:, 2] = 0.5
     record = data(explain.audit(model, constant, Y[:100], tmp_path / "audit.html", verbose=0))
-    (claim,) = (claim for claim in record["claims"] if claim["feature"] == "noise")
+    claim = by_id(record)["feature/noise"]
     assert (claim["verdict"], claim["p_value"]) == ("undetermined", None)
     assert "constant" in claim["reason"]
 
@@ -358,7 +475,13 @@ def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, 
 
 def test_names_are_text_and_nothing_else(tmp_path):
     names = ["</script><script>alert(1)</script>", '<!-- & "quoted"', "ä\u2028 \\u003c", "d"]
-    path = explain.audit(build(names), X[:30], path=tmp_path / "audit.html", verbose=0)
+    model = build(names)
+    report = explain.audit(keras.Model(model.input, model.output, name='"><script>'), X[:30], verbose=0)
+    shown = report._repr_html_()
+    assert shown.startswith('<div><iframe title="Audit of &quot;&gt;&lt;script&gt;" sandbox=""')
+    assert shown.count("<") == shown.count(">") == 4
+    assert report.features.index.tolist() == names
+    path = explain.audit(model, X[:30], path=tmp_path / "audit.html", verbose=0).path
     text = path.read_text()
     assert text.count("<script") == text.count("</script>") == 1
     assert "alert(1)" in text

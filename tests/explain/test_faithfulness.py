@@ -11,6 +11,7 @@ from keras import layers, ops
 from scipy import stats
 
 from kerasfactory import explain
+from kerasfactory.explain import _faithfulness
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._engine.outputs import predictions
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
@@ -143,6 +144,49 @@ def test_the_truth_is_recognised_and_its_opposite_is_not():
     assert one["p_value"] < 0.05
 
 
+def test_sufficiency_and_the_opposite_directions_have_tests_of_their_own():
+    attribution = np.abs(WEIGHTS * X)
+    good = explain.faithfulness(linear(WEIGHTS), X, attribution, verbose=0)
+    assert good["p_value_sufficiency"] < 0.02
+    assert min(good["p_opposite"], good["p_opposite_sufficiency"]) > 0.9
+    assert good.attrs["observed_sufficiency"] < good["null_sufficiency"].quantile(0.05)
+    lower, upper = good["interval_sufficiency"].values
+    assert lower < good["aopc_sufficiency"] < upper
+    bad = explain.faithfulness(linear(WEIGHTS), X, -attribution, verbose=0)
+    assert max(bad["p_opposite"], bad["p_opposite_sufficiency"]) < 0.02
+    assert min(bad["p_value"], bad["p_value_sufficiency"]) > 0.9
+
+
+def test_both_nulls_come_from_the_same_relabelings_samples_and_rows():
+    x = RNG.normal(size=(600, 8)).astype("float32")
+    kernel = RNG.normal(size=(8, 2))
+    result = explain.faithfulness(linear(kernel), x, x, target=1, removal="mask", draws=9, verbose=0)
+    # In a linear model, what the first features add and what the others add make up the output.
+    sums = result["null"] + result["null_sufficiency"]
+    observed = result.attrs["observed"] + result.attrs["observed_sufficiency"]
+    np.testing.assert_allclose(sums, observed, atol=1e-4)
+    assert np.ptp(result["null"].values) > 0.01
+    for name, null, observed in [
+        ("", result["null"], result.attrs["observed"]),
+        ("_sufficiency", -result["null_sufficiency"], -result.attrs["observed_sufficiency"]),
+    ]:
+        assert result[f"p_value{name}"] == (1 + (null >= observed).sum()) / 10
+        assert result[f"p_opposite{name}"] == (1 + (null <= observed).sum()) / 10
+
+
+def test_the_same_removal_from_the_same_sample_is_predicted_once(monkeypatch):
+    predicted = []
+
+    def counted(model, x, batch_size):
+        predicted.append(len(x))
+        return predictions(model, x, batch_size)
+
+    monkeypatch.setattr(_faithfulness, "predictions", counted)
+    explain.faithfulness(linear(WEIGHTS), X, X, fractions=[0.125, 0.5], draws=1000, verbose=0)
+    # The output, four sets with three rows each, the observed, and all sets of 1, 4 or 7 of 8 features.
+    assert sum(predicted) <= 40 * (1 + 4 * 3 + 4 + 8 + 70 + 8)
+
+
 @pytest.mark.parametrize("alike", [True, False], ids=["one ranking for all", "one for each sample"])
 def test_attributions_that_know_nothing_are_seldom_called_faithful(alike):
     model, attempts, rng = linear(WEIGHTS), 60, np.random.default_rng(0)
@@ -189,11 +233,14 @@ def test_what_changes_nothing():
     assert even["p_value"] > 0.01
     everything_removed = explain.faithfulness(linear(WEIGHTS), X, X, fractions=[1], draws=2, verbose=0)
     np.testing.assert_allclose(everything_removed["sufficiency"], 0, atol=1e-5)
+    np.testing.assert_allclose(everything_removed["null_sufficiency"], 0, atol=1e-5)
+    assert {everything_removed[name].item() for name in everything_removed if name[:2] == "p_"} == {1}
 
 
 def test_one_sample_has_no_interval():
     result = explain.faithfulness(linear(WEIGHTS), X[:1], X[:1], background=X, draws=9, verbose=0)
     assert np.isnan(result["interval"]).all()
+    assert np.isnan(result["interval_sufficiency"]).all()
     assert 0.1 <= result["p_value"] <= 1
 
 

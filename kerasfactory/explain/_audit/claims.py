@@ -1,14 +1,312 @@
-"""The claims of an audit: a sentence, a verdict, and the numbers behind it."""
+"""The claims of an audit: how each is tested, the sentence, the verdict and the numbers behind it.
+
+A new claim is a new function in `TESTS`, or one more claim from a function that is there. No other file lists them.
+"""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import xarray as xr
 from scipy import stats
 
-SEED_CLAIM = "Models trained alike from other seeds rank the same features first, more than by chance."
+from kerasfactory.explain._attribution import attribute
+from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._claims import feature_claims
+from kerasfactory.explain._controls import attention_controls
+from kerasfactory.explain._engine.observe import rounding_of
+from kerasfactory.explain._faithfulness import faithfulness
+from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
+
+_EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
+
+Claim = dict[str, Any]
+Result = tuple[dict[str, Any] | None, list[Claim]]  # what was measured, as JSON, and the claims that it decides
+
+
+class Subject(NamedTuple):
+    """What is audited, and with which settings."""
+
+    model: keras.Model
+    x: np.ndarray  # (sample, feature, ...)
+    y: np.ndarray | None  # (sample, ...)
+    background: np.ndarray | None  # (row, feature, ...)
+    models: Sequence[keras.Model]  # from other seeds
+    digests: list[str]  # of their weights
+    attribution: xr.DataArray  # (sample, feature)
+    settings: dict[str, Any]  # those of the record
+    batch_size: int | None  # that it runs with
+    draws: int  # of the nulls
+    untestable: str  # why no claim can be tested, or ""
+
+    @property
+    def features(self) -> list[str]:
+        names = self.attribution.coords.get("feature", range(self.attribution.sizes["feature"]))
+        return [str(name) for name in np.asarray(names)]
+
+    @property
+    def running(self) -> dict[str, Any]:
+        return {**self.chosen("layers"), "batch_size": self.batch_size, "verbose": 0}
+
+    def chosen(self, *names: str) -> dict[str, Any]:
+        return {name: self.settings[name] for name in names}
+
+
+def _claim(
+    identifier: str,
+    sentence: str,
+    statistic: str,
+    reason: str,
+    verdict: str = "undetermined",
+    value: float | None = None,
+    p_value: float | None = None,
+    interval: list[float] | None = None,
+) -> Claim:
+    return {
+        "id": identifier,
+        "claim": sentence,
+        "feature": None,
+        "verdict": verdict,
+        "statistic": {"name": statistic, "value": value},
+        "p_value": p_value,
+        "p_adjusted": None,
+        "interval": interval,
+        "reason": reason,
+    }
+
+
+def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = capture(subject.model, subject.x[: subject.batch_size or 32], **subject.running)
+    errors = recomposition_error(subject.model, subject.x, **subject.running)
+    found: dict[str, Any] = {
+        "tolerance": max(_EXACT, rounding_of(subject.model)),
+        "prediction_difference": as_float(max(array.attrs["prediction_difference"] for array in scores.values())),
+        "not_captured": [str(one.message) for one in caught if "are not captured" in str(one.message)],
+        "layers": [
+            {
+                "layer": name,
+                "class": array.attrs["class"],
+                "masks": array.attrs["masks"],
+                "heads": array.sizes["head"],
+                "recomposition_error": as_float(errors[name]),
+            }
+            for name, array in scores.items()
+        ],
+    }
+    all_errors = [found["prediction_difference"], *(layer["recomposition_error"] for layer in found["layers"])]
+    worst = None if None in all_errors else max(all_errors)
+    if found["not_captured"] or worst is None:
+        verdict, reason = "undetermined", " ".join(found["not_captured"]) or "An error is not a number."
+    else:
+        exact = worst <= found["tolerance"]
+        verdict = "supported" if exact else "refuted"
+        reason = f"It is {'at most' if exact else 'above'} {found['tolerance']:g}, the largest that rounding makes."
+    sentence = "The captured scores are those that the model uses, and capturing them changes nothing."
+    return found, [_claim("capture", sentence, "largest relative error", reason, verdict, worst)]
+
+
+def _attention(subject: Subject) -> Result:
+    sentences = {
+        "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
+        "permuted": "The output depends on which key gets which weight: it changes if they are dealt out at random.",
+    }
+    statistic = "median change of the output"
+    if subject.untestable:
+        untested = sentences.items()
+        return None, [_claim(f"attention-{name}", said, statistic, subject.untestable) for name, said in untested]
+    # What is drawn depends on the batches: they stay those of the record.
+    settings = subject.chosen("layers", "level", "batch_size", "seed")
+    result = attention_controls(subject.model, subject.x, verbose=0, **settings)
+    tolerance, controls, claims = result.attrs["tolerance"], [], []
+    for name in result["control"].values.tolist():
+        control = result.sel(control=name)
+        found: dict[str, Any] = {
+            "control": name,
+            "median_change": float(control["median_change"]),
+            "interval": bounds(control["interval"].values),
+            "median_distance": float(control["jsd"].median()),
+            "p_value": control["p_value"].item(),
+            "p_opposite": control["p_opposite"].item(),
+        }
+        controls.append(found)
+        if name not in sentences:
+            continue
+        low, high = control["interval"].values
+        verdict, reason = "undetermined", f"The interval does not decide whether it is more than {tolerance:g}."
+        if low > tolerance and found["p_value"] <= subject.settings["level"]:
+            verdict, reason = "supported", f"It is more than {tolerance:g}."
+        elif high <= tolerance and found["p_opposite"] <= subject.settings["level"]:
+            verdict, reason = "refuted", f"It is not more than {tolerance:g}."
+        reason = f"{reason} Unit: {result.attrs['change']}."
+        numbers = (found["median_change"], found["p_value"], found["interval"])
+        claims.append(_claim(f"attention-{name}", sentences[name], statistic, reason, verdict, *numbers))
+    attributes = {key: result.attrs[key] for key in ("change", "tolerance", "draws", "steps")}
+    return {**attributes, "samples": result.sizes["sample"], "controls": controls}, claims
+
+
+def _ranking(subject: Subject) -> Result:
+    method, count = subject.settings["method"], len(subject.features)
+    sentences = {
+        "comprehensiveness": f"The output needs the features that “{method}” ranks first, more than others.",
+        "sufficiency": f"The features that “{method}” ranks first are enough for the output, more than others.",
+    }
+    if untestable := _no_ranking(subject):
+        return None, [_claim(f"ranking-{name}", said, f"AOPC {name}", untestable) for name, said in sentences.items()]
+    result = faithfulness(
+        subject.model,
+        subject.x,
+        subject.attribution,
+        background=subject.background,
+        draws=subject.draws,
+        batch_size=subject.batch_size,
+        verbose=0,
+        **subject.chosen("level", "seed"),
+    )
+    tests, claims, counts = [], [], result["removed"].values
+    for name, suffix, removed in (("comprehensiveness", "", counts), ("sufficiency", "_sufficiency", count - counts)):
+        found: dict[str, Any] = {
+            "name": name,
+            "removed": removed.tolist(),
+            "mean_change": result[name].mean("sample").values.tolist(),
+            "aopc": float(result[f"aopc_{name}"]),
+            "interval": bounds(result[f"interval{suffix}"].values),
+            "observed": result.attrs[f"observed{suffix}"],
+            "null": result[f"null{suffix}"].values.tolist(),
+            "p_value": result[f"p_value{suffix}"].item(),
+            "p_opposite": result[f"p_opposite{suffix}"].item(),
+        }
+        tests.append(found)
+        worse = round((1 - found["p_value"]) * (1 + subject.draws))
+        reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
+        numbers = (found["aopc"], found["p_value"], found["interval"])
+        verdict = _against_chance(found, subject)
+        claims.append(_claim(f"ranking-{name}", sentences[name], f"AOPC {name}", reason, verdict, *numbers))
+    keys = ("removal", "background", "change", "target", "draws", "null_samples")
+    return {**{key: result.attrs[key] for key in keys}, "tests": tests}, claims
+
+
+def _randomization(subject: Subject) -> Result:
+    method, statistic = subject.settings["method"], "median share that is left"
+    sentence = (
+        f"What “{method}” shows is in the weights of the attention layers: when they are shuffled, at most half of it "
+        "is left."
+    )
+    if subject.untestable:
+        return None, [_claim("randomization", sentence, statistic, subject.untestable)]
+    settings = subject.chosen("method", "layers", "level", "seed")
+    result = parameter_randomization(subject.model, subject.x, verbose=0, **settings)
+    found: dict[str, Any] = {
+        **{key: result.attrs[key] for key in ("tolerance", "draws", "samples")},
+        "median_kept": as_float(result["median_kept"].item()),
+        "interval": bounds(result["interval"].values),
+        "distance": result["distance"].values.tolist(),
+        "chance": result["null"].mean("relabeling").values.tolist(),
+        "p_value": result["p_value"].item(),
+        "p_opposite": result["p_opposite"].item(),
+    }
+    if found["median_kept"] is None:
+        reason = "It does not tell one feature from another: nothing can be left."
+        return found, [_claim("randomization", sentence, statistic, reason)]
+    verdict, reason = "undetermined", "The interval does not decide it."
+    low, high = found["interval"]
+    if high <= found["tolerance"]:
+        verdict, reason = "supported", "A model that was never trained passes as well: this is no proof of more."
+    elif low > found["tolerance"]:
+        verdict, reason = "refuted", "The data, or the form of the model, make it look as it does."
+    numbers = (found["median_kept"], found["p_value"], found["interval"])
+    return found, [_claim("randomization", sentence, statistic, reason, verdict, *numbers)]
+
+
+def _seeds(subject: Subject) -> Result:
+    sentence = "Models trained alike from other seeds rank the same features first, more than by chance."
+    statistic = "overlap of what is ranked first"
+    given = "" if subject.models else "No models from other seeds were given, `models=[...]`."
+    if untestable := subject.untestable or _one_feature(subject) or given:
+        return None, [_claim("seeds", sentence, statistic, untestable)]
+    settings = subject.chosen("method", "feature_names", "seed")
+    others = [attribute(other, subject.x, **settings, **subject.running) for other in subject.models]
+    result = seed_agreement([subject.attribution, *others], draws=subject.draws, **subject.chosen("level", "seed"))
+    statistics = zip(subject.features, result["mean"].values, result["spread"].values, strict=True)
+    found: dict[str, Any] = {
+        "models": subject.digests,
+        **{key: result.attrs[key] for key in ("top_k", "draws", "chance")},
+        "overlap": result["overlap"].item(),
+        "interval": bounds(result["interval"].values),
+        "null": result["null"].values.tolist(),
+        "p_value": result["p_value"].item(),
+        "p_opposite": result["p_opposite"].item(),
+        "features": [
+            {"feature": feature, "mean": float(mean), "spread": float(spread)} for feature, mean, spread in statistics
+        ],
+    }
+    reason = (
+        f"{1 + len(others)} models, first {found['top_k']} of {len(subject.features)} features; chance gives "
+        f"{found['chance']:.2g}."
+    )
+    numbers = (found["overlap"], found["p_value"], found["interval"])
+    return found, [_claim("seeds", sentence, statistic, reason, _against_chance(found, subject), *numbers)]
+
+
+def _features(subject: Subject) -> Result:
+    sentence = "{}: its attribution is high, and it tells the model what the other features do not."
+    statistic = "increase of the loss without it"
+
+    def claim(feature, reason, *found):
+        claim = _claim(f"feature/{feature}", sentence.format(feature), statistic, reason, *found)
+        return {**claim, "feature": feature}
+
+    if untestable := _no_ranking(subject) or _no_loss(subject):
+        return None, [claim(feature, untestable) for feature in subject.features]
+    given = (subject.model, subject.x, subject.y, subject.attribution)
+    settings = {**subject.chosen("level", "seed"), "batch_size": subject.batch_size}
+    result = feature_claims(*given, background=subject.background, **settings)
+    claims, mean = [], result["attribution"].mean()
+    for number, feature in enumerate(subject.features):
+        found = result.isel(feature=number)
+        verdict, effect = str(found["verdict"].item()), as_float(found["effect"].item())
+        if effect is None:
+            claims.append(claim(feature, "It cannot be tested: it is constant, or there are too few samples."))
+            continue
+        if verdict == "supported":
+            reason = "The loss is larger when its values are resampled, given the others."
+        elif verdict == "refuted":
+            reason = (
+                f"At most {result.attrs['margin']:.0%} of the base loss: the others say the same, or it says nothing."
+            )
+        elif found["attribution"] <= mean:
+            reason = "Its attribution is not above the mean of all: it is not claimed to be high."
+        else:
+            reason = "The test neither finds an increase nor rules one out."
+        numbers = (effect, found["p_value"].item(), bounds(found["interval"].values))
+        claims.append(claim(feature, reason, verdict, *numbers))
+    return {key: result.attrs[key] for key in ("base_loss", "loss", "margin", "draws")}, claims
+
+
+# By the section of the record that holds what was measured. An audit has the claims in this order.
+TESTS: dict[str, Callable[[Subject], Result]] = {
+    "controls": _attention,
+    "faithfulness": _ranking,
+    "randomization": _randomization,
+    "seeds": _seeds,
+    "features": _features,
+}
+
+
+def judge(claims: list[Claim], level: float) -> None:
+    """Adjusts the p-values for all claims together; what is not significant then is not supported."""
+    tested = [claim for claim in claims if claim["p_value"] is not None]
+    if tested:
+        adjusted = stats.false_discovery_control([claim["p_value"] for claim in tested])
+        for claim, p_adjusted in zip(tested, adjusted, strict=True):
+            claim["p_adjusted"] = float(p_adjusted)
+            if claim["verdict"] == "supported" and p_adjusted > level:
+                claim["verdict"] = "undetermined"
+                claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
 
 
 def as_float(number: float) -> float | None:
@@ -21,154 +319,33 @@ def bounds(interval: np.ndarray) -> list[float] | None:
     return interval.tolist() if np.isfinite(interval).all() else None
 
 
-def _claim(
-    claim: str,
-    name: str,
-    value: float | None = None,
-    p_value: float | None = None,
-    interval: list[float] | None = None,
-    verdict: str = "undetermined",
-    reason: str = "",
-    feature: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "feature": feature,
-        "verdict": verdict,
-        "statistic": {"name": name, "value": value},
-        "p_value": p_value,
-        "p_adjusted": None,
-        "interval": interval,
-        "reason": reason,
-    }
-
-
-def _by_chance(found: dict[str, Any], level: float) -> str:
+def _against_chance(found: dict[str, Any], subject: Subject) -> str:
     """The verdict on a number beside those that come about by chance."""
-    if found["p_value"] <= level:
+    if found["p_value"] <= subject.settings["level"]:
         return "supported"
-    return "refuted" if found["p_opposite"] <= level else "undetermined"
+    return "refuted" if found["p_opposite"] <= subject.settings["level"] else "undetermined"
 
 
-def capture_claim(captured: dict[str, Any]) -> dict[str, Any]:
-    errors = [captured["prediction_difference"], *(layer["recomposition_error"] for layer in captured["layers"])]
-    worst = None if None in errors else max(errors)
-    if captured["not_captured"] or worst is None:
-        verdict, reason = "undetermined", " ".join(captured["not_captured"]) or "An error is not a number."
-    else:
-        exact = worst <= captured["tolerance"]
-        verdict = "supported" if exact else "refuted"
-        reason = f"It is {'at most' if exact else 'above'} {captured['tolerance']:g}, the largest that rounding makes."
-    return _claim(
-        "The captured scores are those that the model uses, and capturing them changes nothing.",
-        "largest relative error",
-        worst,
-        verdict=verdict,
-        reason=reason,
+def _one_feature(subject: Subject) -> str:
+    return "There is one feature: nothing to rank." if len(subject.features) < 2 else ""
+
+
+def _no_ranking(subject: Subject) -> str:
+    """Why no feature can be removed, if so."""
+    keys, entries = len(subject.features), subject.x.shape[1]
+    unclear = (
+        f"The attribution is to {keys} keys, and axis 1 of `x` has {entries} entries: there is no telling which of "
+        "them to remove."
     )
+    return subject.untestable or _one_feature(subject) or (unclear if keys != entries else "")
 
 
-def attention_claims(controls: dict[str, Any] | None, why_not: str, level: float) -> Iterator[dict[str, Any]]:
-    said = {
-        "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
-        "permuted": "The output depends on which key gets which weight: it changes if they are dealt out at random.",
-    }
-    for control, claim in said.items():
-        name = "median change of the output"
-        if controls is None:
-            yield _claim(claim, name, reason=why_not)
-            continue
-        (found,) = (found for found in controls["controls"] if found["control"] == control)
-        low, high = found["interval"]
-        tolerance = controls["tolerance"]
-        verdict, reason = "undetermined", f"The interval does not decide whether it is more than {tolerance:g}."
-        if low > tolerance and found["p_value"] <= level:
-            verdict, reason = "supported", f"It is more than {tolerance:g}."
-        elif high <= tolerance and found["p_opposite"] <= level:
-            verdict, reason = "refuted", f"It is not more than {tolerance:g}."
-        numbers = (found["median_change"], found["p_value"], found["interval"])
-        yield _claim(claim, name, *numbers, verdict, f"{reason} Unit: {controls['change']}.")
-
-
-def ranking_claims(ranking: dict[str, Any] | None, why_not: str, method: str, level: float) -> Iterator[dict[str, Any]]:
-    said = {
-        "comprehensiveness": f"The output needs the features that “{method}” ranks first, more than others.",
-        "sufficiency": f"The features that “{method}” ranks first are enough for the output, more than others.",
-    }
-    for name, claim in said.items():
-        if ranking is None:
-            yield _claim(claim, f"AOPC {name}", reason=why_not)
-            continue
-        (found,) = (found for found in ranking["tests"] if found["name"] == name)
-        worse = np.sum(np.sign(np.subtract(found["null"], found["observed"])) == (-1 if name[0] == "c" else 1))
-        reason = f"It does better than {worse} of {len(found['null'])} rankings that know nothing."
-        numbers = (found["aopc"], found["p_value"], found["interval"])
-        yield _claim(claim, f"AOPC {name}", *numbers, _by_chance(found, level), reason)
-
-
-def randomization_claim(found: dict[str, Any] | None, why_not: str, method: str) -> dict[str, Any]:
-    claim = (
-        f"What “{method}” shows is in the weights of the attention layers: when they are shuffled, at most half of it "
-        "is left."
-    )
-    name = "median share that is left"
-    if found is None or found["median_kept"] is None:
-        return _claim(claim, name, reason=why_not or "It does not tell one feature from another: nothing can be left.")
-    verdict, reason = "undetermined", "The interval does not decide it."
-    low, high = found["interval"]
-    if high <= found["tolerance"]:
-        verdict, reason = "supported", "A model that was never trained passes as well: this is no proof of more."
-    elif low > found["tolerance"]:
-        verdict, reason = "refuted", "The data, or the form of the model, make it look as it does."
-    return _claim(claim, name, found["median_kept"], found["p_value"], found["interval"], verdict, reason)
-
-
-def seed_claim(found: dict[str, Any] | None, why_not: str, level: float) -> dict[str, Any]:
-    name = "overlap of what is ranked first"
-    if found is None:
-        return _claim(SEED_CLAIM, name, reason=why_not)
-    reason = (
-        f"{1 + len(found['models'])} models, first {found['top_k']} of {len(found['features'])} features; chance gives "
-        f"{found['chance']:.2g}."
-    )
-    numbers = (found["overlap"], found["p_value"], found["interval"])
-    return _claim(SEED_CLAIM, name, *numbers, _by_chance(found, level), reason)
-
-
-def claims_of_features(found: xr.Dataset | None, why_not: str, features: list[str]) -> Iterator[dict[str, Any]]:
-    for number, feature in enumerate(features):
-        claim = f"{feature}: its attribution is high, and it tells the model what the other features do not."
-        name = "increase of the loss without it"
-        if found is None:
-            yield _claim(claim, name, reason=why_not, feature=feature)
-            continue
-        here = found.isel(feature=number)
-        verdict, effect = str(here["verdict"].item()), as_float(here["effect"].item())
-        if effect is None:
-            reason = "It cannot be tested: it is constant, or there are too few samples."
-            yield _claim(claim, name, reason=reason, feature=feature)
-            continue
-        if verdict == "supported":
-            reason = "The loss is larger when its values are drawn anew, given the others."
-        elif verdict == "refuted":
-            reason = (
-                f"At most {found.attrs['margin']:.0%} of the base loss: the others say the same, or it says nothing."
-            )
-        elif here["attribution"] <= found["attribution"].mean():
-            reason = "Its attribution is not above the mean of all: it is not claimed to be high."
-        else:
-            reason = "The test neither finds an increase nor rules one out."
-        numbers = (effect, here["p_value"].item(), bounds(here["interval"].values))
-        yield _claim(claim, name, *numbers, verdict, reason, feature)
-
-
-def judge(claims: list[dict[str, Any]], level: float) -> None:
-    """Adjusts the p-values for all claims together; what is not significant then is not supported."""
-    tested = [claim for claim in claims if claim["p_value"] is not None]
-    if tested:
-        adjusted = stats.false_discovery_control([claim["p_value"] for claim in tested])
-        for claim, p_adjusted in zip(tested, adjusted, strict=True):
-            claim["p_adjusted"] = float(p_adjusted)
-            if claim["verdict"] == "supported" and p_adjusted > level:
-                claim["verdict"] = "undetermined"
-                claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
+def _no_loss(subject: Subject) -> str:
+    """Why nothing can be said of single features, if so."""
+    if subject.y is None:
+        return "Without labels, `y`, there is no telling what the feature says about the outcome."
+    if subject.x.ndim != 2:
+        return "Claims about single features are tested for tables, (sample, feature), alone."
+    if getattr(subject.model, "loss", None) is None:
+        return "The model is not compiled with a loss: there is no telling what is worse without the feature."
+    return ""

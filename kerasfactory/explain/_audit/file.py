@@ -115,8 +115,11 @@ def intact(files: tuple[Path, Path], given: Path) -> tuple[dict[str, Any], list[
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The paths and values of all that is no container. An entry of a list goes by its `id`, if it has one."""
     if isinstance(value, dict | list) and value:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, list) and isinstance(entry, dict):
+                key = entry.get("id", key)
             yield from _leaves(entry, f"{path}/{key}" if path else str(key))
     else:
         yield path, value
@@ -135,7 +138,9 @@ _SAID_OF_HASHES = {
 def differences(before: dict[str, Any], now: dict[str, Any], absolute: float) -> list[str]:
     """What two records say differently, in sentences; numbers if they lie further apart than rounding puts them."""
     findings = []
-    for old, new in zip(before["claims"], now["claims"], strict=False):
+    claims = {claim["id"]: claim for claim in now["claims"]}
+    for old in before["claims"]:
+        new = claims.get(old["id"], old)
         if old["verdict"] != new["verdict"]:
             findings.append(f"“{old['claim']}” was {old['verdict']} and is now {new['verdict']}. {new['reason']}")
     by_section: dict[str, list[str]] = {}
@@ -145,7 +150,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], absolute: float) ->
         if section in ("environment", "page", "checksum") or rest.endswith(("/verdict", "/reason")):
             continue
         old, new = one.get(path), other.get(path)
-        if not _same(old, new, _PROBABILITY if "/p_" in path else absolute):
+        if not _same(old, new, _PROBABILITY if re.search("/p_[a-z]+$", path) else absolute):
             of_hash = _SAID_OF_HASHES.get(re.sub(r"/\d+$", "", path))
             if of_hash:
                 findings += [of_hash] * (of_hash not in findings)

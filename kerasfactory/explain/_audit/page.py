@@ -9,6 +9,7 @@ import numpy as np
 
 _DATA = re.compile(r'(?<=<script type="application/json" id="audit">).*?(?=</script>)', re.DOTALL)
 
+_NOT_TESTED = "<p>Not tested: see the claims.</p>\n"
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --faint: #595959; --line: #d4d4d4; --bar: #5b88c4;
   --supported: #0b5d2a; --refuted: #a01414; --undetermined: #6a4a00 }
@@ -51,91 +52,20 @@ line.zero { stroke: var(--line); stroke-width: 1 }
 
 def page(record: dict[str, Any]) -> str:
     """The audit as HTML, without its data: the same for the same record."""
-    verdicts = [claim["verdict"] for claim in record["claims"]]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("supported", "refuted", "undetermined"))
-    level, captured = record["settings"]["level"], record["capture"]
     title = html.escape(f"Audit of {record['model']['name']}")
-    removal = record["faithfulness"] or {}
-    of_features = [claim for claim in record["claims"] if claim["feature"] is not None]
-    sections = [
-        _section(
-            "Claims",
-            f"{len(verdicts)} claims, of which {len(of_features)} are about single features: {counts}. A claim is "
-            f"supported if its p-value, adjusted for all claims together (Benjamini–Hochberg), is at most {level:g}, "
-            "and refuted if the data speak against it; what they leave open is undetermined. Intervals cover "
-            f"{1 - level:.0%} (bootstrap over the samples).",
-            _table(
-                "The claims about the model, and the numbers behind them",
-                ["Claim", "Verdict", "Statistic", "p"],
-                [
-                    [
-                        _cell(claim["claim"], "long", claim["reason"]),
-                        _verdict(claim["verdict"]),
-                        _cell(
-                            _number(claim["statistic"]["value"]),
-                            "",
-                            "; ".join(filter(None, [claim["statistic"]["name"], _interval(claim["interval"])])),
-                        ),
-                        _p_values(claim),
-                    ]
-                    for claim in record["claims"]
-                    if claim["feature"] is None
-                ],
-            ),
-        ),
-        _section(
-            "Features",
-            f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
-            "claim is that the attribution is high and that the feature tells the model what the others do not.",
-            _features(record["attribution"]["features"], of_features),
-        ),
-        _section(
-            "Does attention matter?",
-            "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
-            "out at random (permuted), and weights as far from its own as can be found without changing the output "
-            "by more than a tolerance (adversarial). That other weights give the same output does not refute "
-            "attention; that none are found proves nothing.",
-            _controls(record),
-        ),
-        _section(
-            "Is the ranking faithful?",
-            "Comprehensiveness is the change of the output when the features that come first are removed, and should "
-            "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
-            "several numbers of features. Each stands beside the same ranking with its features relabeled at random: "
-            "both with one background row for each sample, so that the line is not quite at the AOPC of the claims."
-            + "".join(f" {name.capitalize()}: {removal[name]}." for name in ("removal", "background") if removal),
-            _faithfulness(record),
-        ),
-        _section(
-            "Is it in the weights?",
-            "The weights of the attention layers are shuffled, and the attribution is made again. Its distance to the "
-            "one above, the mean total variation, stands beside that of the same attribution with its features "
-            "relabeled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names.",
-            _randomization(record),
-        ),
-        _section(
-            "Would it come out again?",
-            "Models trained alike, from other seeds, attribute the same samples. The overlap is the part of the "
-            "features ranked first that two models have in common, the mean over all pairs.",
-            _seeds(record),
-        ),
-        _section(
-            "Proof of capture",
-            f"Outputs with and without observation differ by {_number(captured['prediction_difference'])} of the "
-            f"largest. This and every recomposition error may be {captured['tolerance']:g}. "
-            + (" ".join(captured["not_captured"]) or "No attention layer is left out."),
-            _layers(captured["layers"]),
-        ),
-        _section("Model", "Hashes are SHA-256.", _facts("What was audited", record["model"])),
-        _section("Data", "The data themselves are not in this file.", _facts("What it was audited on", record["data"])),
-        _section("Environment", "", _facts("What computed it", record["environment"])),
-        _section(
-            "Check it",
-            "explain.verify(path, model, x, y) computes all this again and says what no longer holds. The same data "
-            "are in the JSON file beside this page, and in this page.",
-            _facts("How it was made", {**record["settings"], **(record["features"] or {})}),
-        ),
-    ]
+    sections = (
+        _claims,
+        _features,
+        _controls,
+        _faithfulness,
+        _randomization,
+        _seeds,
+        _capture,
+        _model,
+        _data,
+        _environment,
+        _settings,
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -149,11 +79,16 @@ def page(record: dict[str, Any]) -> str:
 <body>
 <main>
 <h1>{title}</h1>
-{"".join(sections)}</main>
+{"".join(section(record) for section in sections)}</main>
 <script type="application/json" id="audit"></script>
 </body>
 </html>
 """
+
+
+def verdict_counts(record: dict[str, Any]) -> str:
+    verdicts = [claim["verdict"] for claim in record["claims"]]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("supported", "refuted", "undetermined"))
 
 
 def escaped(text: str) -> str:
@@ -193,82 +128,134 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
     )
 
 
-def _features(found: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> str:
-    bars = _bars([(one["feature"], one["attribution"], one["interval"]) for one in found])
+def _claims(record: dict[str, Any]) -> str:
+    claims, level = record["claims"], record["settings"]["level"]
     rows = [
         [
-            _cell(one["feature"], "long"),
-            _verdict(claim["verdict"], claim["reason"]),
-            bar,
-            _cell(_number(one["attribution"]), "", _interval(one["interval"])),
-            _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"])),
+            _cell(claim["claim"], "long", claim["reason"]),
+            _verdict(claim["verdict"]),
+            _cell(
+                _number(claim["statistic"]["value"]),
+                "",
+                "; ".join(filter(None, [claim["statistic"]["name"], _interval(claim["interval"])])),
+            ),
             _p_values(claim),
         ]
-        for one, claim, bar in zip(found, claims, bars, strict=True)
+        for claim in claims
+        if claim["feature"] is None
     ]
-    order = sorted(range(len(found)), key=lambda number: -found[number]["attribution"])
-    name = claims[0]["statistic"]["name"].capitalize()
-    return _table(
-        "The mean attribution to each feature, the test of each, and their intervals",
-        ["Feature", "Verdict", "Attribution, drawn", "Attribution", name, "p"],
-        [rows[number] for number in order],
+    return _section(
+        "Claims",
+        f"{len(claims)} claims, of which {len(claims) - len(rows)} are about single features: "
+        f"{verdict_counts(record)}. A claim is supported if its p-value, adjusted for all claims together "
+        f"(Benjamini–Hochberg), is at most {level:g}, and refuted if the data speak against it; what they leave open "
+        f"is undetermined. Intervals cover {1 - level:.0%} (bootstrap over the samples).",
+        _table("The claims about the model, and the numbers behind them", ["Claim", "Verdict", "Statistic", "p"], rows),
+    )
+
+
+def _features(record: dict[str, Any]) -> str:
+    found, claims = record["attribution"]["features"], _by_id(record)
+    bars = _bars([(one["feature"], one["attribution"], one["interval"]) for one in found])
+    rows = []
+    for one, bar in sorted(zip(found, bars, strict=True), key=lambda pair: -pair[0]["attribution"]):
+        claim = claims[f"feature/{one['feature']}"]
+        rows.append(
+            [
+                _cell(one["feature"], "long"),
+                _verdict(claim["verdict"], claim["reason"]),
+                bar,
+                _cell(_number(one["attribution"]), "", _interval(one["interval"])),
+                _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"])),
+                _p_values(claim),
+            ]
+        )
+    statistic = claim["statistic"]["name"].capitalize()
+    return _section(
+        "Features",
+        f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
+        "claim is that the attribution is high and that the feature tells the model what the others do not.",
+        _table(
+            "The mean attribution to each feature, the test of each, and their intervals",
+            ["Feature", "Verdict", "Attribution, drawn", "Attribution", statistic, "p"],
+            rows,
+        ),
     )
 
 
 def _controls(record: dict[str, Any]) -> str:
-    controls = record["controls"]
+    title = "Does attention matter?"
+    note = (
+        "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
+        "out at random (permuted), and weights as far from its own as can be found without changing the output "
+        "by more than a tolerance (adversarial). That other weights give the same output does not refute "
+        "attention; that none are found proves nothing."
+    )
+    controls, claims = record["controls"], _by_id(record)
     if controls is None:
-        return "<p>Not tested: see the claims.</p>\n"
+        return _section(title, note, _NOT_TESTED)
     found = controls["controls"]
-    claims = {"uniform": record["claims"][1]["verdict"], "permuted": record["claims"][2]["verdict"]}
     bars = _bars([(one["control"], one["median_change"], one["interval"]) for one in found])
-    return _table(
-        f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples",
-        ["Attention", "Change, drawn", "Change", "JSD of the scores", "Claim"],
-        [
+    rows = []
+    for one, bar in zip(found, bars, strict=True):
+        claim = claims.get(f"attention-{one['control']}")
+        rows.append(
             [
                 _cell(one["control"]),
                 bar,
                 _cell(_number(one["median_change"]), "", _interval(one["interval"])),
                 _cell(_number(one["median_distance"])),
-                _verdict(claims[one["control"]]) if one["control"] in claims else _cell("no claim"),
+                _verdict(claim["verdict"]) if claim else _cell("no claim"),
             ]
-            for one, bar in zip(found, bars, strict=True)
-        ],
+        )
+    caption = (
+        f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples"
+    )
+    return _section(
+        title, note, _table(caption, ["Attention", "Change, drawn", "Change", "JSD of the scores", "Claim"], rows)
     )
 
 
 def _faithfulness(record: dict[str, Any]) -> str:
-    if record["faithfulness"] is None:
-        return "<p>Not tested: see the claims.</p>\n"
-    parts = []
-    for found, claim in zip(record["faithfulness"]["tests"], record["claims"][3:5], strict=True):
-        null, observed = found["null"], found["observed"]
-        label = (
+    title = "Is the ranking faithful?"
+    note = (
+        "Comprehensiveness is the change of the output when the features that come first are removed, and should "
+        "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
+        "several numbers of features. Each stands beside the same ranking with its features relabeled at random: "
+        "both with one background row for each sample, so that the line is not quite at the AOPC of the claims."
+    )
+    ranking, claims, parts = record["faithfulness"], _by_id(record), []
+    if ranking is None:
+        return _section(title, note, _NOT_TESTED)
+    note += f" Removal: {ranking['removal']}. Background: {ranking['background']}."
+    for found in ranking["tests"]:
+        null, observed, verdict = found["null"], found["observed"], claims[f"ranking-{found['name']}"]["verdict"]
+        caption = (
             f"Histogram of the AOPC {found['name']} of {len(null)} rankings that know nothing, from "
-            f"{_number(min(null))} to {_number(max(null))}, and a line at {_number(observed)}, that of the ranking: "
-            f"{claim['verdict']}"
+            f"{_number(min(null))} to {_number(max(null))}, and a line at {_number(observed)}, that of the ranking"
         )
-        counts = dict(zip(found["removed"], found["mean_change"], strict=True))  # two fractions may be one number
+        counts = dict(sorted(zip(found["removed"], found["mean_change"], strict=True)))  # two fractions may be one
         changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts.items())
-        parts.append(
-            f"<h3>{html.escape(found['name'].capitalize())}</h3>\n<figure>\n{_histogram(null, observed, label)}\n"
-            f"<figcaption>{html.escape(label.partition(': ')[0])}: {_span(claim['verdict'])}. "
-            f"{html.escape(f'Change of the output by the number of features that are removed: {changes}.')}"
-            "</figcaption>\n</figure>\n"
-        )
-    return "".join(parts)
+        below = f"Change of the output by the number of features that are removed: {changes}."
+        parts.append(f"<h3>{found['name'].capitalize()}</h3>\n" + _null_figure(null, observed, caption, verdict, below))
+    return _section(title, note, *parts)
 
 
 def _randomization(record: dict[str, Any]) -> str:
+    title = "Is it in the weights?"
+    note = (
+        "The weights of the attention layers are shuffled, and the attribution is made again. Its distance to the "
+        "one above, the mean total variation, stands beside that of the same attribution with its features "
+        "relabeled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names."
+    )
     found = record["randomization"]
     if found is None:
-        return "<p>Not tested: see the claims.</p>\n"
-    claim = record["claims"][5]
+        return _section(title, note, _NOT_TESTED)
     means = [("shuffled weights", np.mean(found["distance"])), ("relabeled features", np.mean(found["chance"]))]
     bars = _bars([(name, float(mean), None) for name, mean in means])
-    left = _cell(_number(found["median_kept"]), "", _interval(found["interval"])), _verdict(claim["verdict"])
-    return _table(
+    verdict = _verdict(_by_id(record)["randomization"]["verdict"])
+    left = _cell(_number(found["median_kept"]), "", _interval(found["interval"])), verdict
+    table = _table(
         f"The attribution after {found['draws']} shuffles of the attention's weights, in {found['samples']} samples",
         ["Attribution", "Distance, drawn", "Distance", "Left of it (median)", "Claim"],
         [
@@ -276,25 +263,27 @@ def _randomization(record: dict[str, Any]) -> str:
             for (name, mean), bar, cells in zip(means, bars, (left, (_cell("by chance: 0"), _cell("–"))), strict=True)
         ],
     )
+    return _section(title, note, table)
 
 
 def _seeds(record: dict[str, Any]) -> str:
-    found, claim = record["seeds"], record["claims"][6]
+    title = "Would it come out again?"
+    note = (
+        "Models trained alike, from other seeds, attribute the same samples. The overlap is the part of the "
+        "features ranked first that two models have in common, the mean over all pairs."
+    )
+    found, claim = record["seeds"], _by_id(record)["seeds"]
     if found is None:
-        return f"<p>Not tested. {_words(claim['reason'])}</p>\n"
+        return _section(title, note, f"<p>Not tested. {_words(claim['reason'])}</p>\n")
     models = 1 + len(found["models"])
     caption = (
         f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
         f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
         f"{_number(found['overlap'])}, that of the models"
     )
-    label = f"{caption}: {claim['verdict']}"
     ranked = sorted(found["features"], key=lambda one: -one["mean"])
     ends = [(one["feature"], one["mean"], [one["mean"] - one["spread"], one["mean"] + one["spread"]]) for one in ranked]
-    return (
-        f"<figure>\n{_histogram(found['null'], found['overlap'], label)}\n"
-        f"<figcaption>{html.escape(caption)}: {_span(claim['verdict'])}.</figcaption>\n</figure>\n"
-    ) + _table(
+    table = _table(
         f"The share of the attribution to each feature, mean and standard deviation over {models} models",
         ["Feature", "Share, drawn", "Mean", "Standard deviation"],
         [
@@ -302,20 +291,53 @@ def _seeds(record: dict[str, Any]) -> str:
             for one, bar in zip(ranked, _bars(ends), strict=True)
         ],
     )
+    return _section(title, note, _null_figure(found["null"], found["overlap"], caption, claim["verdict"]) + table)
 
 
-def _layers(layers: Sequence[dict[str, Any]]) -> str:
-    return _table(
-        "The attention layers, and how far their outputs lie from what the captured scores make of their values",
-        ["Layer", "Class", "Heads", "Masks", "Recomposition error"],
-        [
-            [
-                *(_cell(str(layer[key])) for key in ("layer", "class", "heads", "masks")),
-                _cell(_number(layer["recomposition_error"])),
-            ]
-            for layer in layers
-        ],
+def _capture(record: dict[str, Any]) -> str:
+    captured, keys = record["capture"], ("layer", "class", "heads", "masks")
+    rows = [
+        [*(_cell(str(layer[key])) for key in keys), _cell(_number(layer["recomposition_error"]))]
+        for layer in captured["layers"]
+    ]
+    return _section(
+        "Proof of capture",
+        f"Outputs with and without observation differ by {_number(captured['prediction_difference'])} of the "
+        f"largest. This and every recomposition error may be {captured['tolerance']:g}. "
+        + (" ".join(captured["not_captured"]) or "No attention layer is left out."),
+        _table(
+            "The attention layers, and how far their outputs lie from what the captured scores make of their values",
+            ["Layer", "Class", "Heads", "Masks", "Recomposition error"],
+            rows,
+        ),
     )
+
+
+def _model(record: dict[str, Any]) -> str:
+    return _section("Model", "Hashes are SHA-256.", _facts("What was audited", record["model"]))
+
+
+def _data(record: dict[str, Any]) -> str:
+    return _section(
+        "Data", "The data themselves are not in this file.", _facts("What it was audited on", record["data"])
+    )
+
+
+def _environment(record: dict[str, Any]) -> str:
+    return _section("Environment", "", _facts("What computed it", record["environment"]))
+
+
+def _settings(record: dict[str, Any]) -> str:
+    return _section(
+        "Check it",
+        "explain.verify(path, model, x, y) computes all this again and says what no longer holds. The same data "
+        "are in the JSON file beside this page, and in this page.",
+        _facts("How it was made", {**record["settings"], **(record["features"] or {})}),
+    )
+
+
+def _by_id(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {claim["id"]: claim for claim in record["claims"]}
 
 
 def _facts(caption: str, facts: dict[str, Any]) -> str:
@@ -402,4 +424,12 @@ def _histogram(null: Sequence[float], observed: float, label: str) -> str:
     return (
         f'<svg class="tall" viewBox="-1 0 102 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{html.escape(label)}">{bars}<line x1="{x}" x2="{x}" y1="0" y2="100"/></svg>'
+    )
+
+
+def _null_figure(null: Sequence[float], observed: float, caption: str, verdict: str, below: str = "") -> str:
+    below = f" {html.escape(below)}" if below else ""
+    return (
+        f"<figure>\n{_histogram(null, observed, f'{caption}: {verdict}')}\n"
+        f"<figcaption>{html.escape(caption)}: {_span(verdict)}.{below}</figcaption>\n</figure>\n"
     )
