@@ -1,5 +1,7 @@
 """Whether claims about features are called true where they are, and not where they are not. Truth is planted."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +10,10 @@ from keras import layers
 from scipy import stats
 
 from benchmarks import claims as planted
-from kerasfactory.explain._claims import _drawn, feature_claims
+from kerasfactory import explain
+from kerasfactory.explain._claims import _drawn
+
+feature_claims = functools.partial(explain.feature_claims, verbose=0)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +243,7 @@ WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
         ({"background": WITH_NAN}, "`background` is NaN or infinite"),
         ({"attribution": TABLE[:, :2]}, "`attribution` must have a number for each sample and feature"),
         ({"attribution": WITH_NAN}, "`attribution` is NaN"),
-        ({"loss": {"a": "mse"}}, "The loss must be one function"),
+        ({"loss": {"a": "mse", "b": "mse"}}, "The loss must be one function"),
         (
             {"loss": lambda y, outputs: keras.ops.mean(outputs)},
             r"a number for each sample, 60 here. Received: shape \(\)",

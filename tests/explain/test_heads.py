@@ -316,7 +316,7 @@ def test_heads_of_layers_that_fold_the_batch_belong_to_no_sample():
     ("changes", "message"),
     [
         ({"loss": None}, "not compiled with a loss"),
-        ({"loss": ["mse"]}, "compiled with several losses"),
+        ({"loss": ["mse", "mse"]}, "compiled with several losses"),
         ({"loss": "square"}, "Could not interpret loss"),
         ({"loss": lambda y, outputs: ops.mean(y - outputs)}, "and not their mean"),
         ({"y": Y[:-1]}, r"one target for each of the 40 samples.*\(39,\)"),
