@@ -49,7 +49,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     $$
 
     as in `scipy.spatial.distance.jensenshannon`. Each is averaged over all queries of all samples. Queries that may
-    look at no key are left out.
+    attend to no key are left out.
 
     The confidence of a head is from Voita et al. 2019, [*Analyzing Multi-Head
     Self-Attention*](https://arxiv.org/abs/1905.09418), section 4; its mean distance from Vig and Belinkov 2019,
@@ -77,8 +77,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
         - `redundancy` (head, head_other): a distance, so small values mean redundant heads. From 0, twins, to 1, no
           key in common; 0 on the diagonal, symmetric. Without unit.
 
-        A head whose scores hold a NaN has NaN, and so has one none of whose queries may look at a key. The attributes
-        are those of the scores.
+        A head whose scores hold a NaN has NaN, and so has a head none of whose queries may attend to a key. The
+        attributes are those of the scores.
 
     Raises:
         ValueError: If `weights` has other dimensions, as with several attention axes; if it is empty; and if rows do
@@ -91,8 +91,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
 
         from kerasfactory import explain
 
-        even = np.full((4, 4), 1 / 4)  # this head looks everywhere, the other one at the diagonal
-        scores = xr.DataArray([[even, np.eye(4)]], dims=("sample", "head", "query", "key"))
+        uniform = np.full((4, 4), 1 / 4)  # one head attends to all keys alike, the other one to the diagonal
+        scores = xr.DataArray([[uniform, np.eye(4)]], dims=("sample", "head", "query", "key"))
         statistics = explain.head_statistics(scores)
 
         print(statistics["entropy"].values)
@@ -203,7 +203,7 @@ def head_importance(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, xr.Dataset]:
-    r"""How much the loss depends on each head: a gradient that guesses it, beside the experiment that measures it.
+    r"""How much the loss depends on each head: a gradient that estimates it, beside the ablation that measures it.
 
     A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
     loss \(L(x, y; \xi)\) of one sample and all masks 1 but the one that is written,
@@ -216,8 +216,8 @@ def head_importance(
 
     The gradient is the proxy of Michel et al. 2019, [*Are Sixteen Heads Really Better than
     One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalize it within each layer. It takes one
-    backward pass for all heads. Ablation is what it stands for, and takes a forward pass for each head. The two may
-    disagree: a gradient looks at small changes, and cannot see that another head would step in, or that the loss
+    backward pass for all heads. It stands for ablation, which takes a forward pass for each head. The two may
+    disagree: a gradient describes small changes, and cannot see that another head would step in, or that the loss
     flattens out.
 
     Both are for one head at a time. Heads that can be left out one by one may be needed as a pair, as twins are. Use
@@ -227,14 +227,15 @@ def head_importance(
         model: A `keras.Model`, as for `capture`, with one or several attention layers.
         x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
         y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
-        loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
-            tensors, that returns one value, or several to be averaged, for each sample. A `y` of shape (sample,) comes
-            as (sample, 1). Write it with `keras.ops`, for it is differentiated: what leaves tensors has no gradient. It
-            is compiled as the model is; one that cannot be runs as it is, more slowly. If not given, the loss that the
-            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
-            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs a
-            function here.
         layers: Names of the attention layers, as for `capture`.
+        loss: What to measure, as `model.compile` takes it for one output: a name that Keras knows, a
+            `keras.losses.Loss`, a function of `(y, outputs)`, or a list or dictionary of one of these. The function
+            gets tensors and returns one value for each sample, or several, which are averaged. A `y` of shape (sample,)
+            comes as (sample, 1). Write it with `keras.ops`, because it is differentiated: what leaves tensors has no
+            gradient. It is compiled as the model is. If it cannot be compiled, it runs as it is, more slowly. If
+            `loss` is not given, it is the loss that the model was compiled with. Its reduction over the samples is not
+            used, because the values of single samples count. Weights of classes, and losses that layers add, are not
+            used either. A model with several outputs needs a function here.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
 
@@ -245,7 +246,7 @@ def head_importance(
         - `ablation` (head): the rise of the loss without this head. Negative if the model is better without it.
 
         A layer that is called more than once has one entry for each call, `name#1`, `name#2`, …, for a mask on
-        that call alone. The attributes say the `layer`, its `class`, the `call`, the name of the `loss` and its mean
+        that call alone. The attributes are the `layer`, its `class`, the `call`, the name of the `loss` and its mean
         with all heads, `loss_value`, the number of `samples`, the `backend` and the `keras_version`.
 
     Raises:

@@ -163,7 +163,7 @@ def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
 
 def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
     """Raises a `ValueError` if a loss of Keras does not take the labels (sample, label): it gives numbers for any."""
-    function = getattr(_backend.get_loss(loss, labels, outputs), "fn", None)
+    function: Any = getattr(_backend.get_loss(loss, labels, outputs), "fn", None)
     if not getattr(function, "__module__", "").startswith("keras"):
         return
     name, width, number_of_outputs = function.__name__, labels.shape[1], outputs.shape[1]
