@@ -49,6 +49,7 @@ from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._engine.data import progress_bar
 from kerasfactory.explain._engine.observe import rounding_of
+from kerasfactory.explain._engine.outputs import check_labels, loss_values, predictions, resolve_loss
 from kerasfactory.explain._engine.statistics import bootstrap_interval
 from kerasfactory.explain._engine.store import digest_of
 from kerasfactory.explain._faithfulness import faithfulness
@@ -319,15 +320,16 @@ def _record(
     features = attribution.coords.get("feature", range(attribution.sizes["feature"]))
     features = [str(feature) for feature in np.asarray(features)]
     progress.add(1)
-    captured = _captured(model, x, common)
-    progress.add(1)
-
     count = 6 + len(features)  # of claims that a test decides
     few = f"{len(x)} samples are fewer than the {count} claims that they are to decide." if len(x) < count else ""
-    controls = None if few else _controls(model, x, common, level, seed)
-    progress.add(1)
     alone = "There is one feature: nothing to rank." if len(features) < 2 else ""
     no_ranking = few or alone or _no_ranking(x, features)
+    no_claims = no_ranking or _no_claims(model, x, y, batch_size)  # before anything that takes long
+
+    captured = _captured(model, x, common)
+    progress.add(1)
+    controls = None if few else _controls(model, x, common, level, seed)
+    progress.add(1)
     arguments = {"background": background, "level": level, "batch_size": batch_size, "seed": seed}
     draws = max(_DRAWS, math.ceil(count / level))  # so that one claim alone can be significant after the adjustment
     ranking = None if no_ranking else _ranking(model, x, attribution, {**arguments, "draws": draws})
@@ -342,8 +344,7 @@ def _record(
         ]
         seeds = _seeds([attribution, *others], digests, draws, features, level, seed)
     progress.add(1)
-    no_claims = no_ranking or _no_claims(model, x, y)
-    of_features = None if no_claims else feature_claims(model, x, y, attribution, **arguments)
+    of_features = None if no_claims else feature_claims(model, x, y, attribution, verbose=0, **arguments)
     progress.add(1)
 
     claims = [
@@ -558,14 +559,24 @@ def _seeds(
     }
 
 
-def _no_claims(model: Any, x: np.ndarray, y: np.ndarray | None) -> str:
-    """Why nothing can be said of single features, if so."""
+def _no_claims(model: Any, x: np.ndarray, y: np.ndarray | None, batch_size: int | None) -> str:
+    """Why nothing can be said of single features, if so. Labels that the loss does not take raise a `ValueError`."""
     if y is None:
         return "Without labels, `y`, there is no telling what the feature says about the outcome."
     if x.ndim != 2:
         return "Claims about single features are tested for tables, (sample, feature), alone."
     if getattr(model, "loss", None) is None:
         return "The model is not compiled with a loss: there is no telling what is worse without the feature."
+    try:
+        loss = resolve_loss(model, None)
+    except ValueError as error:
+        return f"The loss that the model is compiled with cannot be used. {error}"
+    outputs, labels = predictions(model, x, batch_size), y.reshape(len(y), -1)
+    check_labels(loss, labels, outputs)
+    try:
+        loss_values(loss, labels, outputs)
+    except Exception as error:  # somebody's own function may raise anything
+        return f"The loss that the model is compiled with cannot be used. {error}"
     return ""
 
 
