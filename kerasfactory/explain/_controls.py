@@ -1,6 +1,5 @@
 """Whether attention matters: a model's outputs when it attends to something else."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -149,9 +148,9 @@ def attention_controls(
         rows = slice(number * batch_size, (number + 1) * batch_size)
         own = {name: scores.values[rows].astype("float32") for name, scores in captured.items()}
         # Without a mask all keys are in view, also those whose weight underflows to 0.
-        view = {name: (weights > 0) | (captured[name].attrs["masks"] == "none") for name, weights in own.items()}
+        visible = {name: (weights > 0) | (captured[name].attrs["masks"] == "none") for name, weights in own.items()}
         own_outputs = ops.convert_to_tensor(outputs[rows, columns], "float32")
-        batch = _Batch(edit, inputs, own, view, own_outputs, change, penalty)
+        batch = _Batch(edit, inputs, own, visible, own_outputs, change, penalty)
         results.append(batch.controls(draws, tolerance, steps, rng))
         progress.add(1)
 
@@ -189,7 +188,7 @@ class _Batch(NamedTuple):
     edit: Editor
     inputs: tuple
     own: dict[str, np.ndarray]  # scores (sample, head, query, key) of each layer
-    view: dict[str, np.ndarray]  # whether a query may attend to a key, in the same shapes
+    visible: dict[str, np.ndarray]  # whether a query may attend to a key, in the same shapes
     own_outputs: Any  # a tensor (sample, column)
     change: Callable  # of outputs and `own_outputs`: (sample,)
     penalty: Callable  # of outputs, and weights (sample,) with `own_outputs`: what the adversary pays for changes
@@ -202,9 +201,9 @@ class _Batch(NamedTuple):
 
     def controls(self, draws: int, tolerance: float, steps: int, rng: np.random.Generator) -> np.ndarray:
         """The runs with uniform, permuted and adversarial scores: (control, 2, sample)."""
-        uniform = self.run({name: _uniform(view) for name, view in self.view.items()})
+        uniform = self.run({name: _uniform(visible) for name, visible in self.visible.items()})
         permuted = [
-            self.run({name: _permuted(scores, self.view[name], rng) for name, scores in self.own.items()})
+            self.run({name: _permuted(scores, self.visible[name], rng) for name, scores in self.own.items()})
             for _ in range(draws)
         ]
         # An ascent starts near the model's own scores, where the output is right but the divergence has no slope, or
@@ -212,27 +211,25 @@ class _Batch(NamedTuple):
         starts: list[dict[str, np.ndarray]] = []
         for sign, least in ((1, 1e-6), (-1, 1e-2)):
             starts.append({})
-            for name, view in self.view.items():
-                logits = sign * np.log(np.maximum(self.own[name], least)) + _NOISE * rng.normal(size=view.shape)
-                starts[-1][name] = np.where(view, logits, _HIDDEN)
+            for name, visible in self.visible.items():
+                logits = sign * np.log(np.maximum(self.own[name], least)) + _NOISE * rng.normal(size=visible.shape)
+                starts[-1][name] = np.where(visible, logits, _HIDDEN)
         adversarial = np.zeros_like(uniform)
-        for result in itertools.chain(
-            [uniform], permuted, *(self._ascent(start, tolerance, steps) for start in starts)
-        ):
-            better = (result[0] <= tolerance) & (result[1] > adversarial[1])
-            adversarial[:, better] = result[:, better]
+        for run in [uniform, *permuted, *(run for start in starts for run in self._ascent(start, tolerance, steps))]:
+            better = (run[0] <= tolerance) & (run[1] > adversarial[1])
+            adversarial[:, better] = run[:, better]
         return np.stack([uniform, np.median(permuted, axis=0), adversarial])
 
     def _ascent(self, logits: dict[str, np.ndarray], tolerance: float, steps: int) -> Iterator[np.ndarray]:
         """The runs on a gradient ascent from these logits to larger distances, changes of the output penalized."""
         moments = {name: (np.zeros_like(values), np.zeros_like(values)) for name, values in logits.items()}
         penalty_weights = np.full(len(self.own_outputs), 10.0)
-        rows = _attending_rows(self.own)
+        rows = _attending_rows(self.own)  # over which the distance is a mean
         for step in range(1, steps + 1):
-            scores = {
-                name: (special.softmax(values, axis=-1) * self.view[name].any(axis=-1, keepdims=True)).astype("float32")
-                for name, values in logits.items()
-            }
+            scores = {}
+            for name, values in logits.items():
+                attends = self.visible[name].any(axis=-1, keepdims=True)
+                scores[name] = (special.softmax(values, axis=-1) * attends).astype("float32")
             more = penalty_weights.astype("float32"), self.own_outputs
             gradients, outputs, _ = self.edit.gradient(self.inputs, _replaced, scores, self.penalty, more)
             result = self.compared(outputs, scores)
@@ -254,15 +251,15 @@ def _replaced(name: str, scores: Any, given: Any) -> Any:
     return given[name]
 
 
-def _uniform(view: np.ndarray) -> np.ndarray:
-    return view.astype("float32") / np.maximum(view.sum(axis=-1, keepdims=True, dtype="float32"), 1)
+def _uniform(visible: np.ndarray) -> np.ndarray:
+    return visible.astype("float32") / np.maximum(visible.sum(axis=-1, keepdims=True, dtype="float32"), 1)
 
 
-def _permuted(scores: np.ndarray, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _permuted(scores: np.ndarray, visible: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The weights of each row, shuffled among the keys in its view."""
     places = np.arange(scores.shape[-1])
-    order = np.argsort(np.where(view, rng.random(scores.shape), 2), axis=-1)
-    in_view_first = np.argsort(np.where(view, places, places + len(places)), axis=-1)
+    order = np.argsort(np.where(visible, rng.random(scores.shape), 2), axis=-1)
+    in_view_first = np.argsort(np.where(visible, places, places + len(places)), axis=-1)
     result = np.empty_like(scores)
     np.put_along_axis(result, in_view_first, np.take_along_axis(scores, order, axis=-1), axis=-1)
     return result

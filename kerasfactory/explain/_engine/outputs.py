@@ -34,19 +34,19 @@ def predictions(model: Any, x: Any, batch_size: int | None = None) -> np.ndarray
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
     build_model(model, first)
-    kept, traced_of = KEPT.setdefault(model, {}), fingerprint_of({}, model)
-    if predictions not in kept or not same_fingerprint(kept[predictions][0], traced_of):
-        its_model = weakref.ref(model)
+    cache, fingerprint = KEPT.setdefault(model, {}), fingerprint_of({}, model)
+    if predictions not in cache or not same_fingerprint(cache[predictions][0], fingerprint):
+        reference = weakref.ref(model)  # the cache must not keep the model alive
 
         def step(state, data):
-            model = its_model()
+            model = reference()
             with unchanged(model):
                 return _backend.predict_step(model, state, data)
 
         with unchanged(model):
-            how = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
-        kept[predictions] = (traced_of, _backend.compiled(step, **how))
-    run, state, parts = kept[predictions][1], state_of(model), []
+            compile_options = {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+        cache[predictions] = (fingerprint, _backend.compiled(step, **compile_options))
+    run, state, parts = cache[predictions][1], state_of(model), []
     for data in itertools.chain([first], batches):
         outputs, state = run(state, data)
         arrays = [_backend.as_numpy(output) for output in tree.flatten(outputs)]
