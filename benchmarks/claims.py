@@ -19,7 +19,6 @@ import numpy as np
 from scipy import stats
 
 from kerasfactory import explain
-from kerasfactory.explain._claims import feature_claims
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 SAMPLES = 400  # to train on
@@ -138,7 +137,7 @@ def claims(trained, name, seed, samples=SAMPLES, epochs=25):
     x = x.astype("float32")
     scores = explain.capture(model, x, batch_size=SAMPLES, verbose=0)["attention"]
     attribution = scores.mean(["head", "query"]).rename(key="feature")
-    return feature_claims(model, x, y, attribution, level=LEVEL, batch_size=SAMPLES, seed=seed)
+    return explain.feature_claims(model, x, y, attribution, level=LEVEL, batch_size=SAMPLES, verbose=0, seed=seed)
 
 
 def size_of_numbers(model, x):

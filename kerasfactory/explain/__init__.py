@@ -4,6 +4,7 @@ from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._audit.audit import audit, verify
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._capture import capture, recomposition_error
+from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
@@ -19,6 +20,7 @@ __all__ = [
     "audit",
     "capture",
     "faithfulness",
+    "feature_claims",
     "head_importance",
     "head_statistics",
     "parameter_randomization",

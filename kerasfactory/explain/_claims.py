@@ -1,14 +1,14 @@
-"""Whether what an attribution puts first tells the model something: a test of each feature on labeled data.
+"""Whether what an attribution ranks high tells the model something: a test of each feature on labeled data.
 
-A claim is: the attribution ranks this feature high, and the feature tells the model something about the outcome that
-the other features do not. It is tested by conditional removal. A feature's value is drawn anew, given the other
-features, and the model's loss with the drawn values is set against that with the true ones (conditional permutation
+A claim says: the attribution ranks this feature high, and the feature tells the model something about the outcome that
+the other features do not. It is tested by conditional removal. The feature's values are redrawn, given the other
+features, and the model's loss with the redrawn values is compared with that with the true ones (conditional permutation
 importance, Strobl et al. 2008, https://doi.org/10.1186/1471-2105-9-307, tested as by conditional randomization,
-Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another feature is thus drawn as it was, and removing
-it changes nothing; a shortcut that does not hold in the data at hand makes nothing worse when it goes.
+Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another feature keeps its values when it is redrawn, so
+removing it changes nothing. A shortcut that does not hold in the data at hand makes nothing worse when it is removed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -18,20 +18,20 @@ from keras import ops
 from scipy import stats
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
-from kerasfactory.explain._engine.data import check_rows_finite, feature_array
-from kerasfactory.explain._engine.outputs import checked_outputs, predictions
-from kerasfactory.explain._faithfulness import _checked_attribution
+from kerasfactory.explain._engine.data import check_rows_finite, checked_attribution, feature_array, progress_bar
+from kerasfactory.explain._engine.outputs import check_labels, checked_outputs, loss_values, predictions, resolve_loss
+from kerasfactory.explain._engine.statistics import bootstrap_interval
 
 _RESAMPLES = 1999
-_FEWEST = 20  # samples: with fewer, neither a conditional distribution nor an interval is worth its name
-_CELL = 25  # samples among which values are drawn
-_LEVELS = 20  # distinct values up to which a column is drawn from its own values, and nothing between them
+_FEWEST = 20  # samples: fewer give neither a conditional distribution nor an interval to rely on
+_CELL = 25  # samples with nearby fitted values, among which residuals are drawn
+_LEVELS = 20  # a column of at most so many distinct values is drawn from its own values, and nothing between them
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_TERMS = 600  # of a regression
-_LEVERAGE = 0.5  # the mean: parameters that a regression has in effect, in samples
+_TERMS = 600  # of a regression, at most
+_LEVERAGE = 0.5  # the largest mean leverage: effective parameters of a regression per sample
 _NUMBERS = 2**20  # resampled at a time
 _RIDGES = np.logspace(-10, 0, 11)
-_DETERMINED = 1e-5  # of a column's standard deviation: a residual as small as that is rounding
+_DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
 def feature_claims(
@@ -46,6 +46,7 @@ def feature_claims(
     margin: float = 0.01,
     level: float = 0.05,
     batch_size: int | None = None,
+    verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
     r"""Tests for each feature of a table whether an attribution that ranks it high can be relied on.
@@ -58,21 +59,22 @@ def feature_claims(
     \qquad \operatorname{effect}_j = \frac{1}{n} \sum_i d_{ij} .
     $$
 
-    If feature \(j\) says nothing about the outcome that the others do not, a sample's own value and the \(K\) draws
-    could change places. So the p-value comes from exchanging the own loss with one of the \(K + 1\), at random and in
-    each sample by itself, and asking how often the mean is as small as it is. For one draw this is the sign-flip test.
-    It needs no assumption on the shape of \(d_{ij}\), which is skewed, so that a t-test would not keep its level, and
-    which for \(K > 1\) is not symmetric, so that sign flips and signed ranks would not.
+    If feature \(j\) says nothing about the outcome that the others do not, a sample's own value and the \(K\) draws are
+    exchangeable. The p-value therefore comes from exchanging, at random and in each sample separately, the own loss
+    with one of the \(K + 1\) losses: it is the share of such exchanges whose mean is at most the observed one. For one
+    draw this is the sign-flip test. It makes no assumption on the shape of \(d_{ij}\), which is skewed, so that a
+    t-test would not keep its level. For \(K > 1\) it is not symmetric, so sign flips and signed ranks would not either.
 
-    A draw is a regression of the feature on the others plus a residual from among samples with nearby fitted values.
-    The regression is linear, or has piecewise-linear terms, or products too, with a ridge penalty, whichever has the
-    smallest leave-one-out error, and may use up half of the data's degrees of freedom, so that no regression with many
-    terms makes every feature look redundant. A column of few distinct values, or of integers, gets another sample's
-    value instead.
+    A draw is the prediction of a regression of the feature on the others, plus a residual from a sample with a nearby
+    fitted value. The regression is linear, has piecewise-linear terms, or has products too, with a ridge penalty. The
+    one with the smallest leave-one-out error is used. It may spend at most half of the data's degrees of freedom, so
+    that no regression with many terms makes every feature look redundant. A column of few distinct values, or of
+    integers, gets another sample's value instead.
 
-    Where this misleads: categories are regressed as numbers, so a draw knows of the others only what moves that number;
-    and what the others determine in a way that is not smooth, or with few samples, is taken for the feature's own.
-    The draws are then off the data, and the model's loss there may be larger. Data that hold a shortcut support it.
+    Where this misleads: categories are regressed as numbers, so a draw knows only what moves that number. What the
+    other features determine in a way that is not smooth, or that few samples do not show, is taken for the feature's
+    own. The draws then lie off the data, and the model's loss there may be larger. Data that contain a shortcut support
+    the claim about it.
 
     Args:
         model: A `keras.Model` with one input, (sample, feature), and one output.
@@ -80,115 +82,118 @@ def feature_claims(
             taken to be independent of each other.
         y: Labels in the form that the loss takes, one for each sample.
         attribution: (sample, feature), as from `attribute`.
-        loss: What `model.compile` takes as `loss`: a name, a `keras.losses.Loss`, or a function of labels and outputs
-            that gives one number a sample. The model's own if not given.
-        background: Data to learn the features' distribution from, (row, feature), distributed as `x`. `x` if not given.
-        level: Of the test, after Benjamini and Hochberg over all features, and 1 minus that of the intervals.
-        margin: The largest effect that is none, as a share of the loss of the model's mean output, which knows nothing
-            of a sample.
-        draws: Draws for each sample. The model runs on `draws` times `x` for each feature.
-        batch_size: Samples in a batch.
-        seed: Of the draws, exchanges and bootstrap.
+        loss: What `model.compile` takes as `loss` for one output: a name, a `keras.losses.Loss`, a function of labels
+            and outputs that gives one number for each sample, or a list or dictionary of one of these. The loss that
+            the model was compiled with, if not given.
+        background: Data to learn the distribution of the features from, (row, feature), distributed as `x`. `x` itself
+            if not given.
+        draws: How often values are drawn for each feature of each sample. For each feature the model runs on
+            `draws` times as many samples as `x` has.
+        margin: The largest effect that counts as none, as a share of the base loss: that of the model's mean output,
+            which says nothing about a sample.
+        level: The error level of the test, after the adjustment by Benjamini and Hochberg for all features. The
+            intervals cover \(1 - \text{level}\). Between 0 and 0.5.
+        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        verbose: As for `capture`. The steps are the features.
+        seed: The seed of all that is drawn: values, exchanges and the bootstrap.
 
     Returns:
-        xr.Dataset: Over `feature`, by the names in `attribution`, where it has them.
+        xr.Dataset: Over `feature`, with the names in `attribution` if it has any. `plot.features` draws it.
 
-        - `attribution`: mean over the samples.
-        - `effect`: in units of the loss; above 0 if the model does worse without the feature.
-        - `interval` (feature, bound): of the effect, by bootstrap over samples; `lower` and `upper`.
+        - `attribution`: the mean over the samples.
+        - `effect`: in the unit of the loss; above 0 if the model does worse without the feature.
+        - `interval` (feature, bound: `lower`, `upper`) of the effect: a percentile bootstrap over the samples.
         - `p_value`, one-sided, and `p_adjusted`, after Benjamini and Hochberg.
         - `verdict`: a claim is made where the attribution lies above the mean of all features, that is, above
           what `uniform` would give. It is `refuted` if the interval's upper bound is at most `margin` of the base loss,
-          whatever the p-value: an effect of no size is none, however surely it is not 0. It is `supported` if
-          `p_adjusted` is at most `level` and the interval lies above 0. All else is `undetermined`.
+          whatever the p-value: a negligible effect stays negligible, however certain it is that it is not 0. It is
+          `supported` if `p_adjusted` is at most `level` and the interval lies above 0. Everything else is
+          `undetermined`.
 
-        A constant feature cannot be tested. Nor can any with fewer than 20 samples, or fewer than features: the effects
-        are NaN, the p-values 1, and all claims `undetermined`.
+        A constant feature cannot be tested. With fewer than 20 samples, or fewer samples than features, none can. The
+        effects are NaN then, the p-values 1, and the verdicts `undetermined`.
 
-        Attributes: `base_loss`, `loss` (of the model), `level`, `margin`, `draws`, `samples`, `seed`.
+        The attributes are `base_loss`, `loss` (of the model), `level`, `margin`, `draws`, `samples` and `seed`.
 
     Raises:
-        ValueError: If `x` is no table, `y` is missing or does not fit, there is NaN anywhere, the model has no loss, or
-            an argument is out of range.
+        ValueError: If `x`, `background` or `attribution` is not (sample, feature), or they do not fit each other, or
+            there are fewer than 2 features; if `y` is missing, does not hold one label for each sample, or does not
+            hold what the loss takes; if any of them holds NaN or infinite numbers; if the model has several outputs, or
+            they are not finite; if there is no loss, there are several, or it does not give a finite number for each
+            sample; or if another argument is out of range.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import explain
+
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(200, 4))
+        x[:, 2] = x[:, 1]  # a copy
+        weights = np.array([1.0, 0.5, 0.5, 0.0])
+        y = x @ weights + rng.normal(size=200)
+
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, use_bias=False)])
+        model.set_weights([weights[:, None]])
+        model.compile(loss="mse")
+        names = {"feature": ["age", "weight in kg", "weight in lb", "shoe size"]}
+        attribution = xr.DataArray(np.tile([0.4, 0.3, 0.3, 0.0], (200, 1)), names, ("sample", "feature"))
+
+        claims = explain.feature_claims(model, x, y, attribution, verbose=0)
+        print(claims["verdict"].values.tolist())
+        #> ['supported', 'refuted', 'refuted', 'undetermined']
+        ```
     """
     checked_level(level)
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
+    rng = generator(seed, "feature_claims")
     x = _checked_table("x", x)
-    shares = _checked_attribution(attribution, x).mean(axis=0)
+    shares = checked_attribution(attribution, x).mean(axis=0)
     rows = x if background is None else _checked_table("background", background)
-    if np.array_equal(rows, x):  # then the regression has seen the samples, and has to leave each out
-        rows = x
     if rows.shape[1] != x.shape[1]:
         raise ValueError(f"`background` must have the columns of `x`, {x.shape[1]}. Received: {rows.shape[1]}")
-    y = _checked_labels(y, len(x))
-    loss_of = _loss(model, loss)
+    if np.array_equal(rows, x):
+        rows = x  # so that `_regressed` knows that the regression has seen the samples
+    samples, features = x.shape
+    y = _checked_labels(y, samples)
+    loss = resolve_loss(model, loss)
+    progress = progress_bar(features, verbose, "feature")
 
     outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
-    of_model = loss_of(y, outputs)
-    base = float(loss_of(y, np.broadcast_to(outputs.mean(axis=0), outputs.shape)).mean())
+    check_labels(loss, y, outputs)
+    own_loss = loss_values(loss, y, outputs)
+    base_loss = float(loss_values(loss, y, np.broadcast_to(outputs.mean(axis=0), outputs.shape)).mean())
 
-    samples, features = x.shape
     testable = (x != x[0]).any(axis=0) & (rows != rows[0]).any(axis=0)
-    if min(samples, len(rows)) < max(_FEWEST, features):
-        testable[:] = False
-    losses = np.tile(of_model, (features, 1 + draws, 1))  # own, then drawn
-    rng = generator(seed, "feature_claims")
-    for feature in np.flatnonzero(testable).tolist():
-        drawn = _drawn(x, rows, feature, draws, rng)
+    testable &= min(samples, len(rows)) >= max(_FEWEST, features)
+    losses = np.tile(own_loss, (features, 1 + draws, 1))  # with a sample's own value, then with those drawn
+    for feature in range(features):
+        drawn = _drawn(x, rows, feature, draws, rng) if testable[feature] else None
         if drawn is not None:
             changed = np.tile(x, (draws, 1))
             changed[:, feature] = drawn.reshape(-1)
-            outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with a column drawn anew")
-            losses[feature, 1:] = loss_of(np.concatenate([y] * draws), outputs).reshape(draws, samples)
+            outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with a column redrawn")
+            losses[feature, 1:] = loss_values(loss, np.tile(y, (draws, 1)), outputs).reshape(draws, samples)
+        progress.add(1)
 
-    p_values = _exchanged(losses, level, rng)
-    differences = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
-    effects = differences.mean(axis=1)
-    intervals = np.full((features, 2), np.nan)
-    if testable.any():
-        of_all = stats.bootstrap(
-            (differences[testable],),
-            np.mean,
-            axis=1,
-            n_resamples=_RESAMPLES,
-            batch=max(1, _NUMBERS // differences.size),
-            confidence_level=1 - level,
-            method="percentile",
-            rng=rng,
-        )
-        intervals[testable] = np.stack(of_all.confidence_interval, axis=1)
-    effects[~testable], p_values[~testable] = np.nan, 1
-    adjusted = stats.false_discovery_control(p_values)
-
+    tests = _tests(losses, testable, level, rng)
+    lower, upper = tests["interval"].T
     claimed = shares > shares.mean() + 1e-6 * np.abs(shares).max()
     verdicts = np.full(features, "undetermined", dtype=object)
-    verdicts[claimed & (adjusted <= level) & (intervals[:, 0] > 0)] = "supported"
-    verdicts[claimed & (intervals[:, 1] <= margin * abs(base))] = "refuted"
-    named = isinstance(attribution, xr.DataArray) and "feature" in attribution.coords
+    verdicts[claimed & (tests["p_adjusted"] <= level) & (lower > 0)] = "supported"
+    verdicts[claimed & (upper <= margin * abs(base_loss))] = "refuted"
+    variables = {"attribution": shares, **tests, "verdict": verdicts.astype(str)}
+    names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(features)))
+    attributes = {"base_loss": base_loss, "loss": float(own_loss.mean()), "samples": samples}
     return xr.Dataset(
-        {
-            "attribution": ("feature", shares),
-            "effect": ("feature", effects),
-            "interval": (("feature", "bound"), intervals),
-            "p_value": ("feature", p_values),
-            "p_adjusted": ("feature", adjusted),
-            "verdict": ("feature", verdicts.astype(str)),
-        },
-        coords={
-            "feature": attribution["feature"].values if named else np.arange(features),
-            "bound": ["lower", "upper"],
-        },
-        attrs={
-            "base_loss": base,
-            "loss": float(of_model.mean()),
-            "level": level,
-            "margin": margin,
-            "draws": draws,
-            "samples": samples,
-            "seed": seed,
-        },
+        {name: (("feature", "bound")[: values.ndim], values) for name, values in variables.items()},
+        {"feature": names, "bound": ["lower", "upper"]},
+        attributes | {"level": level, "margin": margin, "draws": draws, "seed": seed},
     )
 
 
@@ -196,7 +201,7 @@ def _checked_table(name: str, given: Any) -> np.ndarray:
     array = feature_array(name, given)
     if array.ndim != 2:
         raise ValueError(
-            f"`{name}` must be a table, (sample, feature): claims about single features are tested for tables alone. "
+            f"`{name}` must be a table, (sample, feature): only the features of tables are tested. "
             f"Received: shape {array.shape}"
         )
     check_rows_finite(array, f"`{name}`")
@@ -217,97 +222,63 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
     return labels
 
 
-def _loss(model: Any, loss: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function of labels and outputs that gives the loss of each sample."""
-    given = getattr(model, "loss", None) if loss is None else loss
-    if given is None:
-        raise ValueError("The model has no loss. Compile it with one, or give `loss`, as `model.compile` takes it.")
-    function = keras.losses.get(given) if isinstance(given, str) else given
-    name = getattr(function, "__name__", type(function).__name__)
-    of_keras = type(function).__module__.startswith("keras") or getattr(function, "__module__", "").startswith("keras")
-    if isinstance(function, keras.losses.Loss):
-        function = function.call  # before the mean over samples
-    if not callable(function):
-        raise ValueError(
-            "The loss must be one function, of one output: the name of a Keras loss, a `keras.losses.Loss`, or a "
-            f"function of labels and outputs. Received: {given!r}"
-        )
-
-    def of_samples(y, outputs):
-        if of_keras:
-            _check_range(name, y, outputs)
-        values = ops.convert_to_numpy(function(ops.convert_to_tensor(y), ops.convert_to_tensor(outputs)))
-        if values.ndim == 0 or len(values) != len(y):
-            raise ValueError(
-                f"The loss must give a number for each sample, {len(y)} here. Received: shape {values.shape}"
-            )
-        values = values.reshape(len(y), -1).mean(axis=1, dtype="float64")
-        if not np.isfinite(values).all():
-            raise ValueError(f"The loss {name} is NaN or infinite. Look whether `y` and the outputs are what it takes.")
-        return values
-
-    return of_samples
-
-
-def _check_range(name: str, y: np.ndarray, outputs: np.ndarray) -> None:
-    """Whether the labels are such as the loss takes: for others, Keras gives numbers too."""
-    sparse = "sparse" in name.lower()
-    if y.shape[1] != (1 if sparse else outputs.shape[1]):
-        raise ValueError(
-            f"For the loss {name} and a model with {outputs.shape[1]} outputs, `y` must hold "
-            f"{1 if sparse else outputs.shape[1]} numbers for each sample. Received: {y.shape[1]}"
-        )
-    if "crossentropy" in name.lower():
-        largest = outputs.shape[1] - 1 if sparse else 1
-        if y.min() < 0 or y.max() > largest or (sparse and (y != np.floor(y)).any()):
-            raise ValueError(
-                f"For the loss {name}, `y` must hold {'integers' if sparse else 'numbers'} from 0 to {largest}. "
-                f"Received: from {y.min()} to {y.max()}"
-            )
-
-
-def _exchanged(losses: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
-    """The p-value of each feature: how often its mean loss is as small, if own and drawn values change places."""
+def _tests(losses: np.ndarray, testable: np.ndarray, level: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Effect, interval and p-values of each feature, from losses (feature, own and then drawn, sample)."""
     features, alternatives, samples = losses.shape
-    resamples = max(_RESAMPLES, int(np.ceil(2 * features / level)))  # so that one feature alone can be significant
     own = losses[:, 0].mean(axis=1)
-    rows = np.ascontiguousarray(losses.transpose(2, 1, 0)).reshape(-1, features)  # what is taken lies together
+    resamples = max(_RESAMPLES, int(np.ceil(2 * features / level)))  # so that one feature alone can be significant
+    # (sample and alternative, feature): what is taken together lies together in memory.
+    rows = np.ascontiguousarray(losses.transpose(2, 1, 0)).reshape(-1, features)
     starts = np.arange(samples) * alternatives
-    as_small = np.zeros(features, int)
+    at_most_own = np.zeros(features, int)
     for _ in range(resamples):
         mean = rows.take(starts + rng.integers(alternatives, size=samples), axis=0).mean(axis=0)
-        as_small += mean <= own + 1e-12 * np.abs(own)
-    return (1 + as_small) / (1 + resamples)
+        at_most_own += mean <= own + 1e-12 * np.abs(own)
+    p_values = np.where(testable, (1 + at_most_own) / (1 + resamples), 1)
+
+    differences = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
+    intervals = np.full((features, 2), np.nan)
+    at_once = max(1, _NUMBERS // differences.size)
+    intervals[testable] = bootstrap_interval(differences[testable], np.mean, level, rng, _RESAMPLES, at_once)
+    return {
+        "effect": np.where(testable, differences.mean(axis=1), np.nan),
+        "interval": intervals,
+        "p_value": p_values,
+        "p_adjusted": stats.false_discovery_control(p_values),
+    }
 
 
 def _drawn(x: np.ndarray, rows: np.ndarray, feature: int, draws: int, rng: np.random.Generator) -> np.ndarray | None:
     """Draws (draw, sample) of a column of `x` given the others, as in `rows`; `None` if the others determine it."""
     column = rows[:, feature].astype("float64")
-    location, residual, at_x = _regressed(rows, x, feature)
-    if max(residual.std(), (x[:, feature] - at_x).std()) < _DETERMINED * column.std():
+    fitted, residuals, fitted_at_x = _regressed(rows, x, feature)
+    if max(residuals.std(), (x[:, feature] - fitted_at_x).std()) < _DETERMINED * column.std():
         return None
-    order = np.argsort(location, kind="stable")
-    count = max(1, len(rows) // _CELL)
-    cell = np.minimum(np.searchsorted(location[order], at_x) * count // len(rows), count - 1)
-    first, last = -(-cell * len(rows) // count), -(-(cell + 1) * len(rows) // count)
+    # The rows in the order of their fitted values are cut into cells of equal size; donors come from a sample's cell.
+    order = np.argsort(fitted, kind="stable")
+    cells = max(1, len(rows) // _CELL)
+    cell = np.minimum(np.searchsorted(fitted[order], fitted_at_x) * cells // len(rows), cells - 1)
+    first, last = -(-cell * len(rows) // cells), -(-(cell + 1) * len(rows) // cells)
     donors = order[rng.integers(first, last, size=(draws, len(x)))]
-    whole = (column == np.floor(column)).all() or len(np.unique(column)) <= _LEVELS
-    return (column[donors] if whole else at_x + residual[donors]).astype(x.dtype)
+    is_discrete = (column == np.floor(column)).all() or len(np.unique(column)) <= _LEVELS
+    return (column[donors] if is_discrete else fitted_at_x + residuals[donors]).astype(x.dtype)
 
 
 def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A column of `rows` by the others: fitted values, residuals, and the fitted values at `x`.
+    """The regression of a column of `rows` on the others: fitted values, residuals, and the fitted values at `x`.
 
-    Residuals must be to the fitted values as a sample's own value is to its own fitted value, or draws would be more
-    spread out than values are, and any removal would seem to do harm. Of new samples these are leave-one-out; of the
-    samples of the regression itself they are its own, which are not correlated with what is fitted.
+    A residual must be to its fitted value what a sample's own value is to the fitted value at `x`. Otherwise draws
+    would be more spread out than values are, and any removal would seem to do harm. If `x` is new to the regression,
+    these are the leave-one-out residuals. If `x` is `rows`, they are the ordinary residuals, which are not correlated
+    with the fitted values.
     """
     column = rows[:, feature].astype("float64")
+    target = column - column.mean()
     best, smallest = None, np.inf
     for terms, terms_at_x in _designs(np.delete(rows, feature, axis=1), np.delete(x, feature, axis=1)):
-        mean, target = terms.mean(axis=0), column - column.mean()
+        mean = terms.mean(axis=0)
         terms, terms_at_x = terms - mean, terms_at_x - mean
-        # By the eigenvectors of the normal equations all penalties cost one decomposition.
+        # With the eigenvectors of the normal equations all penalties together cost one decomposition.
         values, vectors = np.linalg.eigh(terms.T @ terms)
         scores, values = terms @ vectors, np.maximum(values, 0)
         squares = scores**2
@@ -315,19 +286,19 @@ def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarra
             weights = scores.T @ target / (values + ridge)
             leverage = 1 / len(rows) + squares @ (1 / (values + ridge))
             fitted = scores @ weights
-            error = (target - fitted) / np.maximum(1 - leverage, 1e-9)
-            if error @ error < smallest and leverage.mean() - 1 / len(rows) <= _LEVERAGE:
-                smallest = error @ error
+            left_out = (target - fitted) / np.maximum(1 - leverage, 1e-9)
+            if left_out @ left_out < smallest and leverage.mean() - 1 / len(rows) <= _LEVERAGE:
+                smallest = left_out @ left_out
                 if x is rows:
                     best = (column.mean() + fitted, target - fitted, column.mean() + fitted)
                 else:
-                    best = (column - error, error, column.mean() + terms_at_x @ (vectors @ weights))
-    assert best is not None  # the largest ridge uses up half of a linear regression, which has fewer terms than samples
+                    best = (column - left_out, left_out, column.mean() + terms_at_x @ (vectors @ weights))
+    assert best is not None  # each of the linear terms spends at most half a degree of freedom at the largest ridge
     return best
 
 
 def _designs(rows: np.ndarray, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Terms of regressions at `rows` and `x`: linear, piecewise linear, with products; as many as there is data for."""
+    """Terms at `rows` and `x`: linear, then also piecewise linear, then also products; as many as the rows allow."""
     spread = rows.std(axis=0, dtype="float64")
     rows, x = ((table[:, spread > 0] - rows[:, spread > 0].mean(axis=0)) / spread[spread > 0] for table in (rows, x))
     rows, x = rows.astype("float64"), x.astype("float64")

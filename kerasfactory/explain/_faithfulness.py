@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import generator, positive_integer
-from kerasfactory.explain._engine.data import check_rows_finite, chosen_samples, feature_array, progress_bar
+from kerasfactory.explain._engine.data import checked_attribution, chosen_samples, feature_array, progress_bar
 from kerasfactory.explain._engine.outputs import checked_outputs, checked_target, predictions
 from kerasfactory.explain._engine.statistics import bootstrap_interval
 
@@ -149,7 +149,7 @@ def faithfulness(
         ```
     """
     x = feature_array("x", x)
-    importance = _checked_attribution(attribution, x)
+    importance = checked_attribution(attribution, x)
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
     if not 0 < level < 1:
@@ -263,22 +263,6 @@ def _against_chance(
         null[:, start:stop] = aopcs(np.stack([ranks[:, rng.permutation(ranks.shape[1])] for _ in range(start, stop)]))
         progress.update(stop + 1)
     return aopcs(ranks[np.newaxis])[:, 0], null
-
-
-def _checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
-    if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
-        attribution = attribution.transpose("sample", "feature")
-    values = np.asarray(attribution)
-    if values.shape != x.shape[:2]:
-        raise ValueError(
-            f"`attribution` must have a number for each sample and feature, {x.shape[:2]} as in `x`; "
-            "`numpy.broadcast_to(values, x.shape[:2])` makes it of one number for each feature. Received: "
-            f"attribution of shape {values.shape}, x of shape {x.shape}"
-        )
-    if values.shape[1] < 2:
-        raise ValueError("`x` has one feature: there is nothing to rank. Give at least 2.")
-    check_rows_finite(values, "`attribution`")
-    return values.astype("float64")
 
 
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:

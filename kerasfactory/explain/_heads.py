@@ -14,6 +14,7 @@ from kerasfactory import _backend
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import axis_names
+from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 _ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
@@ -48,7 +49,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     $$
 
     as in `scipy.spatial.distance.jensenshannon`. Each is averaged over all queries of all samples. Queries that may
-    look at no key are left out.
+    attend to no key are left out.
 
     The confidence of a head is from Voita et al. 2019, [*Analyzing Multi-Head
     Self-Attention*](https://arxiv.org/abs/1905.09418), section 4; its mean distance from Vig and Belinkov 2019,
@@ -76,8 +77,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
         - `redundancy` (head, head_other): a distance, so small values mean redundant heads. From 0, twins, to 1, no
           key in common; 0 on the diagonal, symmetric. Without unit.
 
-        A head whose scores hold a NaN has NaN, and so has one none of whose queries may look at a key. The attributes
-        are those of the scores.
+        A head whose scores hold a NaN has NaN, and so has a head none of whose queries may attend to a key. The
+        attributes are those of the scores.
 
     Raises:
         ValueError: If `weights` has other dimensions, as with several attention axes; if it is empty; and if rows do
@@ -90,8 +91,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
 
         from kerasfactory import explain
 
-        even = np.full((4, 4), 1 / 4)  # this head looks everywhere, the other one at the diagonal
-        scores = xr.DataArray([[even, np.eye(4)]], dims=("sample", "head", "query", "key"))
+        uniform = np.full((4, 4), 1 / 4)  # one head attends to all keys alike, the other one to the diagonal
+        scores = xr.DataArray([[uniform, np.eye(4)]], dims=("sample", "head", "query", "key"))
         statistics = explain.head_statistics(scores)
 
         print(statistics["entropy"].values)
@@ -111,7 +112,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
             f"Received: weights of type {type(weights).__name__}"
         )
     name = weights.name if weights.name is not None else "weights"
-    _check_dims(name, [str(dim) for dim in weights.dims])
+    check_dims(name, [str(dim) for dim in weights.dims])
     if not weights.size:
         raise ValueError(
             f"`weights` must hold at least one sample, head, query and key. Received: {dict(weights.sizes)}"
@@ -129,7 +130,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     return dataset.assign_coords(head=heads, head_other=("head_other", heads))
 
 
-def _check_dims(name: Any, dims: Sequence[str]) -> None:
+def check_dims(name: Any, dims: Sequence[str]) -> None:
     if sorted(set(dims) - {"sample", "sequence"}) != ["head", "key", "query"] or {"sample", "sequence"} <= set(dims):
         raise ValueError(
             "Statistics of heads are of scores with the dimensions (sample, head, query, key). If layer "
@@ -139,33 +140,32 @@ def _check_dims(name: Any, dims: Sequence[str]) -> None:
 
 
 def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any) -> None:
-    """Adds to `sums` those over the samples and queries of `scores` (sample, head, query, key): means, in the end."""
+    """Adds to `sums` those of `scores` (sample, head, query, key) over samples and queries, for `statistics_of`."""
     total = scores.sum(-1, dtype="float64")
-    looks = total != 0  # as do those with NaN
-    if (np.abs(total - 1) > _ROW_SUM)[looks].any() or (scores < 0).any():
+    attends = total != 0  # (sample, head, query); NaN counts
+    if (np.abs(total - 1) > _ROW_SUM)[attends].any() or (scores < 0).any():
         raise ValueError(
             f"The scores of layer {name!r} are no weights: each row over the keys must be at least 0 and sum to 1, or "
             f"be 0 if the query may look at nothing. Received rows that sum to {total.min():.3g} up to "
             f"{total.max():.3g}, and a smallest entry of {scores.min():.3g}"
         )
-    weights = scores / np.where(looks, total, 1)[..., None]
-    in_view = (weights != 0).any(1).sum(-1)  # (sample, query)
-    chooses = looks & (in_view > 1)[:, None]
+    weights = scores / np.where(attends, total, 1)[..., None]
+    visible_keys = (weights != 0).any(1).sum(-1)  # (sample, query)
+    has_choice = attends & (visible_keys > 1)[:, None]
     heads, queries, keys = weights.shape[1:]
-    positions = np.arange(queries)[:, None], np.arange(keys)
-    distances = np.abs(positions[0] - positions[1]) if queries == keys else np.full((queries, keys), np.nan)
+    distances = np.abs(np.arange(queries)[:, None] - np.arange(keys)) if queries == keys else np.nan
     parts = {
-        "looking": looks.sum((0, 2)),
-        "choosing": chooses.sum((0, 2)),
-        "entropy": (entr(weights).sum(-1) / np.log(np.maximum(in_view, 2))[:, None]).sum((0, 2), where=chooses),
-        "confidence": weights.max(-1).sum((0, 2), where=looks),
-        "distance": np.einsum("shqk,qk->h", weights, distances),
-        "looking_both": np.einsum("shq,sgq->hg", looks, looks, dtype="int64"),
+        "queries": attends.sum((0, 2)),
+        "queries_with_choice": has_choice.sum((0, 2)),
+        "queries_of_both": np.einsum("shq,sgq->hg", attends, attends, dtype="int64"),
+        "entropy": (entr(weights).sum(-1) / np.log(np.maximum(visible_keys, 2))[:, None]).sum((0, 2), where=has_choice),
+        "confidence": weights.max(-1).sum((0, 2), where=attends),
+        "distance": np.einsum("shqk,qk->h", weights, np.broadcast_to(distances, (queries, keys))),
         "redundancy": np.zeros((heads, heads)),
     }
     for one in range(heads):
         for other in range(one):
-            both = looks[:, one] & looks[:, other]
+            both = attends[:, one] & attends[:, other]
             p, q = weights[:, one][both], weights[:, other][both]
             mean = (p + q) / 2
             # Not `scipy.spatial.distance.jensenshannon`: rounding takes twins below 0, where it returns NaN.
@@ -176,11 +176,11 @@ def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any) -> None:
 
 
 def statistics_of(sums: dict[str, Any]) -> xr.Dataset:
-    """The means over all queries, of what `add_sums` added up."""
-    with np.errstate(invalid="ignore"):  # 0 / 0, where no query looks
-        entropy = sums["entropy"] / np.where(sums["looking"], np.maximum(sums["choosing"], 1), 0)
-        confidence, distance = (sums[name] / sums["looking"] for name in ("confidence", "distance"))
-        redundancy = sums["redundancy"] / sums["looking_both"]
+    """The means over all queries that attend to any key, from what `add_sums` added up."""
+    with np.errstate(invalid="ignore"):  # 0 / 0, where no query attends to any key
+        entropy = sums["entropy"] / np.where(sums["queries"], np.maximum(sums["queries_with_choice"], 1), 0)
+        confidence, distance = (sums[name] / sums["queries"] for name in ("confidence", "distance"))
+        redundancy = sums["redundancy"] / sums["queries_of_both"]
     heads = np.arange(len(entropy))
     return xr.Dataset(
         {
@@ -203,7 +203,7 @@ def head_importance(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, xr.Dataset]:
-    r"""How much the loss depends on each head: a gradient that guesses it, beside the experiment that measures it.
+    r"""How much the loss depends on each head: a gradient that estimates it, beside the ablation that measures it.
 
     A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
     loss \(L(x, y; \xi)\) of one sample and all masks 1 but the one that is written,
@@ -216,8 +216,8 @@ def head_importance(
 
     The gradient is the proxy of Michel et al. 2019, [*Are Sixteen Heads Really Better than
     One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalize it within each layer. It takes one
-    backward pass for all heads. Ablation is what it stands for, and takes a forward pass for each head. The two may
-    disagree: a gradient looks at small changes, and cannot see that another head would step in, or that the loss
+    backward pass for all heads. It stands for ablation, which takes a forward pass for each head. The two may
+    disagree: a gradient describes small changes, and cannot see that another head would step in, or that the loss
     flattens out.
 
     Both are for one head at a time. Heads that can be left out one by one may be needed as a pair, as twins are. Use
@@ -227,14 +227,15 @@ def head_importance(
         model: A `keras.Model`, as for `capture`, with one or several attention layers.
         x: Arrays, as `model.predict` takes them: one, or a dictionary or list of them.
         y: The targets, numbers, as many samples as in `x`: an array, or a dictionary of arrays.
-        loss: What to measure: a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)`, both
-            tensors, that returns one value, or several to be averaged, for each sample. A `y` of shape (sample,) comes
-            as (sample, 1). Write it with `keras.ops`, for it is differentiated: what leaves tensors has no gradient. It
-            is compiled as the model is; one that cannot be runs as it is, more slowly. If not given, the loss that the
-            model was compiled with. Its reduction over the samples is not used, for it is the values of single samples
-            that count; nor are weights of classes, or losses that layers add. A model with several outputs needs a
-            function here.
         layers: Names of the attention layers, as for `capture`.
+        loss: What to measure, as `model.compile` takes it for one output: a name that Keras knows, a
+            `keras.losses.Loss`, a function of `(y, outputs)`, or a list or dictionary of one of these. The function
+            gets tensors and returns one value for each sample, or several, which are averaged. A `y` of shape (sample,)
+            comes as (sample, 1). Write it with `keras.ops`, because it is differentiated: what leaves tensors has no
+            gradient. It is compiled as the model is. If it cannot be compiled, it runs as it is, more slowly. If
+            `loss` is not given, it is the loss that the model was compiled with. Its reduction over the samples is not
+            used, because the values of single samples count. Weights of classes, and losses that layers add, are not
+            used either. A model with several outputs needs a function here.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
 
@@ -245,7 +246,7 @@ def head_importance(
         - `ablation` (head): the rise of the loss without this head. Negative if the model is better without it.
 
         A layer that is called more than once has one entry for each call, `name#1`, `name#2`, …, for a mask on
-        that call alone. The attributes say the `layer`, its `class`, the `call`, the name of the `loss` and its mean
+        that call alone. The attributes are the `layer`, its `class`, the `call`, the name of the `loss` and its mean
         with all heads, `loss_value`, the number of `samples`, the `backend` and the `keras_version`.
 
     Raises:
@@ -279,124 +280,78 @@ def head_importance(
         #> [ True  True]
         ```
     """
-    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
-        raise ValueError(
-            "`x` must be an array, or a dictionary or list of arrays, so that `y` goes with it. "
-            f"Received: x of type {type(x).__name__}"
-        )
+    y = _checked_targets(x, y)
+    loss = resolve_loss(model, loss)
     batches, expected = batches_of(x, batch_size)
-    y = tree.map_structure(np.asarray, y) if isinstance(y, dict) else np.asarray(y)
-    samples, labels = len(tree.flatten(x)[0]), tree.flatten(y)
-    if any(array.dtype.kind not in "biuf" or len(np.atleast_1d(array)) != samples for array in labels):
-        raise ValueError(
-            f"`y` must hold numbers, one target for each of the {samples} samples of `x`. "
-            f"Received: {', '.join(f'y of shape {array.shape} and type {array.dtype}' for array in labels)}"
-        )
-    if any(np.isnan(array).any() for array in labels):
-        raise ValueError("`y` has missing values (NaN): leave these samples out of `x` and `y`.")
-    if samples == 0:
-        raise ValueError("`x` is empty: it must hold at least one sample.")
-    loss = _checked_loss(model, loss)
-
+    progress = progress_bar(expected, verbose)
     edit = editor(model, next(batches_of(x, batch_size)[0]), layers)
-    dims = {
-        name: ["sample", *axis_names(edit.found[name].layer, len(shape) + 1)] for name, shape in edit.shapes.items()
-    }
-    heads = {name: shape[dims[name].index("head") - 1] for name, shape in edit.shapes.items()}
+    ones = {}  # for each layer a mask that is the same for all samples, (1, …, head, 1, 1)
+    for name, shape in edit.shapes.items():
+        axes = zip(axis_names(edit.found[name].layer, len(shape) + 1), shape, strict=True)
+        ones[name] = np.ones([1, *(size if axis == "head" else 1 for axis, size in axes)], "float32")
 
     def masked(name, scores, masks):
-        mask = masks[name]  # (batch, head), or (1, head) for all samples alike
+        mask = masks[name]
         if mask.shape[0] not in (None, 1, scores.shape[0]):
             raise ValueError(
                 f"Layer {name!r} folds another axis into the batch: it attends over {scores.shape[0]} sequences for "
                 f"{mask.shape[0]} samples. Leave it out with `layers=[...]`."
             )
-        shape = [{"sample": -1, "head": heads[name]}.get(dim, 1) for dim in dims[name]]
-        return scores * ops.cast(ops.reshape(mask, shape), scores.dtype)
+        return scores * ops.cast(mask, scores.dtype)
 
-    def total(outputs, targets):
-        return ops.sum(_losses(loss, targets, outputs))
+    def total_loss(outputs, targets):
+        return ops.sum(sample_losses(loss, targets, outputs))
 
-    gradient = {name: np.zeros(number) for name, number in heads.items()}
-    ablation = {name: np.zeros(number) for name, number in heads.items()}
-    intact = 0.0
-    progress = progress_bar(expected, verbose)
-    for data, (targets,) in zip(batches, batches_of(y, batch_size)[0], strict=True):
-        size = size_of(data)
-        masks = {name: np.ones((size, number), "float32") for name, number in heads.items()}
-        gradients, _, _ = edit.gradient(data, masked, masks, total, targets, once=expected == 1)
-        masks = {name: np.ones((1, number), "float32") for name, number in heads.items()}
-        before = _values(loss, targets, edit.predict(data, masked, masks))
-        intact += before.sum()
-        for name, number in heads.items():
-            gradient[name] += np.abs(_backend.as_numpy(gradients[name]).astype("float64")).sum(0)
-            for head in range(number):
-                without = masks | {name: (np.arange(number) != head)[None].astype("float32")}
-                after = _values(loss, targets, edit.predict(data, masked, without))
-                ablation[name][head] += (after - before).sum()
+    gradient, ablation = ({name: np.zeros(mask.size) for name, mask in ones.items()} for _ in range(2))
+    sum_of_losses, samples = 0.0, len(tree.flatten(x)[0])
+    for inputs, (targets,) in zip(batches, batches_of(y, batch_size)[0], strict=True):
+        of_samples = {name: np.repeat(mask, size_of(inputs), axis=0) for name, mask in ones.items()}
+        gradients, _, _ = edit.gradient(inputs, masked, of_samples, total_loss, targets, once=expected == 1)
+        intact = loss_values(loss, targets, edit.predict(inputs, masked, ones))
+        sum_of_losses += intact.sum()
+        for name, mask in ones.items():
+            slopes = _backend.as_numpy(gradients[name]).reshape(-1, mask.size).astype("float64")
+            gradient[name] += np.abs(slopes).sum(axis=0)
+            for head in range(mask.size):
+                without = (np.arange(mask.size) != head).astype("float32").reshape(mask.shape)
+                ablated = loss_values(loss, targets, edit.predict(inputs, masked, ones | {name: without}))
+                ablation[name][head] += (ablated - intact).sum()
         progress.add(1)
 
     if not any(map(np.any, gradient.values())) and any(map(np.any, ablation.values())):
         warnings.warn(
-            "The gradient of the loss is 0 for every head of every sample, and yet the loss depends on the heads: it "
-            "passes no gradient on, as one that rounds its values, or leaves tensors for NumPy. Only `ablation` says "
-            "something.",
+            "The loss depends on the heads, and yet its gradient is 0 for every head of every sample: it passes no "
+            "gradient on, as a loss that rounds its values or computes with NumPy. Only `ablation` says something.",
             stacklevel=2,
         )
-    result = {}
-    for name, found in edit.found.items():
-        variables = {"gradient": gradient[name], "ablation": ablation[name]}
-        attributes = {
-            "layer": found.name,
-            "class": type(found.layer).__name__,
-            "call": found.number,
-            "loss": loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "loss")),
-            "loss_value": intact / samples,
-            "samples": samples,
-            "backend": keras.config.backend(),
-            "keras_version": keras.__version__,
-        }
-        result[name] = xr.Dataset(
-            {variable: ("head", values / samples) for variable, values in variables.items()},
-            {"head": np.arange(heads[name])},
-            attributes,
+    of_loss = {"loss": loss_name(loss), "loss_value": sum_of_losses / samples, "samples": samples}
+    versions = {"backend": keras.config.backend(), "keras_version": keras.__version__}
+    return {
+        name: xr.Dataset(
+            {"gradient": ("head", gradient[name] / samples), "ablation": ("head", ablation[name] / samples)},
+            {"head": np.arange(ones[name].size)},
+            {"layer": found.name, "class": type(found.layer).__name__, "call": found.number, **of_loss, **versions},
         )
-    return result
+        for name, found in edit.found.items()
+    }
 
 
-def _checked_loss(model: Any, loss: Any) -> Any:
-    if loss is None:
-        loss = getattr(model, "loss", None)
-        if loss is None:
-            raise ValueError(
-                "The model is not compiled with a loss. Compile it, as with `model.compile(loss=...)`, or give `loss`."
-            )
-    if not (isinstance(loss, str) or callable(loss)):
+def _checked_targets(x: Any, y: Any) -> Any:
+    """The targets as arrays, of numbers, one for each sample of `x`."""
+    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
         raise ValueError(
-            "`loss` must be a name that Keras knows, a `keras.losses.Loss`, or a function of `(y, outputs)` that "
-            "returns a value for each sample. Give such a function if the model is compiled with several losses. "
-            f"Received: loss={loss!r} of type {type(loss).__name__}"
+            "`x` must be an array, or a dictionary or list of arrays, so that `y` goes with it. "
+            f"Received: x of type {type(x).__name__}"
         )
-    return loss
-
-
-def _losses(loss: Any, targets: Any, outputs: Any) -> Any:
-    """The loss of each sample."""
-    samples = tree.flatten(outputs)[0].shape[0]
-    losses = _backend.unreduced_loss(loss, targets, outputs) if ops.is_tensor(outputs) else loss(targets, outputs)
-    if tuple(losses.shape[:1]) != (samples,):
+    y = tree.map_structure(np.asarray, y) if isinstance(y, dict) else np.asarray(y)
+    samples, arrays = len(tree.flatten(x)[0]), tree.flatten(y)
+    if samples == 0:
+        raise ValueError("`x` is empty: it must hold at least one sample.")
+    if any(array.dtype.kind not in "biuf" or len(np.atleast_1d(array)) != samples for array in arrays):
         raise ValueError(
-            f"`loss` must return one value, or several, for each of the {samples} samples in a batch, and not their "
-            f"mean. Received: values of shape {tuple(losses.shape)} from loss={loss!r}"
+            f"`y` must hold numbers, one target for each of the {samples} samples of `x`. "
+            f"Received: {', '.join(f'y of shape {array.shape} and type {array.dtype}' for array in arrays)}"
         )
-    return ops.mean(losses[:, None], axis=tuple(range(1, len(losses.shape) + 1)))
-
-
-def _values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
-    values = _backend.as_numpy(_losses(loss, targets, outputs)).astype("float64")
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"The loss of {np.count_nonzero(~np.isfinite(values))} of {len(values)} samples in a batch is not finite. "
-            "Look for NaN or infinite numbers in `x`, and in the model's weights."
-        )
-    return values
+    if any(np.isnan(array).any() for array in arrays):
+        raise ValueError("`y` has missing values (NaN): leave these samples out of `x` and `y`.")
+    return y

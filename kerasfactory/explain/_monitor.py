@@ -12,7 +12,7 @@ from kerasfactory._arguments import positive_integer
 from kerasfactory.explain._engine.attention import float_scores
 from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.observe import observe
-from kerasfactory.explain._heads import _check_dims, add_sums, statistics_of
+from kerasfactory.explain._heads import add_sums, check_dims, statistics_of
 
 
 class AttentionMonitor(keras.callbacks.Callback):
@@ -130,7 +130,7 @@ class AttentionMonitor(keras.callbacks.Callback):
         # `self.model`, and not `self._model`: with JAX it brings the weights up to date.
         for batch in observe(self.model, self.x, self.layers, self.batch_size, 0, float_scores):
             for name, scores in batch.measured.items():
-                _check_dims(name, ["sample", *axis_names(batch.found[name].layer, len(scores.shape))])
+                check_dims(name, ["sample", *axis_names(batch.found[name].layer, len(scores.shape))])
                 add_sums(sums.setdefault(name, {}), _backend.as_numpy(scores), name)
         self._records[epoch] = {
             name: statistics_of(of_layer).assign_attrs(attributes_of(batch.found[name]))

@@ -18,7 +18,7 @@ from kerasfactory.explain._engine.statistics import bootstrap_interval, sign_tes
 _SAMPLES = 256
 _RELABELINGS = 100
 _RESAMPLES = 1000
-_NOTHING = 1e-6  # a distance that is rounding
+_ROUNDING = 1e-6  # smaller distances between shares are rounding
 
 
 def parameter_randomization(
@@ -31,15 +31,16 @@ def parameter_randomization(
     draws: int = 20,
     tolerance: float = 0.5,
     level: float = 0.05,
+    batch_size: int | None = None,
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
     r"""How much of an attribution is left when what the model has learned is taken out of it.
 
-    An attribution that stays where it is without the learned weights shows the architecture or the data, not the model
-    (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). There, weights are
-    initialized anew. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
-    with it how sharp attention can be; what they have learned goes.
+    An attribution that stays the same without the learned weights shows the architecture or the data, not the model
+    (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). That paper initializes
+    the weights again. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
+    with it how sharp attention can be. What the weights have learned is gone.
 
     With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model and
     \(b_r\), those after shuffle \(r\), the distance is the total variation, averaged over the \(S\) samples,
@@ -49,13 +50,12 @@ def parameter_randomization(
     \operatorname{kept}_r = 1 - \frac{d(a, b_r)}{\operatorname{mean}_\pi d(a, \pi b_r)} .
     $$
 
-    \(\pi b\) are the null distribution, attributions of the same shape that know nothing: those of the shuffled model
-    with its features relabeled at random, in the same way for all samples. 1 is kept if the attribution stays what it
-    was, 0 if it is no nearer to it than with other names on its features. It may be below 0.
+    The null distribution is made of \(\pi b_r\), attributions of the same shape that know nothing: those of the
+    shuffled model with its features relabeled at random, in the same way for all samples. 1 is kept if the attribution
+    stays what it was, and 0 if it is no nearer to it than with relabeled features. It may be below 0.
 
-    To pass is no evidence that an attribution is faithful: that of a model that was never trained passes. To fail is
-    evidence that it is not about the model. Keys that a mask takes out of view are so with any weights, and count as
-    kept.
+    Passing is no evidence that an attribution is faithful: that of a model that was never trained passes. Failing is
+    evidence that it is not about the model. Keys that a mask hides are hidden with any weights, and count as kept.
 
     Args:
         model: A `keras.Model`, as for `attribute`. It keeps its weights.
@@ -63,15 +63,17 @@ def parameter_randomization(
         method: The attribution: a method of `attribute`, or a function of a model and samples that returns one,
             (sample, feature). It is called with the same model, in a `keras.StatelessScope` with other values.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
-        weights: Which are shuffled: those of all `"attention"` layers, or `"all"` of the model.
-        draws: How often.
+        weights: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
+        draws: How often shuffled weights are drawn.
         tolerance: The share that may be kept, between 0 and 1.
-        level: The interval covers \(1 - \text{level}\); between 0 and 0.5.
+        level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
+        batch_size: Samples in a batch, if `method` is one of those of `attribute`; as many as make 16,384 positions, at
+            most 256, if not given.
         verbose: As for `capture`. The steps are the draws.
-        seed: Of all that is drawn.
+        seed: The seed of all that is drawn: samples, shuffled weights, relabelings and the bootstrap.
 
     Returns:
-        xr.Dataset: With these variables, all from 0 to 1 but for `kept`, and without unit.
+        xr.Dataset: With these variables, without unit, all from 0 to 1 but for `kept`.
 
         - `distance` (draw) and `null` (draw, relabeling): of the shuffled model's attribution, and of its
           relabelings.
@@ -81,11 +83,11 @@ def parameter_randomization(
         - `p_value`: of the exact sign test that the median is at most the `tolerance`; and `p_opposite`, that it is
           above. 1 if there is nothing to keep.
 
-        The attributes say `method`, `weights`, `samples`, `draws`, `tolerance`, `level` and `seed`.
+        The attributes are `method`, `weights`, `samples`, `draws`, `tolerance`, `level` and `seed`.
 
     Raises:
         ValueError: As `attribute`; if `x` is no array, or an argument is out of range; if the function `method` returns
-            something that is not (sample, feature), or holds NaN.
+            something that is not (sample, feature), or holds NaN, or has another shape with other weights.
 
     Example:
         ```python
@@ -105,7 +107,7 @@ def parameter_randomization(
         #> True True
 
         size = explain.parameter_randomization(model, x, method=lambda model, x: np.abs(x).sum(axis=2), verbose=0)
-        print(size["median_kept"].item())  # it looks at the data alone
+        print(size["median_kept"].item())  # it depends on the data alone
         #> 1.0
         ```
     """
@@ -117,42 +119,29 @@ def parameter_randomization(
     draws = positive_integer("draws", draws)
     rng = generator(seed, "parameter_randomization")
     chosen, x = sampled(x, _SAMPLES, rng)
+    batch_size = batch_size_of(x, _SAMPLES) if batch_size is None else positive_integer("batch_size", batch_size)
 
-    def attributed():
+    def shares():
         if callable(method):
             return _shares(method(model, x))
-        size = batch_size_of(x, _SAMPLES)
-        return _shares(attribute(model, x, method=method, layers=layers, batch_size=size, verbose=0, seed=seed))
+        return _shares(attribute(model, x, method=method, layers=layers, batch_size=batch_size, verbose=0, seed=seed))
 
-    own = attributed()
-    attentions = list(find_attention(model).values())
-    variables = {
-        id(weight): weight for layer in (attentions if weights == "attention" else [model]) for weight in layer.weights
-    }
-    trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables.values()]
+    own = shares()
+    owners = find_attention(model).values() if weights == "attention" else [model]
+    variables = {id(variable): variable for owner in owners for variable in owner.weights}.values()  # each once
+    trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables]
     distance, null = np.empty(draws), np.empty((draws, _RELABELINGS))
     progress = progress_bar(draws, verbose, "draw")
     for draw in range(draws):
-        values = []
-        for variable, value in trained:
-            shuffled = rng.permutation(value.reshape(-1)).reshape(value.shape)
-            values.append((variable, ops.convert_to_tensor(shuffled, dtype=variable.dtype)))
-        with keras.StatelessScope(values):
-            other = attributed()
-        if other.shape != own.shape:
-            raise ValueError(
-                "`method(model, x)` must return an attribution of one shape, whatever the weights. Received shapes: "
-                f"{own.shape} and {other.shape}"
-            )
-        distance[draw] = np.abs(own - other).sum(axis=1).mean() / 2
-        for relabeling in range(_RELABELINGS):
-            relabeled = other[:, rng.permutation(other.shape[1])]
-            null[draw, relabeling] = np.abs(own - relabeled).sum(axis=1).mean() / 2
+        with keras.StatelessScope([(variable, _shuffled(variable, values, rng)) for variable, values in trained]):
+            other = shares()
+        distance[draw], null[draw] = _distances(own, other, rng)
         progress.add(1)
 
-    of_chance = null.mean(axis=1)
-    kept = np.where(of_chance > _NOTHING, 1 - distance / np.maximum(of_chance, _NOTHING), np.nan)
-    above, below = (1.0, 1.0) if np.isnan(kept).any() else sign_tests(kept, tolerance)
+    by_chance = null.mean(axis=1)
+    kept = np.where(by_chance > _ROUNDING, 1 - distance / np.maximum(by_chance, _ROUNDING), np.nan)
+    p_opposite, p_value = (1.0, 1.0) if np.isnan(kept).any() else sign_tests(kept, tolerance)
+    name = getattr(method, "__name__", "function") if callable(method) else method
     return xr.Dataset(
         {
             "distance": ("draw", distance),
@@ -160,20 +149,29 @@ def parameter_randomization(
             "kept": ("draw", kept),
             "median_kept": np.median(kept),
             "interval": ("bound", bootstrap_interval(kept, np.median, level, seed)),
-            "p_value": below,
-            "p_opposite": above,
+            "p_value": p_value,
+            "p_opposite": p_opposite,
         },
         {"bound": ["lower", "upper"]},
-        {
-            "method": getattr(method, "__name__", "function") if callable(method) else method,
-            "weights": weights,
-            "samples": len(chosen),
-            "draws": draws,
-            "tolerance": tolerance,
-            "level": level,
-            "seed": seed,
-        },
+        {"method": name, "weights": weights, "samples": len(chosen)}
+        | {"draws": draws, "tolerance": tolerance, "level": level, "seed": seed},
     )
+
+
+def _shuffled(variable: Any, values: np.ndarray, rng: np.random.Generator) -> Any:
+    return ops.convert_to_tensor(rng.permutation(values.reshape(-1)).reshape(values.shape), dtype=variable.dtype)
+
+
+def _distances(own: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[float, list[float]]:
+    """The distance of two arrays of shares, and those after relabeling the features of the second."""
+    if other.shape != own.shape:
+        raise ValueError(
+            "`method(model, x)` must return an attribution of one shape, whatever the weights. Received shapes: "
+            f"{own.shape} and {other.shape}"
+        )
+    relabelings = (other[:, rng.permutation(other.shape[1])] for _ in range(_RELABELINGS))
+    distance, *null = (np.abs(own - shares).sum(axis=1).mean() / 2 for shares in (other, *relabelings))
+    return distance, null
 
 
 def seed_agreement(
@@ -195,10 +193,10 @@ def seed_agreement(
     $$
 
     The null distribution is the overlap of as many rankings drawn at random. Rankings are compared by what they put
-    first, as a reader does; a rank correlation over all features would reward agreement on the order of what does
+    first, as a reader does. A rank correlation over all features would reward agreement on the order of what does
     not matter.
 
-    To agree is no evidence of faithfulness: models may agree on what is wrong. To disagree is a reason not to say
+    Agreement is no evidence of faithfulness: models may agree on what is wrong. Disagreement is a reason not to say
     anything about the task from the map of one of them (Wiegreffe & Pinter 2019, [*Attention is not not
     Explanation*](https://arxiv.org/abs/1908.04626), section 3.3, and D'Amour et al. 2022, [*Underspecification Presents
     Challenges for Credibility in Modern Machine Learning*](https://arxiv.org/abs/2011.03395)).
@@ -206,9 +204,9 @@ def seed_agreement(
     Args:
         attributions: Those of at least 2 models, (sample, feature) each, as from `attribute`.
         top_k: How many features to compare, at least 1 and fewer than there are; a quarter of all if not given.
-        draws: Of the null distribution.
-        level: The interval covers \(1 - \text{level}\); between 0 and 0.5.
-        seed: Of all that is drawn.
+        draws: How often random rankings are drawn for the null distribution.
+        level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
+        seed: The seed of all that is drawn: rankings, the order among equals and the bootstrap.
 
     Returns:
         xr.Dataset: With these variables, all from 0 to 1, without unit.
@@ -221,7 +219,7 @@ def seed_agreement(
           Few features or models cannot give a small one: two models and three features, of which one is compared,
           agree by chance in a third of all cases.
 
-        The attributes say `models`, `top_k`, `chance` (the mean of `null`), `draws`, `level` and `seed`.
+        The attributes are `models`, `top_k`, `chance` (the mean of `null`), `draws`, `level` and `seed`.
 
     Raises:
         ValueError: If there are fewer than 2 attributions, or they are not of the same samples and features, or hold
@@ -248,7 +246,8 @@ def seed_agreement(
     if len(attributions) < 2:
         raise ValueError(f"`attributions` must hold those of at least 2 models. Received: {len(attributions)}")
     shapes = {np.shape(attribution) for attribution in attributions}
-    names = [attribution.coords["feature"].values.tolist() for attribution in attributions if _is_named(attribution)]
+    coordinates = [getattr(attribution, "coords", {}).get("feature") for attribution in attributions]
+    names = [coordinate.values.tolist() for coordinate in coordinates if coordinate is not None]
     if len(shapes) > 1 or any(other != names[0] for other in names):
         raise ValueError(
             "`attributions` must be of the same samples and features. Received: "
@@ -264,47 +263,37 @@ def seed_agreement(
     rng = generator(seed, "seed_agreement")
 
     def overlap(scores):
-        """Of (…, model, feature), chance deciding among equals."""
+        """Of (…, model, feature). Chance decides among equals."""
         ranks = np.argsort(np.lexsort((rng.random(scores.shape), -scores)))
-        chosen = (ranks < count).astype(float)
-        common = np.einsum("...if,...jf->...ij", chosen, chosen)[..., *np.triu_indices(models, 1)]
+        is_first = (ranks < count).astype(float)
+        common = np.einsum("...if,...jf->...ij", is_first, is_first)[..., *np.triu_indices(models, 1)]
         return common.mean(axis=-1) / count
 
     means = shares.mean(axis=1)
     observed = float(overlap(means))
     null = overlap(rng.random((draws, models, features)))
-    bounds = np.full(2, np.nan)
+    interval = np.full(2, np.nan)
     if samples > 1:
-        # Not `scipy.stats.bootstrap`: a resample as weights of the samples makes all of them products of matrices.
+        # Not `scipy.stats.bootstrap`: with resamples as weights of the samples, products of matrices do for all models.
         resampled = rng.multinomial(samples, np.full(samples, 1 / samples), _RESAMPLES) / samples @ shares
-        bounds = np.quantile(overlap(resampled.swapaxes(0, 1)), [level / 2, 1 - level / 2])
+        interval = np.quantile(overlap(resampled.swapaxes(0, 1)), [level / 2, 1 - level / 2])
     return xr.Dataset(
         {
             "mean": ("feature", means.mean(axis=0)),
             "spread": ("feature", means.std(axis=0, ddof=1)),
             "overlap": observed,
-            "interval": ("bound", bounds),
+            "interval": ("bound", interval),
             "null": ("draw", null),
             "p_value": (1 + np.sum(null >= observed - 1e-9)) / (1 + draws),
             "p_opposite": (1 + np.sum(null <= observed + 1e-9)) / (1 + draws),
         },
         ({"feature": names[0]} if names else {}) | {"bound": ["lower", "upper"]},
-        {
-            "models": models,
-            "top_k": count,
-            "chance": float(null.mean()),
-            "draws": draws,
-            "level": level,
-            "seed": seed,
-        },
+        {"models": models, "top_k": count, "chance": float(null.mean()), "draws": draws, "level": level, "seed": seed},
     )
 
 
-def _is_named(attribution: Any) -> bool:
-    return isinstance(attribution, xr.DataArray) and "feature" in attribution.coords
-
-
 def _shares(attribution: Any) -> np.ndarray:
+    """Absolute values that sum to 1 in each sample; uniform where all are 0."""
     attribution = _backend.as_numpy(attribution) if ops.is_tensor(attribution) else attribution
     values = np.abs(np.asarray(attribution, "float64"))
     if values.ndim != 2:

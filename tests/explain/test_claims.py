@@ -1,5 +1,9 @@
 """Whether claims about features are called true where they are, and not where they are not. Truth is planted."""
 
+import functools
+import json
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +12,13 @@ from keras import layers
 from scipy import stats
 
 from benchmarks import claims as planted
-from kerasfactory.explain._claims import _drawn, feature_claims
+from kerasfactory import explain, plot
+from kerasfactory.explain._audit import audit as _audit
+from kerasfactory.explain._claims import _designs, _drawn, _regressed
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+TABLE = np.random.default_rng(0).normal(size=(60, 3))
+feature_claims = functools.partial(explain.feature_claims, verbose=0)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +129,45 @@ def test_an_effect_of_no_size_is_refuted_and_no_claim_is_no_verdict():
     assert (equal["verdict"] == "undetermined").all()
 
 
+def test_an_interval_that_straddles_the_margin_decides_nothing():
+    result = claims_of_linear((1.0, 0.2, 0.0), samples=40)
+    lower, upper = result["interval"].values[1] / result.attrs["base_loss"]
+    assert result["attribution"].values[1] > result["attribution"].values.mean()
+    assert result["p_adjusted"].values[1] > 0.05
+    assert lower < 0.01 < upper
+    assert result["verdict"].values[1] == "undetermined"
+
+
+@pytest.mark.parametrize("feature", range(3))
+def test_residuals_for_new_samples_are_those_of_rows_that_the_regression_has_not_seen(feature):
+    generator = np.random.default_rng(0)
+    rows, x = generator.normal(size=(20, 3)), generator.normal(size=(50, 3))
+    for table in (rows, x):
+        table[:, 2] += table[:, 0] - 2 * table[:, 1]
+    column = rows[:, feature]
+    everyone = np.arange(20)
+
+    def ridge_regression(terms, keep, ridge, at):
+        """Fitted on some rows, an intercept for the mean of all rows included, on which there is no penalty."""
+        center = terms.mean(axis=0)
+        design = np.column_stack([np.ones(len(keep)), terms[keep] - center])
+        penalty = ridge * np.diag([0, *np.ones(terms.shape[1])])
+        weights = np.linalg.solve(design.T @ design + penalty, design.T @ column[keep])
+        return np.column_stack([np.ones(len(at)), at - center]) @ weights
+
+    best = None
+    for terms, terms_at_x in _designs(np.delete(rows, feature, axis=1), np.delete(x, feature, axis=1)):
+        for ridge in len(rows) * np.linalg.eigvalsh(np.cov(terms.T, bias=True))[-1] * np.logspace(-10, 0, 11):
+            predicted = [ridge_regression(terms, everyone[everyone != row], ridge, terms[[row]])[0] for row in everyone]
+            left_out = column - predicted
+            if best is None or left_out @ left_out < best[0] @ best[0]:
+                best = left_out, column - left_out, ridge_regression(terms, everyone, ridge, terms_at_x)
+    fitted, residuals, fitted_at_x = _regressed(rows, x, feature)
+    np.testing.assert_allclose(residuals, best[0], rtol=1e-6)
+    np.testing.assert_allclose(fitted, best[1], rtol=1e-6)
+    np.testing.assert_allclose(fitted_at_x, best[2], rtol=1e-6)
+
+
 def test_draws_are_distributed_as_the_column_given_the_others():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(2, 1000))
@@ -172,6 +221,117 @@ def test_the_loss_is_the_models(name, form):
             feature_claims(model, x, y + 0 * y[:1] + (y == y.max()) * (7 - y.max()), claimed_all(x))
 
 
+def classifier(loss=None):
+    """A model that nobody trained, of three classes, and the cross-entropy of each sample by NumPy."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(3, "softmax", name="classes")])
+    model.compile(loss=loss)
+    x, y = TABLE.astype("float32"), np.random.default_rng(1).integers(3, size=60)
+    outputs = model.predict(x, verbose=0).astype("float64")
+    cross_entropy = [-np.log(outputs[np.arange(60), y]), -np.log(outputs.mean(axis=0)[y])]
+    return model, x, y, cross_entropy
+
+
+WHAT_COMPILE_TAKES = {
+    "crossentropy": "crossentropy",
+    "ce": "ce",
+    "a list of one name": ["sparse_categorical_crossentropy"],
+    "a dictionary of one": {"classes": "ce"},
+    "a list of one object": [keras.losses.SparseCategoricalCrossentropy(reduction="sum")],
+    "a class": keras.losses.SparseCategoricalCrossentropy,
+    "a function": lambda y, outputs: (
+        -keras.ops.log(keras.ops.take_along_axis(outputs, keras.ops.cast(y, "int32"), axis=1))
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", WHAT_COMPILE_TAKES)
+def test_a_loss_is_what_compile_takes_for_one_output(name, compiled):
+    loss = WHAT_COMPILE_TAKES[name]
+    model, x, y, (own, base) = classifier(loss if compiled else "mse")
+    result = feature_claims(model, x, y, claimed_all(x), **({} if compiled else {"loss": loss}))
+    np.testing.assert_allclose(result.attrs["loss"], own.mean(), rtol=1e-5)
+    np.testing.assert_allclose(result.attrs["base_loss"], base.mean(), rtol=1e-5)
+    if name != "a function":  # which may take other labels
+        with pytest.raises(ValueError, match=r"`y` must hold integers from 0 to 2\. Received: from 0 to 3"):
+            feature_claims(model, x, np.where(y == 2, 3, y), claimed_all(x), **({} if compiled else {"loss": loss}))
+
+
+def test_categories_as_vectors_choose_the_loss_that_crossentropy_means():
+    model, x, y, (own, _) = classifier("crossentropy")
+    result = feature_claims(model, x, np.eye(3)[y], claimed_all(x))
+    np.testing.assert_allclose(result.attrs["loss"], own.mean(), rtol=1e-5)
+
+
+def audited(loss, tmp_path, monkeypatch, y=None):
+    """What an audit of a small classifier says of single features."""
+    monkeypatch.setattr(_audit, "attention_controls", functools.partial(explain.attention_controls, steps=1))
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    tokens = FeatureTokenizer(4)(inputs)
+    attended = InterpretableMultiHeadAttention(4, 2, dropout_rate=0.0, name="attention")(tokens)
+    classes = layers.Dense(3, "softmax", name="classes")(layers.Flatten()(attended))
+    model = keras.Model(inputs, classes)
+    model.compile(loss=loss)
+    y = np.random.default_rng(1).integers(3, size=60) if y is None else y
+    explain.audit(model, TABLE.astype("float32"), y, tmp_path / "audit.html", verbose=0)
+    record = json.loads((tmp_path / "audit.json").read_text())
+    name = "increase of the loss without it"
+    outputs = model.predict(TABLE.astype("float32"), verbose=0).astype("float64")
+    return record["features"], [claim for claim in record["claims"] if claim["statistic"]["name"] == name], outputs, y
+
+
+@pytest.mark.parametrize("loss", ["crossentropy", ["sparse_categorical_crossentropy"]])
+def test_an_audit_takes_the_loss_that_the_model_is_compiled_with(loss, tmp_path, monkeypatch):
+    features, claims, outputs, y = audited(loss, tmp_path, monkeypatch)
+    np.testing.assert_allclose(features["loss"], -np.log(outputs[np.arange(60), y]).mean(), rtol=1e-5)
+    assert all(claim["p_value"] is not None for claim in claims)
+
+
+def mean_of_all(y, outputs):
+    return keras.ops.mean(outputs)
+
+
+def not_a_number(y, outputs):
+    return keras.ops.log(outputs - 1)[:, 0]
+
+
+def fails(y, outputs):
+    raise RuntimeError("as somebody's own function may")
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ({"classes": "mse", "other": "mse"}, "must be one function, of one output"),
+        (mean_of_all, r"and not their mean: a number for each sample.*shape \(\)"),
+        (not_a_number, "The loss not_a_number is NaN or infinite"),
+        (fails, "cannot be used. as somebody's own function may"),
+    ],
+)
+def test_an_audit_says_why_a_loss_decides_nothing_before_it_computes_anything_long(loss, reason, tmp_path, monkeypatch):
+    features, claims, _, _ = audited(loss, tmp_path, monkeypatch)
+    assert features is None
+    assert {claim["verdict"] for claim in claims} == {"undetermined"}
+    assert all(re.search(reason, claim["reason"]) for claim in claims)
+    assert len(claims) == 3
+
+
+def test_an_audit_refuses_labels_that_the_loss_does_not_take_before_it_computes_anything_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(_audit, "capture", None)
+    with pytest.raises(ValueError, match=r"`y` must hold integers from 0 to 2\. Received: from 0 to 3"):
+        audited("ce", tmp_path, monkeypatch, y=np.arange(60) % 4)
+
+
+def test_claims_show_progress_and_can_be_drawn(capsys):
+    result = claims_of_linear((1.0, 1.0, 0.0), samples=60, verbose=1)
+    assert "3/3" in capsys.readouterr().out
+    ax = plot.features(result.assign_coords(feature=["age", "pulse", "region"]))
+    labels = "; ".join(label.get_text() for label in ax.get_yticklabels())
+    assert all(name in labels for name in ("age", "pulse", "region"))
+
+
 def test_a_loss_of_ones_own_and_names():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(100, 3))
@@ -219,7 +379,6 @@ def test_a_constant_feature_is_undetermined_and_the_others_are_not():
     assert claims_of_linear(np.array([1.0, 1, 1, 0]), x=x)["verdict"].values[0] == "supported"
 
 
-TABLE = np.random.default_rng(0).normal(size=(60, 3))
 WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
 
 
@@ -238,7 +397,7 @@ WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
         ({"background": WITH_NAN}, "`background` is NaN or infinite"),
         ({"attribution": TABLE[:, :2]}, "`attribution` must have a number for each sample and feature"),
         ({"attribution": WITH_NAN}, "`attribution` is NaN"),
-        ({"loss": {"a": "mse"}}, "The loss must be one function"),
+        ({"loss": {"a": "mse", "b": "mse"}}, "The loss must be one function"),
         (
             {"loss": lambda y, outputs: keras.ops.mean(outputs)},
             r"a number for each sample, 60 here. Received: shape \(\)",
@@ -249,6 +408,8 @@ WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
         ({"level": 0.7}, "`level` must be a number between 0 and 0.5"),
         ({"margin": -1}, "`margin` must be a number from 0"),
         ({"draws": 0}, "`draws` must be a positive integer"),
+        ({"verbose": 3}, "`verbose` must be"),
+        ({"loss": "square"}, "Could not interpret loss"),
     ],
 )
 def test_bad_input_gets_a_clear_error(changed, message):

@@ -122,19 +122,19 @@ def test_more_steps_take_the_adversary_further():
 
 
 def test_the_adversarys_steps_are_compiled_once_for_all_batches(monkeypatch):
-    traced, change_of = [], _controls._change_of
+    traced, output_change = [], _controls.output_change
 
     def counted(*args):
-        change, said = change_of(*args)
+        change, unit = output_change(*args)
 
         def count(one, other):
             if _backend.concrete(one) is None:
                 traced.append(one)
             return change(one, other)
 
-        return count, said
+        return count, unit
 
-    monkeypatch.setattr(_controls, "_change_of", counted)
+    monkeypatch.setattr(_controls, "output_change", counted)
     model = attentive(sharpness=2)
     compiled = controls_of(model, SEQUENCE, draws=1, steps=3, batch_size=5)  # 5, 5 and 2 samples
     assert len(traced) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 0)  # `jax.jit` is for one size

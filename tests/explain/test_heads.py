@@ -214,7 +214,7 @@ def test_a_head_that_does_nothing_has_no_importance():
     np.testing.assert_array_equal(importance["ablation"] == 0, [False, True])
 
 
-@pytest.mark.parametrize("given", ["name", "object", "function", "shorthand"])
+@pytest.mark.parametrize("given", ["name", "object", "function", "shorthand", "list", "dictionary"])
 def test_the_loss_is_the_compiled_one_or_the_one_given(given):
     model = two_layers(outputs=3, activation="softmax")
     labels = RNG.integers(0, 3, len(X))
@@ -223,6 +223,8 @@ def test_the_loss_is_the_compiled_one_or_the_one_given(given):
         "object": keras.losses.SparseCategoricalCrossentropy(reduction="sum"),  # its reduction is not used
         "function": lambda y, outputs: keras.losses.sparse_categorical_crossentropy(y, outputs),
         "shorthand": "crossentropy",
+        "list": ["ce"],
+        "dictionary": {"output": "crossentropy"},
     }
     model.compile(loss=losses["name"])
     compiled = explain.head_importance(model, X, labels, verbose=0)["second"]
@@ -316,7 +318,7 @@ def test_heads_of_layers_that_fold_the_batch_belong_to_no_sample():
     ("changes", "message"),
     [
         ({"loss": None}, "not compiled with a loss"),
-        ({"loss": ["mse"]}, "compiled with several losses"),
+        ({"loss": ["mse", "mse"]}, "compiled with several losses"),
         ({"loss": "square"}, "Could not interpret loss"),
         ({"loss": lambda y, outputs: ops.mean(y - outputs)}, "and not their mean"),
         ({"y": Y[:-1]}, r"one target for each of the 40 samples.*\(39,\)"),

@@ -8,6 +8,7 @@ from keras import layers, ops
 from scipy import stats
 
 from kerasfactory import explain
+from kerasfactory.explain import _sanity
 from kerasfactory.layers import FeatureTokenizer
 
 RNG = np.random.default_rng(3)
@@ -67,6 +68,20 @@ def test_attention_is_in_the_weights_and_data_are_not():
     assert (even["p_value"], even["p_opposite"]) == (1, 1)
 
 
+def test_the_size_of_batches_changes_nothing_but_the_memory(monkeypatch):
+    sizes, attribute = [], _sanity.attribute
+
+    def counted(model, x, **arguments):
+        sizes.append(arguments["batch_size"])
+        return attribute(model, x, **arguments)
+
+    monkeypatch.setattr(_sanity, "attribute", counted)
+    model = tabular()
+    small = explain.parameter_randomization(model, X, draws=2, batch_size=7, verbose=0)
+    xr.testing.assert_allclose(small, explain.parameter_randomization(model, X, draws=2, verbose=0), atol=1e-6)
+    assert sizes == [7, 7, 7, 256, 256, 256]
+
+
 @pytest.mark.parametrize("method", ["rollout", "attention_gradient", "value_norm"])
 def test_each_method_runs_with_other_weights(method):
     result = explain.parameter_randomization(tabular(), X, method=method, draws=2, verbose=0)
@@ -97,6 +112,7 @@ def test_which_weights_are_shuffled_and_which_samples_are_used():
         ({"tolerance": 1}, "`tolerance` must be a number between 0 and 1"),
         ({"draws": 0}, "`draws` must be a positive integer"),
         ({"level": 95}, "`level` must be"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer"),
         ({"x": iter([X])}, "must be an array"),
         ({"method": "atention"}, "Did you mean 'attention'"),
         ({"method": lambda model, x: x[0]}, r"must be \(sample, feature\)"),

@@ -20,7 +20,7 @@ import kerasfactory
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge
+from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, unusable_loss
 from kerasfactory.explain._audit.file import (
     ABSOLUTE,
     SCHEMA,
@@ -321,8 +321,9 @@ def _record(
     progress = progress_bar(2 + len(TESTS), verbose, "part")
     chosen = {key: settings[key] for key in ("method", "layers", "feature_names", "seed")}
     attribution = attribute(model, x, batch_size=batch_size, verbose=0, **chosen)
+    no_loss = unusable_loss(model, x, y, batch_size)  # before anything that takes long
     planned = Subject(
-        model, x, y, background, models, digests, attribution, settings, batch_size, _DRAWS, untestable="not tested"
+        model, x, y, background, models, digests, attribution, settings, batch_size, _DRAWS, no_loss, "not tested"
     )
     progress.add(1)
     captured, claims = exact_capture(planned)

@@ -18,6 +18,7 @@ from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._engine.observe import rounding_of
+from kerasfactory.explain._engine.outputs import check_labels, loss_values, predictions, resolve_loss
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 
@@ -40,6 +41,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any]  # those of the record
     batch_size: int | None  # that it runs with
     draws: int  # of the nulls
+    unusable_loss: str  # why the loss of single samples cannot be computed, or ""
     untestable: str  # why no claim can be tested, or ""
 
     @property
@@ -260,11 +262,11 @@ def _features(subject: Subject) -> Result:
         claim = _claim(f"feature/{feature}", sentence.format(feature), statistic, reason, *found)
         return {**claim, "feature": feature}
 
-    if untestable := _no_ranking(subject) or _no_loss(subject):
+    if untestable := _no_ranking(subject) or subject.unusable_loss:
         return None, [claim(feature, untestable) for feature in subject.features]
     given = (subject.model, subject.x, subject.y, subject.attribution)
     settings = {**subject.chosen("level", "seed"), "batch_size": subject.batch_size}
-    result = feature_claims(*given, background=subject.background, **settings)
+    result = feature_claims(*given, background=subject.background, verbose=0, **settings)
     claims, mean = [], result["attribution"].mean()
     for number, feature in enumerate(subject.features):
         found = result.isel(feature=number)
@@ -340,12 +342,22 @@ def _no_ranking(subject: Subject) -> str:
     return subject.untestable or _one_feature(subject) or (unclear if keys != entries else "")
 
 
-def _no_loss(subject: Subject) -> str:
-    """Why nothing can be said of single features, if so."""
-    if subject.y is None:
+def unusable_loss(model: keras.Model, x: np.ndarray, y: np.ndarray | None, batch_size: int | None) -> str:
+    """Why the loss of single samples cannot be computed, if so. Raises a `ValueError` for labels that do not fit it."""
+    if y is None:
         return "Without labels, `y`, there is no telling what the feature says about the outcome."
-    if subject.x.ndim != 2:
+    if x.ndim != 2:
         return "Claims about single features are tested for tables, (sample, feature), alone."
-    if getattr(subject.model, "loss", None) is None:
+    if getattr(model, "loss", None) is None:
         return "The model is not compiled with a loss: there is no telling what is worse without the feature."
+    try:
+        loss = resolve_loss(model, None)
+    except ValueError as error:
+        return f"The loss that the model is compiled with cannot be used. {error}"
+    outputs, labels = predictions(model, x, batch_size), y.reshape(len(y), -1)
+    check_labels(loss, labels, outputs)
+    try:
+        loss_values(loss, labels, outputs)
+    except Exception as error:  # somebody's own function may raise anything
+        return f"The loss that the model is compiled with cannot be used. {error}"
     return ""

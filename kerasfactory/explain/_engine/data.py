@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
@@ -127,3 +128,20 @@ def check_rows_finite(values: np.ndarray, name: str) -> None:
             f"{name} is NaN or infinite in {len(bad)} of {len(values)} samples, the first of them number {bad[0]}. "
             "Leave them out, or find out why."
         )
+
+
+def checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
+    """The numbers of an attribution (sample, feature) of the samples `x`, as float64."""
+    if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
+        attribution = attribution.transpose("sample", "feature")
+    values = np.asarray(attribution)
+    if values.shape != x.shape[:2]:
+        raise ValueError(
+            f"`attribution` must have a number for each sample and feature, {x.shape[:2]} as in `x`; "
+            "`numpy.broadcast_to(values, x.shape[:2])` makes it of one number for each feature. Received: "
+            f"attribution of shape {values.shape}, x of shape {x.shape}"
+        )
+    if values.shape[1] < 2:
+        raise ValueError("`x` has one feature: there is nothing to rank. Give at least 2.")
+    check_rows_finite(values, "`attribution`")
+    return values.astype("float64")

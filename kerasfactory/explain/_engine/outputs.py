@@ -1,12 +1,13 @@
-"""The outputs of a model as numbers, a row for each sample, and the checks that go with them."""
+"""What a model's outputs mean: as numbers, a row for each sample; how far two lie apart; and their loss."""
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-from keras import tree
+from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
@@ -67,3 +68,107 @@ def checked_target(target: Any, outputs: int) -> int:
             f"`target` must be the number of an output, from 0 to {outputs - 1}. Received: target={target!r}"
         )
     return int(target)
+
+
+def output_change(outputs: np.ndarray, columns: list[int]) -> tuple[Callable[[Any, Any], Any], str]:
+    """A function of two tensors (sample, column) that measures how far they lie apart, (sample,), and its unit."""
+    # A guess: outputs that look like probabilities are taken for such.
+    in_range = ((outputs >= 0) & (outputs <= 1)).all()
+    if in_range and (outputs.shape[1] == 1 or np.allclose(outputs.sum(axis=1), 1, atol=1e-2)):
+        share = 0.5 if len(columns) > 1 else 1.0
+        return lambda one, other: share * ops.sum(ops.abs(one - other), axis=-1), "total variation"
+    spread = outputs[:, columns].std(axis=0)
+    if not spread.any():
+        raise ValueError(
+            "The model's output is the same for all samples of `x`: there is no scale for a change. Give more "
+            "samples, or other ones."
+        )
+    scale = ops.convert_to_tensor(np.where(spread > 0, spread, 1), "float32")
+    return lambda one, other: ops.max(ops.abs(one - other) / scale, axis=-1), "relative to the standard deviation"
+
+
+def resolve_loss(model: Any, loss: Any) -> Any:
+    """The loss that is meant, out of a list or dictionary of one; the one that the model is compiled with for `None`.
+
+    It is a name, a `keras.losses.Loss` or a function: `model.compile` chooses by the outputs what some names mean.
+    """
+    given = getattr(model, "loss", None) if loss is None else loss
+    if given is None:
+        raise ValueError(
+            "The model has no loss. Compile it with one, or give `loss`, as `model.compile` takes it. Received: "
+            "loss=None, and a model that is not compiled with a loss."
+        )
+    losses = tree.flatten(given)
+    if len(losses) != 1 or not (isinstance(losses[0], str) or callable(losses[0])):
+        raise ValueError(
+            "The loss must be one function, of one output: a name that Keras knows, a `keras.losses.Loss`, or a "
+            "function of `(y, outputs)` that returns a value for each sample. Give such a function as `loss` if the "
+            f"model is compiled with several losses. Received: loss={given!r} of type {type(given).__name__}"
+        )
+    return losses[0]
+
+
+def loss_name(loss: Any) -> str:
+    return loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "loss"))
+
+
+def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
+    """The loss of each sample, a tensor (sample,), before `model.compile(loss=loss)` would reduce it to a number.
+
+    Several outputs are for a function, which gets targets and outputs as they are.
+    """
+    flat = tree.flatten(outputs)
+    samples = flat[0].shape[0]
+    if len(flat) == 1:
+        (outputs,), (targets,) = flat, tree.flatten(targets)
+        compiled_loss = _backend.get_loss(loss, targets, outputs)
+        # Not below the precision of the outputs, to which a loss of single precision would round them.
+        dtype = keras.backend.result_type(compiled_loss.dtype, keras.backend.standardize_dtype(outputs.dtype))
+        losses = compiled_loss.call(ops.cast(targets, dtype), ops.cast(outputs, dtype))
+    elif callable(loss):
+        losses = loss(targets, outputs)
+    else:
+        raise ValueError(
+            f"The model has {len(flat)} outputs: give a function of `(y, outputs)` as `loss`. Received: loss={loss!r}"
+        )
+    shape = tuple(getattr(losses, "shape", ()))
+    if shape[:1] != (samples,):
+        raise ValueError(
+            "`loss` must return the losses of the samples, and not their mean: a number for each sample, "
+            f"{samples} here. Received: shape {shape} from loss={loss!r}"
+        )
+    return ops.mean(losses[:, None], axis=tuple(range(1, len(shape) + 1)))
+
+
+def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
+    """`sample_losses` of arrays or tensors, as float64, and a `ValueError` where one is not finite."""
+    targets, outputs = tree.map_structure(ops.convert_to_tensor, (targets, outputs))
+    values = _backend.as_numpy(sample_losses(loss, targets, outputs)).astype("float64")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"The loss {loss_name(loss)} is NaN or infinite: that of {np.count_nonzero(~np.isfinite(values))} of "
+            f"{len(values)} samples in a batch is not finite. Look for NaN or infinite numbers in `x`, and in the "
+            "model's weights, and check that `y` and the outputs are what the loss takes."
+        )
+    return values
+
+
+def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
+    """Raises a `ValueError` if a loss of Keras does not take the labels (sample, label): it gives numbers for any."""
+    function: Any = getattr(_backend.get_loss(loss, labels, outputs), "fn", None)
+    if not getattr(function, "__module__", "").startswith("keras"):
+        return
+    name, width, number_of_outputs = function.__name__, labels.shape[1], outputs.shape[1]
+    is_sparse = "sparse" in name
+    if width != (1 if is_sparse else number_of_outputs):
+        raise ValueError(
+            f"For the loss {name} and a model with {number_of_outputs} outputs, `y` must hold "
+            f"{1 if is_sparse else number_of_outputs} numbers for each sample. Received: {width}"
+        )
+    largest = number_of_outputs - 1 if is_sparse else 1
+    fits = labels.min() >= 0 and labels.max() <= largest and not (is_sparse and (labels != np.floor(labels)).any())
+    if "crossentropy" in name and not fits:
+        raise ValueError(
+            f"For the loss {name}, `y` must hold {'integers' if is_sparse else 'numbers'} from 0 to {largest}. "
+            f"Received: from {labels.min()} to {labels.max()}"
+        )

@@ -5,22 +5,29 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-_RESAMPLES = 2000
 
-
-def bootstrap_interval(values: np.ndarray, statistic: Callable, level: float, seed: int) -> np.ndarray:
-    if len(values) < 2 or np.isnan(values).any():
-        return np.full(2, np.nan)
+def bootstrap_interval(
+    values: np.ndarray,
+    statistic: Callable,
+    level: float,
+    seed: int | np.random.Generator,
+    resamples: int = 2000,
+    batch: int = 100,
+) -> np.ndarray:
+    """The percentile interval of a statistic over the last axis, (…, bound); NaN if there is nothing to resample."""
+    if values.size == 0 or values.shape[-1] < 2 or np.isnan(values).any():
+        return np.full((*values.shape[:-1], 2), np.nan)
     result = stats.bootstrap(
         (values,),
         statistic,
-        n_resamples=_RESAMPLES,
-        batch=100,
+        axis=-1,
+        n_resamples=resamples,
+        batch=batch,
         confidence_level=1 - level,
         method="percentile",
         rng=seed,
     )
-    return np.array(result.confidence_interval)
+    return np.stack(result.confidence_interval, axis=-1)
 
 
 def sign_tests(values: np.ndarray, threshold: float) -> tuple[float, float]:
