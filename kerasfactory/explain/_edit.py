@@ -84,7 +84,7 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
 
         data = (batch, _tensors(given), _tensors(more))
         if (edit, scalar) not in slopes:
-            slopes[edit, scalar] = _backend.compiled(step, **how, once=once)
+            slopes[edit, scalar] = _backend.compiled(step, **how, runs_once=once)
         with contextlib.suppress(Exception):
             return slopes[edit, scalar](_state(model), data)
         # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.

@@ -232,7 +232,7 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
     compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **how)
     is_eager = how["run_eagerly"] or keras.config.backend() == "torch"
     steps = _Steps(
-        _backend.compiled(compared, **how, once=True),
+        _backend.compiled(compared, **how, runs_once=True),
         compiled,
         stopping if is_eager else lambda number: compiled,
         calls,

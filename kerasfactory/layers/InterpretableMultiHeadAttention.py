@@ -215,8 +215,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             return self.mha.scores(query, others[0], mask and mask._replace(parts=tuple(others[1:])))
 
         def eager_scores():
-            with _backend.outside():
-                return _backend.readable(scores())
+            with _backend.outside_traces():
+                return _backend.with_numpy_dtype(scores())
 
         if _backend.concrete(tensors[0]) is None:
             self._traced_scores = (held[0], scores)
@@ -246,7 +246,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         """
         if self._traced_scores is not None:
             query, scores = self._traced_scores
-            if query() is not None and _backend.is_live(query()):
+            if query() is not None and _backend.in_scope(query()):
                 return scores()
         if self._scores is None and self._traced_scores is not None:
             raise RuntimeError(
@@ -352,7 +352,7 @@ class AttentionScores(keras.layers.Layer):
 
 def _held(tensor: Any, name: str) -> Any:
     values = _backend.concrete(tensor)
-    return (lambda: values) if values is not None else _backend.hold(tensor, name)
+    return (lambda: values) if values is not None else _backend.weak_reference(tensor, name)
 
 
 def _project(dense: Any, tokens: Any) -> Any:
