@@ -83,14 +83,16 @@ def predict_step(model, state, data):
 def weak_reference(tensor, owner):
     """A weak reference to the traced `tensor`, which lives as long as its trace, or until the owner's next one.
 
-    `jax.jit` keeps alive what it traces. `jax.grad` and `jax.vmap` do not, so they are given a copy to keep. The copy
-    refers to its trace weakly. Otherwise the two would wait for the garbage collector, with all that they refer to.
+    `jax.jit` keeps alive what is used in it. `jax.grad` and `jax.vmap` do not, so they are given a copy to keep. The
+    copy refers to its trace weakly. Otherwise the two would wait for the garbage collector, with all they refer to.
     """
     trace = tensor._trace
     if hasattr(trace, "__dict__"):  # all but that of `jax.jit`
         tensor = copy.copy(tensor)
         tensor._trace = weakref.proxy(trace)
         setattr(trace, f"held_for_{owner}", tensor)
+    else:
+        jax.numpy.copy(tensor)  # uses the tensor; the compiler leaves it out
     return weakref.ref(tensor)
 
 

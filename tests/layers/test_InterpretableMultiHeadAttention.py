@@ -15,6 +15,7 @@ import pytest
 from keras import ops
 
 import kerasfactory.layers
+from kerasfactory import explain
 from kerasfactory.layers import InterpretableMultiHeadAttention
 
 BACKEND = keras.config.backend()
@@ -842,7 +843,10 @@ def test_scores_of_a_model_that_only_ran_compiled_say_what_to_call(layer, x, com
             _ = layer.attention_scores
         assert layer.name in str(error.value)
         assert "return_attention_scores=True" in str(error.value)
+        assert "`explain.capture(model, x)`" in str(error.value)
+    captured = explain.capture(model, x, verbose=0)[layer.name]
     model(x)
+    np.testing.assert_allclose(captured, np.asarray(layer.attention_scores), atol=1e-6)
     assert np.allclose(np.asarray(layer.attention_scores).sum(-1), 1, atol=1e-6)
 
 
