@@ -1,9 +1,9 @@
 """Multi-head attention whose scores can be read after every call."""
 
 import difflib
-import inspect
 import numbers
 import operator
+from inspect import signature
 from typing import Any
 
 import keras
@@ -18,7 +18,7 @@ _RENAMED = {"num_heads": "n_head", "key_dim": "d_model", "dropout": "dropout_rat
 _LAYER_ARGUMENTS = ("name", "dtype", "trainable")
 _ATTENTION_ARGUMENTS = tuple(
     name
-    for name in inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters
+    for name in signature(keras.layers.MultiHeadAttention.__init__).parameters
     if name not in {"self", "kwargs", *_RENAMED}
 )
 
@@ -117,22 +117,24 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         if kwargs.get("attention_axes") is not None:
             kwargs["attention_axes"] = _integers("attention_axes", kwargs["attention_axes"])
 
-        self.mha = Attention(
-            num_heads=self.n_head,
-            key_dim=self.d_model,
-            dropout=self.dropout_rate,
-            dtype=self.dtype_policy,
-            name="mha",
-            **kwargs,
-        )
+        # In a `keras.RematScope` this layer is rematerialized as a whole. What is inside need not be, once more.
+        with keras.RematScope(mode=None):
+            self.mha = Attention(
+                num_heads=self.n_head,
+                key_dim=self.d_model,
+                dropout=self.dropout_rate,
+                dtype=self.dtype_policy,
+                name="mha",
+                **kwargs,
+            )
         # Keras' layer forgets or rewrites these two, so the config takes them from here.
         self._flash_attention = kwargs.get("flash_attention")
         self._attention_axes = kwargs.get("attention_axes")
 
-        self._scores: Any = None  # of the latest call that was not compiled, or a function that makes them
-        self._traced_scores: Any = (
-            None  # of the latest call in a function being compiled: a query of its, what makes them
-        )
+        # The scores of the latest call that was not compiled, or a function that makes them.
+        self._scores: Any = None
+        # Of the latest call in a function being compiled: a reference to one of its tensors, and what makes the scores.
+        self._traced_scores: Any = None
 
     def build(self, query_shape, key_shape=None, value_shape=None):
         key_shape = key_shape or query_shape
@@ -175,38 +177,65 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         training=None,
         use_causal_mask=False,
     ):
+        result, kept = self._attend(
+            query,
+            key,
+            value,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            value_mask=value_mask,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+        self._remember(*kept)
+        return result
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # Backends trace or refuse arguments that are not tensors, so only tensors go in and out. What the scores are
+        # made of comes out with the result, and is remembered here: the call runs again when gradients are computed.
+        arguments = signature(self.call).bind(*args, **kwargs).arguments
+        tensors = {name: argument for name, argument in arguments.items() if ops.is_tensor(argument)}
+        masks = []
+
+        def attend(*values):
+            for tensor, value in zip(tensors.values(), values, strict=True):
+                _backend.set_keras_mask(value, _backend.get_keras_mask(tensor))
+            result, (mask, kept) = self._attend(**{**arguments, **dict(zip(tensors, values, strict=True))})
+            masks.append(mask)
+            return result, kept
+
+        rematerialized = super().rematerialized_call(attend, *args, **kwargs)
+
+        def call(*args, **kwargs):
+            result, kept = rematerialized(*tensors.values())
+            self._remember(masks[0], kept)
+            return result
+
+        return call
+
+    def _attend(self, query, key=None, value=None, **kwargs):
+        """The result of a call, and what its scores can be made of: the mask without its tensors, and all tensors."""
         key = query if key is None else key
         value = key if value is None else value
         # Keras' layer takes the masks off its inputs. They are the caller's, who may use them again.
-        attached = [(tensor, _backend.get_keras_mask(tensor)) for tensor in (query, key, value)]
+        attached_masks = [(tensor, _backend.get_keras_mask(tensor)) for tensor in (query, key, value)]
         latest.call = None
         try:
-            result = self.mha(
-                query,
-                value,
-                key=key,
-                query_mask=query_mask,
-                value_mask=value_mask,
-                key_mask=key_mask,
-                attention_mask=attention_mask,
-                return_attention_scores=return_attention_scores,
-                training=training,
-                use_causal_mask=use_causal_mask,
-            )
-            call = latest.call
+            result = self.mha(query, value, key, **kwargs)
+            mask, *tensors = latest.call or (None,)
         finally:
             latest.call = None
-            for tensor, mask in attached:
-                _backend.set_keras_mask(tensor, mask)
-        if call is not None:
-            self._remember(*call)
-        return result
+            for tensor, attached in attached_masks:
+                _backend.set_keras_mask(tensor, attached)
+        return result, (mask and mask._replace(parts=()), [*tensors, *(mask.parts if mask else ())])
 
-    def _remember(self, mask, *tensors):
+    def _remember(self, mask, tensors):
         """Keeps what the scores of this call can be made of, whatever becomes of the weights."""
-        parts = mask.parts if mask else ()
-        mask = mask and mask._replace(parts=())
-        held = [_held(tensor, f"{id(self)}_{number}") for number, tensor in enumerate([*tensors, *parts])]
+        if not tensors:
+            return
+        held = [_held(tensor, f"{id(self)}_{number}") for number, tensor in enumerate(tensors)]
 
         def scores():
             query, *others = [tensor() for tensor in held]
@@ -215,8 +244,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             return self.mha.scores(query, others[0], mask and mask._replace(parts=tuple(others[1:])))
 
         def eager_scores():
-            with _backend.outside():
-                return _backend.readable(scores())
+            with _backend.outside_traces():
+                return _backend.with_numpy_dtype(scores())
 
         if _backend.concrete(tensors[0]) is None:
             self._traced_scores = (held[0], scores)
@@ -227,8 +256,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
     def attention_scores(self):
         """Attention scores of the latest call, of shape `(batch, head, query, key)`, before dropout.
 
-        Rows (over the last axis) sum to 1, except rows whose keys are all masked: those are 0. With several
-        attention axes, the query axes come first, then the key axes.
+        Each row (over the last axis) sums to 1. A row whose keys are all masked is 0. With several attention axes,
+        the query axes come first, then the key axes.
 
         | the latest call was | you get |
         |---|---|
@@ -237,8 +266,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
         | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
-        Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves: the latest call that was
-        not compiled decides.
+        Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves, and so does a model that is
+        rematerialized as a whole on JAX: the latest call that was not compiled decides.
 
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
@@ -246,15 +275,16 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         """
         if self._traced_scores is not None:
             query, scores = self._traced_scores
-            if query() is not None and _backend.is_live(query()):
+            if query() is not None and _backend.in_scope(query()):
                 return scores()
         if self._scores is None and self._traced_scores is not None:
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
                 "function (such as `fit`, `predict` or `evaluate`), or while Keras worked out the shapes of a model "
                 "around it. Both keep their tensors to themselves. Call the model on some data, `model(x)`, and read "
-                "`attention_scores` then; or return the scores from the compiled function by calling the layer with "
-                "`return_attention_scores=True`."
+                "`attention_scores` then; or capture the scores of all its attention layers with "
+                "`explain.capture(model, x)`; or return the scores from the compiled function by calling the layer "
+                "with `return_attention_scores=True`."
             )
         if callable(self._scores):
             self._scores = self._scores()
@@ -312,9 +342,9 @@ class AttentionScores(keras.layers.Layer):
     ):
         key = query if key is None else key
         value = key if value is None else value
-        mha = self.attention.mha
-        mask = mha._compute_attention_mask(
+        return self.attention.mha.scores_of_inputs(
             query,
+            key,
             value,
             query_mask=_backend.get_keras_mask(query),  # Keras' layer ignores any other
             value_mask=_backend.get_keras_mask(value) if value_mask is None else value_mask,
@@ -322,11 +352,6 @@ class AttentionScores(keras.layers.Layer):
             attention_mask=attention_mask,
             use_causal_mask=use_causal_mask,
         )
-        queries, keys = _project(mha.query_dense, query), _project(mha.key_dense, key)
-        if len(queries.shape) == 4:
-            return mha.scores(queries, keys, mask)
-        queries = ops.multiply(queries, ops.cast(mha._inverse_sqrt_key_dim, queries.dtype))
-        return mha._masked_softmax(ops.einsum(mha._dot_product_equation, keys, queries), mask)
 
     def compute_mask(self, inputs, previous_mask):
         return None
@@ -352,12 +377,7 @@ class AttentionScores(keras.layers.Layer):
 
 def _held(tensor: Any, name: str) -> Any:
     values = _backend.concrete(tensor)
-    return (lambda: values) if values is not None else _backend.hold(tensor, name)
-
-
-def _project(dense: Any, tokens: Any) -> Any:
-    # Not `dense(tokens)`: that would add its activity regularizer to the loss a second time.
-    return (dense.quantized_call if dense.quantization_mode else dense.call)(tokens)
+    return (lambda: values) if values is not None else _backend.weak_reference(tensor, name)
 
 
 def _integers(name: str, value: Any, positive: bool = False) -> int | list[int] | tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Keras' attention, in the way that is fastest at the moment. The scores are made when somebody asks for them."""
 
 import threading
+from inspect import signature
 from typing import Any, NamedTuple
 
 import keras
@@ -18,16 +19,35 @@ _BLOCKWISE_FROM = 512 * 512
 _NOT_FUSED_UP_TO = 128 * 128
 _BLOCK = 64  # queries
 
-# What the latest attention in this thread got, for the layer around it to take: `latest.call`.
+# The private names that this file relies on, from their owner: see `kerasfactory/_backend/_keras.py`.
+PRIVATE_NAMES = {
+    "keras.layers.MultiHeadAttention": (
+        "_compute_attention",
+        "_compute_attention_mask",
+        "_dot_product_equation",
+        "_dropout_layer",
+        "_flash_attention",
+        "_inverse_sqrt_key_dim",
+        "_masked_softmax",
+        "_softmax",
+        # Keras 3.14 has no windows.
+        *(["_sliding_window"] if "sliding_window" in signature(keras.layers.MultiHeadAttention).parameters else []),
+    )
+}
+
+# What the latest attention in this thread computed with, for the layer around it to take: `latest.call`.
 latest = threading.local()
 
 
 class Mask(NamedTuple):
-    """Who may look at whom, not multiplied out. Each part has the shape `(batch, head, query, key)`, or 1 somewhere."""
+    """Which queries may attend to which keys: where all parts are true, and `causal` and `window` allow it.
 
-    parts: tuple
-    causal: bool
-    window: int | None
+    Most masks depend on the query or on the key alone. Kept apart, they stay small. `at` combines them.
+    """
+
+    parts: tuple  # boolean tensors of shape (batch, head, query, key), where any axis may be 1
+    causal: bool  # whether a query attends to no key after it
+    window: int | None  # a query attends to keys at a distance of less than this
 
     def is_matrix(self) -> bool:
         """Whether a part, or what the parts make together, is as large as the scores of a head."""
@@ -67,7 +87,7 @@ def mask_in_parts(
 
 @keras.saving.register_keras_serializable(package="kerasfactory.layers")
 class Attention(keras.layers.MultiHeadAttention):
-    """`keras.layers.MultiHeadAttention`, faster. With several attention axes it is that layer, always with scores."""
+    """`keras.layers.MultiHeadAttention`, faster. With several attention axes it forms the scores, as Keras does."""
 
     def _compute_attention_mask(
         self,
@@ -86,14 +106,26 @@ class Attention(keras.layers.MultiHeadAttention):
         window = getattr(self, "_sliding_window", None)  # Keras 3.14 has none
         return mask_in_parts(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, window)
 
-    def _compute_attention(self, query, key, value, attention_mask=None, training=None, return_attention_scores=False):
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        return_attention_scores=False,
+        use_causal_mask=False,
+    ):
         if len(query.shape) > 4:
-            output, scores = super()._compute_attention(query, key, value, attention_mask, training, True)
+            causal = {"use_causal_mask": True} if use_causal_mask else {}  # Keras 3.14 does not know it
+            output, scores = super()._compute_attention(query, key, value, attention_mask, training, True, **causal)
             latest.call = (None, scores)
             return output, scores
+        if use_causal_mask:
+            attention_mask = (attention_mask or Mask((), True, None))._replace(causal=True)
         latest.call = (attention_mask, query, key)
 
-        dropout = self._dropout > 0 and training
+        dropout = self.dropout > 0 and training
         if not return_attention_scores and not dropout:
             lengths = query.shape[1], key.shape[1]
             size = None if None in lengths else lengths[0] * lengths[1]  # a graph of TensorFlow may not know
@@ -106,7 +138,7 @@ class Attention(keras.layers.MultiHeadAttention):
                 fused = not (is_long or (is_short and training))
             else:
                 is_long = is_long and on_cpu
-                fused = self._dropout == 0 and not on_cpu
+                fused = self.dropout == 0 and not on_cpu
             if fused or self._flash_attention:
                 return self._fused(query, key, value, attention_mask), None
             if is_long:
@@ -115,6 +147,15 @@ class Attention(keras.layers.MultiHeadAttention):
         scores = self.scores(query, key, attention_mask)
         weights = self._dropout_layer(scores, training=training) if dropout else scores
         return _heads_last(weights @ _heads_first(value)), scores
+
+    def scores_of_inputs(self, query: Any, key: Any, value: Any, **masks: Any) -> Any:
+        """The scores of a call that gets these inputs and masks. Nothing else is computed."""
+        mask = self._compute_attention_mask(query, value, **masks)
+        query, key = _project(self.query_dense, query), _project(self.key_dense, key)
+        if len(query.shape) == 4:
+            return self.scores(query, key, mask)
+        query = ops.multiply(query, ops.cast(self._inverse_sqrt_key_dim, query.dtype))
+        return self._masked_softmax(ops.einsum(self._dot_product_equation, key, query), mask)
 
     def scores(self, query: Any, key: Any, mask: Any) -> Any:
         """Of projected queries and keys, `(batch, position, head, features)`: `(batch, head, query, key)`."""
@@ -152,8 +193,8 @@ class Attention(keras.layers.MultiHeadAttention):
         of_queries = [part for part in mask.parts if part.shape[3] == 1]
         rest = mask._replace(parts=tuple(part for part in mask.parts if part.shape[3] != 1))
         of_keys = rest.at(ops.arange(ops.shape(query)[1], dtype="int32"), ops.shape(key)[1])
-        looks = of_queries if of_keys is None else [*of_queries, ops.any(of_keys, axis=-1, keepdims=True)]
-        return ops.where(_heads_last(_all(looks)), attention(of_keys), 0.0)
+        sees_keys = of_queries if of_keys is None else [*of_queries, ops.any(of_keys, axis=-1, keepdims=True)]
+        return ops.where(_heads_last(_all(sees_keys)), attention(of_keys), 0.0)
 
     def _blockwise(self, query: Any, key: Any, value: Any, mask: Any) -> Any:
         """The scores of some queries at a time. They are used and forgotten: memory grows with the length only."""
@@ -171,6 +212,11 @@ class Attention(keras.layers.MultiHeadAttention):
         output = ops.map(attend, (blocks, ops.arange(number, dtype="int32")))  # (number, batch, head, block, features)
         output = ops.transpose(output, (1, 0, 3, 2, 4))
         return ops.reshape(output, (-1, number * _BLOCK, heads, value.shape[-1]))[:, :length]
+
+
+def _project(dense: Any, tokens: Any) -> Any:
+    # Not `dense(tokens)`, which would add its activity regularizer to the loss a second time.
+    return (dense.quantized_call if dense.quantization_mode else dense.call)(tokens)
 
 
 def _heads_first(tensor: Any) -> Any:

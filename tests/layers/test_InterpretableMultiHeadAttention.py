@@ -15,6 +15,7 @@ import pytest
 from keras import ops
 
 import kerasfactory.layers
+from kerasfactory import explain
 from kerasfactory.layers import InterpretableMultiHeadAttention
 
 BACKEND = keras.config.backend()
@@ -314,7 +315,7 @@ def test_a_layer_that_is_not_trainable_stays_as_it_is(x, tmp_path):
     ("name", "hint"),
     [
         ("use_bais", "Did you mean `use_bias`?"),
-        ("kernel_initializer", "Did you mean `kernel_initializer`?"),
+        ("kernel_initialiser", "Did you mean `kernel_initializer`?"),
         ("num_heads", "Did you mean `n_head`?"),
         ("key_dim", "Did you mean `d_model`?"),
         ("dropout", "Did you mean `dropout_rate`?"),
@@ -842,7 +843,10 @@ def test_scores_of_a_model_that_only_ran_compiled_say_what_to_call(layer, x, com
             _ = layer.attention_scores
         assert layer.name in str(error.value)
         assert "return_attention_scores=True" in str(error.value)
+        assert "`explain.capture(model, x)`" in str(error.value)
+    captured = explain.capture(model, x, verbose=0)[layer.name]
     model(x)
+    np.testing.assert_allclose(captured, np.asarray(layer.attention_scores), atol=1e-6)
     assert np.allclose(np.asarray(layer.attention_scores).sum(-1), 1, atol=1e-6)
 
 

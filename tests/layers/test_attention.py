@@ -30,6 +30,8 @@ MASKS = {
 if "sliding_window" not in inspect.signature(keras.layers.MultiHeadAttention).parameters:  # Keras 3.14 has none
     MASKS = {name: mask for name, mask in MASKS.items() if "sliding_window" not in mask}
 
+CAUSAL_IN_KERAS = "use_causal_mask" in inspect.signature(keras.layers.MultiHeadAttention._compute_attention).parameters
+
 
 @pytest.fixture
 def rng():
@@ -205,3 +207,43 @@ def test_scores_that_nobody_reads_are_no_work(dropout, length):
         model.compile("sgd", "mse", jit_compile=False)
         done.append(work(model, x))
     assert 0 < done[0] <= done[1]
+
+
+@pytest.mark.parametrize("explicit", [None, SOME[0, :KEYS]])
+@pytest.mark.parametrize("return_scores", [False, True])
+def test_causal_attention_can_be_asked_for_after_the_masks(rng, explicit, return_scores):
+    """Keras 3.15 asks `_compute_attention` itself where no other mask is given; older ones know only the mask."""
+    projected = [rng.standard_normal((BATCH, KEYS, 2, 4), dtype="float32") for _ in range(3)]
+    query, key, value = map(ops.convert_to_tensor, projected)
+    ours, theirs = _attention.Attention(2, 4), keras.layers.MultiHeadAttention(2, 4)
+    for layer in (ours, theirs):
+        layer.build((BATCH, KEYS, WIDTH), (BATCH, KEYS, WIDTH))
+    mask = None if explicit is None else ours._compute_attention_mask(query[..., 0], key, attention_mask=explicit)
+
+    output, scores = ours._compute_attention(query, key, value, mask, False, return_scores, use_causal_mask=True)
+
+    causal = np.tril(np.ones((KEYS, KEYS), bool)) & (True if explicit is None else explicit)
+    expected = [theirs._compute_attention(query, key, value, ops.convert_to_tensor(causal[None]), False, True)]
+    if CAUSAL_IN_KERAS:
+        given = None if explicit is None else ops.convert_to_tensor(explicit[None])
+        expected.append(theirs._compute_attention(query, key, value, given, False, True, use_causal_mask=True))
+    for expected_output, expected_scores in expected:
+        if return_scores or scores is not None:  # a fused kernel has none
+            np.testing.assert_allclose(numbers(scores), numbers(expected_scores), atol=2e-6)
+        in_view = causal.any(-1)  # of the others, Keras makes a mean
+        np.testing.assert_allclose(numbers(output)[:, in_view], numbers(expected_output)[:, in_view], atol=2e-6)
+
+
+if CAUSAL_IN_KERAS:
+
+    def test_causal_attention_over_several_axes_is_that_of_keras(rng):
+        shape = (BATCH, 3, 3, 2, 4)
+        query, key, value = (ops.convert_to_tensor(rng.standard_normal(shape, dtype="float32")) for _ in range(3))
+        results = []
+        for attention in (_attention.Attention, keras.layers.MultiHeadAttention):
+            layer = attention(2, 4, attention_axes=(2,))
+            layer.build((BATCH, 3, 3, WIDTH), (BATCH, 3, 3, WIDTH))
+            results.append(layer._compute_attention(query, key, value, None, False, True, use_causal_mask=True))
+        for ours, theirs in zip(*results, strict=True):
+            np.testing.assert_allclose(numbers(ours), numbers(theirs), atol=1e-7)
+        assert np.abs(np.triu(numbers(results[0][1]), 1)).max() == 0

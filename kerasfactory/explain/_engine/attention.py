@@ -26,7 +26,7 @@ UNREAD_LAYERS = {keras.layers.Attention: "without heads"}
 
 # The private names of Keras that `explain` relies on, by their owner. What every Keras must have is read through
 # `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
-PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
+PRIVATE_NAMES = {
     "keras.layers.Layer": ("_flatten_layers", "_layers", "_losses", "_loss_ids"),
     "keras.layers.MultiHeadAttention": (
         "_compute_attention",
@@ -54,6 +54,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         "_return_attention_scores",
         "_flash_attention",
     ),
+    "kerasfactory.layers.InterpretableMultiHeadAttention": ("_scores", "_traced_scores"),
 }
 
 
@@ -62,10 +63,7 @@ def private(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError:
-        raise RuntimeError(
-            f"Keras {keras.__version__} has no `{type(owner).__name__}.{name}`, which kerasfactory relies on. Install "
-            "an earlier Keras, or a kerasfactory that knows this one."
-        ) from None
+        raise _backend.missing(f"keras.{type(owner).__name__}.{name}", "Reading attention") from None
 
 
 def all_layers(model: Any) -> list[Any]:
@@ -168,6 +166,13 @@ def choose_attention(model: Any, layers: Any) -> dict[str, Any]:
             )
         chosen |= matches
     return {name: layer for name, (layer, _) in named.items() if name in chosen}
+
+
+def forget_scores(model: Any) -> None:
+    """Has this package's layers forget the scores of their latest call."""
+    for layer in all_layers(model):
+        if isinstance(layer, InterpretableMultiHeadAttention):
+            layer._scores = layer._traced_scores = None
 
 
 def attention_axes(layer: Any) -> Sequence[int]:

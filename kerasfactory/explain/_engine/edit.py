@@ -88,7 +88,7 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
 
         data = (batch, _tensors(given), _tensors(more))
         if (edit, scalar) not in gradient_steps:
-            gradient_steps[edit, scalar] = _backend.compiled(step, **options, once=once)
+            gradient_steps[edit, scalar] = _backend.compiled(step, **options, runs_once=once)
         try:
             return gradient_steps[edit, scalar](state_of(model), data)
         except Exception as error:

@@ -23,12 +23,12 @@ from kerasfactory.explain._engine.attention import (
     all_layers,
     choose_attention,
     find_attention,
+    forget_scores,
     is_keras_method,
     private,
     unread_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
-from kerasfactory.layers import InterpretableMultiHeadAttention
 
 # While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
 _LOCK = threading.RLock()
@@ -189,7 +189,7 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
         compiled = _backend.compiled(lambda state, data: watched(state, data)[:2], **options)
         is_eager = options["run_eagerly"] or keras.config.backend() == "torch"
         return _Steps(
-            _backend.compiled(compared, **options, once=True),
+            _backend.compiled(compared, **options, runs_once=True),
             compiled,
             stopping if is_eager else lambda number: compiled,
             found,
@@ -366,9 +366,7 @@ def build_model(model: Any, data: Any) -> None:
         return
     with keras.StatelessScope():
         model(data[0])
-    for layer in all_layers(model):
-        if isinstance(layer, InterpretableMultiHeadAttention):
-            layer._scores = layer._traced_scores = None  # were computed with weights that are no more
+    forget_scores(model)  # computed with weights that are no more
 
 
 def relative_difference(outputs: Any, watched_outputs: Any) -> float:

@@ -1,0 +1,101 @@
+"""JAX."""
+
+import copy
+import weakref
+
+import jax
+import numpy as np
+
+from kerasfactory._backend._shared import missing
+
+PRIVATE_NAMES = {
+    "jax._src.core": ("trace_ctx",),
+    "jax._src.interpreters.ad.JVPTrace": ("parent_trace",),
+    "jax._src.interpreters.batching.BatchTrace": ("parent_trace",),
+    "jax.core.Tracer": ("_trace",),
+}
+
+
+def as_numpy(tensor):
+    """The values of a tensor, not copied where that can be helped."""
+    return np.asarray(tensor)
+
+
+def as_tensor(array):
+    """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+    return jax.device_put(array)
+
+
+def compiled(step, run_eagerly, jit_compile, runs_once=False):
+    """`step(state, data)`, compiled as `model.predict` would be, also if it runs once."""
+    return step if run_eagerly or not jit_compile else jax.jit(step)
+
+
+def concrete(tensor):
+    """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
+    return None if isinstance(tensor, jax.core.Tracer) else tensor
+
+
+def gradient(function, inputs):
+    """The gradient of the first result of `function(inputs)` with respect to the inputs, and the second result.
+
+    The inputs are tensors in dictionaries or lists.
+    """
+    return jax.grad(function, has_aux=True)(inputs)
+
+
+def in_scope(tensor):
+    """Whether the traced `tensor` can be used here: in its own trace or in one nested in it."""
+    try:
+        from jax._src.core import trace_ctx
+    except ImportError:
+        raise missing("jax._src.core.trace_ctx", "Reading what a layer kept of a traced call") from None
+    trace = trace_ctx.trace
+    while trace is not None and trace != tensor._trace:  # one of them may be a weak proxy
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
+
+
+def is_usable(tensor):
+    """Whether the tensor can be used here: it holds values, or belongs to the function being traced here."""
+    return concrete(tensor) is not None or in_scope(tensor)
+
+
+def on_cpu(tensor):
+    """Whether the CPU computes with the tensor."""
+    return jax.default_backend() == "cpu"
+
+
+def outside_traces():
+    """A context outside all functions that are being traced."""
+    return jax.ensure_compile_time_eval()
+
+
+def predict_step(model, state, data):
+    """What `model.predict` does with a batch, on the values in `state` instead of the variables.
+
+    Returns the outputs and the state after them.
+    """
+    outputs, non_trainable = model.predict_step(state, data)
+    return outputs, (state[0], non_trainable)
+
+
+def weak_reference(tensor, owner):
+    """A weak reference to the traced `tensor`, which lives as long as its trace, or until the owner's next one.
+
+    `jax.jit` keeps alive what is used in it. `jax.grad` and `jax.vmap` do not, so they are given a copy to keep. The
+    copy refers to its trace weakly. Otherwise the two would wait for the garbage collector, with all they refer to.
+    """
+    trace = tensor._trace
+    if hasattr(trace, "__dict__"):  # all but that of `jax.jit`
+        tensor = copy.copy(tensor)
+        tensor._trace = weakref.proxy(trace)
+        setattr(trace, f"held_for_{owner}", tensor)
+    else:
+        jax.numpy.copy(tensor)  # uses the tensor; the compiler leaves it out
+    return weakref.ref(tensor)
+
+
+def with_numpy_dtype(tensor):
+    """The tensor, in a dtype that NumPy knows."""
+    return tensor

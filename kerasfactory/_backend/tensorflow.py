@@ -1,0 +1,102 @@
+"""TensorFlow."""
+
+import contextlib
+import weakref
+
+import numpy as np
+import tensorflow as tf
+
+from kerasfactory._backend._shared import stateless_predict_step
+
+PRIVATE_NAMES = {
+    "tensorflow.python.eager.polymorphic_function.polymorphic_function.Function": ("_omit_frequent_tracing_warning",),
+    "tensorflow.python.framework.func_graph.FuncGraph": ("outer_graph",),
+}
+
+
+def as_numpy(tensor):
+    """The values of a tensor, not copied where that can be helped."""
+    return np.asarray(tensor)
+
+
+def as_tensor(array):
+    """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def compiled(step, run_eagerly, jit_compile, runs_once=False):
+    """`step(state, data)`, compiled as `model.predict` would be. A step that runs once is not worth compiling."""
+    if run_eagerly or runs_once:
+        return step
+    function = tf.function(step, reduce_retracing=True, autograph=False, jit_compile=jit_compile or None)
+    function._omit_frequent_tracing_warning = True  # each model has its own functions, and TensorFlow sees a loop
+
+    def with_any_batch_size(tensor):
+        spec = tf.type_spec_from_value(tensor)
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) if isinstance(spec, tf.TensorSpec) else spec
+
+    def call(state, data):
+        # As in `predict`, one graph serves all batch sizes. A model that needs to know the size gets one for each.
+        if function.experimental_get_tracing_count() == 0:
+            with contextlib.suppress(Exception):
+                function.get_concrete_function(state, tf.nest.map_structure(with_any_batch_size, data))
+        return function(state, data)
+
+    return call
+
+
+def concrete(tensor):
+    """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
+    return tensor if hasattr(tensor, "numpy") else None
+
+
+def gradient(function, inputs):
+    """The gradient of the first result of `function(inputs)` with respect to the inputs, and the second result.
+
+    The inputs are tensors in dictionaries or lists.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        value, others = function(inputs)
+    return tape.gradient(value, inputs, unconnected_gradients="zero"), others
+
+
+def in_scope(tensor):
+    """Whether the traced `tensor` can be used here: in its own graph or in one nested in it."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph is not tensor.graph:
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
+
+
+def is_usable(tensor):
+    """Whether the tensor can be used here: it holds values, or belongs to the function being traced here."""
+    return concrete(tensor) is not None or in_scope(tensor)
+
+
+def on_cpu(tensor):
+    """Whether the CPU computes with the tensor."""
+    return not (tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
+
+
+def outside_traces():
+    """A context outside all functions that are being traced. If there are none, gradients are still recorded."""
+    return contextlib.nullcontext() if tf.executing_eagerly() else tf.init_scope()
+
+
+def predict_step(model, state, data):
+    """What `model.predict` does with a batch, on the values in `state` instead of the variables.
+
+    Returns the outputs and the state after them.
+    """
+    return stateless_predict_step(model, state, data)
+
+
+def weak_reference(tensor, owner):
+    """A weak reference to the traced `tensor`, which lives as long as its graph. The owner's name is not needed."""
+    return weakref.ref(tensor)
+
+
+def with_numpy_dtype(tensor):
+    """The tensor, in a dtype that NumPy knows."""
+    return tensor

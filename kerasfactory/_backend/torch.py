@@ -1,0 +1,95 @@
+"""PyTorch."""
+
+import weakref
+
+import keras
+import torch
+from keras import ops
+
+from kerasfactory._backend._shared import missing, stateless_predict_step
+
+PRIVATE_NAMES = {"torch._C._functorch": ("is_functorch_wrapped_tensor",)}
+
+
+def as_numpy(tensor):
+    """The values of a tensor, not copied where that can be helped."""
+    return with_numpy_dtype(tensor.detach().cpu()).numpy()
+
+
+def as_tensor(array):
+    """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
+    return ops.convert_to_tensor(torch.from_numpy(array))
+
+
+def compiled(step, run_eagerly, jit_compile, runs_once=False):
+    """`step(state, data)`, without gradients. Not compiled: `torch.compile` would change nothing but the time."""
+    return torch.no_grad()(step)
+
+
+def concrete(tensor):
+    """The tensor, detached, if it holds values, `None` if it only carries a shape."""
+    return None if tensor.device.type == "meta" else tensor.detach()
+
+
+def gradient(function, inputs):
+    """The gradient of the first result of `function(inputs)` with respect to the inputs, and the second result.
+
+    The inputs are tensors in dictionaries or lists.
+    """
+    with torch.enable_grad():
+        inputs = keras.tree.map_structure(lambda tensor: tensor.detach().requires_grad_(), inputs)
+        value, others = function(inputs)
+        flat = keras.tree.flatten(inputs)
+        if value.requires_grad:
+            flat = torch.autograd.grad(value, flat, allow_unused=True, materialize_grads=True)
+        else:  # for which PyTorch raises an error, and the other backends return 0
+            flat = [torch.zeros_like(tensor) for tensor in flat]
+    return keras.tree.pack_sequence_as(inputs, flat), others
+
+
+def in_scope(tensor):
+    """Whether the traced `tensor` can be used here. PyTorch has no graph, so no tensor without values can be."""
+    return False
+
+
+def is_usable(tensor):
+    """Whether the tensor can be used here: it holds values, and is not from within `torch.vmap`."""
+    try:
+        from torch._C._functorch import is_functorch_wrapped_tensor
+    except ImportError:
+        raise missing("torch._C._functorch.is_functorch_wrapped_tensor", "Watching the calls of a layer") from None
+    return not is_functorch_wrapped_tensor(tensor)
+
+
+def on_cpu(tensor):
+    """Whether the CPU computes with the tensor."""
+    return tensor.device.type == "cpu"
+
+
+def outside_traces():
+    """A context in which PyTorch records no gradients."""
+    return torch.no_grad()
+
+
+def predict_step(model, state, data):
+    """What `model.predict` does with a batch, on the values in `state` instead of the variables.
+
+    Returns the outputs and the state after them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return stateless_predict_step(model, state, data)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def weak_reference(tensor, owner):
+    """A weak reference to the traced `tensor`. The owner's name is not needed."""
+    return weakref.ref(tensor)
+
+
+def with_numpy_dtype(tensor):
+    """The tensor, in a dtype that NumPy knows: not bfloat16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
