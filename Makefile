@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip --quiet --quiet --disable-pip-version-check
+UV = $(BIN)/uv --quiet pip install --python $(BIN)/python
 UNIT_TESTS = tests/layers tests/explain
 OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
@@ -9,10 +10,10 @@ export NO_MKDOCS_2_WARNING = 1
 
 .PHONY: serve site test test-jax test-torch keras-versions notebooks bench lint lock clean
 
-serve: .venv/ready ## build the site and serve it on http://localhost:8000
+serve: .venv/docs ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
 
-site: .venv/ready ## build the site into site/
+site: .venv/docs ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
 test: lint ## everything, on TensorFlow; then the unit tests on the other two backends
@@ -50,20 +51,31 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-lock: .venv/ready ## renew requirements.txt from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --fork-strategy fewest --upgrade \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.txt
+# Both locks agree: the smaller one is made of the versions in the larger one.
+LOCK = $(BIN)/uv --quiet pip compile --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
+lock: .venv/docs ## renew requirements.txt and requirements-docs.txt from pyproject.toml
+	$(LOCK) --upgrade --group dev --extra tensorflow --extra jax --extra store --extra plot pyproject.toml -o requirements.txt
+	$(LOCK) --upgrade --group docs --constraints requirements.txt -o requirements-docs.txt
 
 clean:
 	rm -rf .venv site docs/recipes
 
-# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
-# So does Captum, with which the tests on PyTorch compare: it needs PyTorch, tqdm, and what is in requirements.txt.
-.venv/ready: requirements.txt pyproject.toml
+# .venv grows in two stages. The first is all that the site needs: no Keras and no backend.
+.venv/docs: requirements-docs.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "kerasfactory needs Python 3.11, 3.12 or 3.13 for its development environment (TensorFlow has no other). Found %d.%d. Choose another with: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
+	awk '/^[^ ]/ { wanted = /^uv==/ } wanted' requirements-docs.txt > .venv/uv.txt
+	$(PIP) install --require-hashes -r .venv/uv.txt
+	$(UV) --require-hashes -r requirements-docs.txt
+	@touch .venv/docs
+
+# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
+# pip installs it, because pip alone follows the user's own settings to such a build.
+# Captum, with which the tests on PyTorch compare, stays out too: it needs PyTorch, tqdm, and what is in requirements.txt.
+.venv/ready: .venv/docs requirements.txt pyproject.toml
 	$(PIP) install torch==2.13.0
-	$(PIP) install --require-hashes -r requirements.txt
-	$(PIP) install --no-deps captum==0.9.0 tqdm==4.70.1
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(UV) --require-hashes -r requirements.txt
+	$(UV) --no-deps captum==0.9.0 tqdm==4.70.1
+	$(UV) --no-deps --no-build-isolation -e .
 	@touch .venv/ready
