@@ -3,12 +3,17 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip --quiet --quiet --disable-pip-version-check
 UV = $(BIN)/uv --quiet pip install --python $(BIN)/python
-UNIT_TESTS = tests/layers tests/explain
+PYTEST = TEST_SUMMARY=$(SUMMARY) $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
+SUMMARY = .venv/summary
+START := $(shell date +%s)
+# What another backend can change, and what another Keras can.
+BACKEND_TESTS = tests/layers tests/explain -m "not backend_independent"
+KERAS_TESTS = tests/layers $(patsubst %,tests/explain/test_%.py,attribution capture edit heads monitor summary) -m "not backend_independent"
 OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: serve site test test-jax test-torch keras-versions notebooks bench lint lock clean
+.PHONY: serve site test summary test-jax test-torch keras-versions notebooks bench lint lock clean
 
 serve: .venv/docs ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
@@ -16,23 +21,27 @@ serve: .venv/docs ## build the site and serve it on http://localhost:8000
 site: .venv/docs ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
-test: lint ## everything, on TensorFlow; then the unit tests on the other two backends
-	$(BIN)/pytest
+test: summary lint ## everything, on TensorFlow; then what a backend can change on the other two
+	$(PYTEST)
 	$(MAKE) test-jax test-torch
+	@echo; echo 'What `make test` ran:'; cat $(SUMMARY); echo "$$(($$(date +%s) - $(START))) s in all"
 
 # The tests compile much and compute little; that is what the setting for JAX is about.
-test-jax test-torch: .venv/ready ## the unit tests on one backend
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(BIN)/pytest $(UNIT_TESTS)
+test-jax test-torch: .venv/ready ## what a backend can change, on one of them
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
 
-keras-versions: .venv/ready ## the unit tests on the oldest Keras that pyproject.toml admits, and on the newest there is
+summary: .venv/ready
+	@rm -f $(SUMMARY)
+
+keras-versions: summary .venv/ready ## what another Keras can change, on the oldest that pyproject.toml admits, and on the newest there is
 	rm -rf .venv/keras
-	$(PIP) install --no-deps --target .venv/keras/oldest keras==$(OLDEST_KERAS)
-	PYTHONPATH=$(CURDIR)/.venv/keras/oldest $(BIN)/pytest $(UNIT_TESTS)
-	$(PIP) install --no-deps --target .venv/keras/newest keras
+	$(UV) --no-deps --target .venv/keras/oldest keras==$(OLDEST_KERAS)
+	PYTHONPATH=$(CURDIR)/.venv/keras/oldest $(PYTEST) $(KERAS_TESTS)
+	$(UV) --no-deps --target .venv/keras/newest keras
 	@if cmp -s .venv/keras/newest/keras/src/version.py .venv/lib/python3*/site-packages/keras/src/version.py; then \
 		echo 'The newest Keras is the one in .venv, which `make test` tries.'; \
 	else \
-		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(BIN)/pytest $(UNIT_TESTS); \
+		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(PYTEST) $(KERAS_TESTS); \
 	fi
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed

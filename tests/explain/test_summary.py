@@ -288,6 +288,7 @@ def test_no_matrix_is_formed(monkeypatch, tmp_path, store):
     assert all(np.prod(shape) <= 64 * length for shape in asked)
 
 
+@pytest.mark.backend_independent
 def test_the_samples_in_a_batch_become_fewer_as_they_become_longer():
     sizes = [((5, 8), 32), ((100, 512, 8), 32), ((9, 4096, 8), 4), ((9, 20000, 8), 1), ((9, 128, 128, 3), 1)]
     assert [batch_size_of(np.empty(shape, "bool"), 32) for shape, _ in sizes] == [size for _, size in sizes]

@@ -314,7 +314,7 @@ def test_a_layer_that_is_not_trainable_stays_as_it_is(x, tmp_path):
     ("name", "hint"),
     [
         ("use_bais", "Did you mean `use_bias`?"),
-        ("kernel_initializer", "Did you mean `kernel_initializer`?"),
+        ("kernel_initialiser", "Did you mean `kernel_initializer`?"),
         ("num_heads", "Did you mean `n_head`?"),
         ("key_dim", "Did you mean `d_model`?"),
         ("dropout", "Did you mean `dropout_rate`?"),
