@@ -1,4 +1,4 @@
-"""Settings that must be in place before a test, or the kernel of a notebook, imports Keras; what a run begins and ends with."""
+"""Settings that must be in place before a test, or a notebook's kernel, imports Keras; how a run begins and ends."""
 
 import importlib.metadata
 import os

@@ -10,11 +10,10 @@ import threading
 import pytest
 from filelock import FileLock
 
-
-# The site is made of source that is read. This keeps it so, in an environment that has all of these.
+# `make serve` installs none of these: to import one is an error here too.
 MKDOCS_WITHOUT_KERAS = """
 import sys
-sys.modules.update(dict.fromkeys(["keras", "tensorflow", "jax", "torch", "numpy", "xarray"]))  # to import one is an error
+sys.modules.update(dict.fromkeys(["keras", "tensorflow", "jax", "torch", "numpy", "xarray"]))
 from mkdocs.__main__ import cli
 cli()
 """
