@@ -370,6 +370,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The structure of `inputs`:UserWarning")  # Keras, of a list or dict of one input
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_of_every_kind(kind):
     keras.utils.set_random_seed(1)

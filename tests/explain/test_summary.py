@@ -110,6 +110,9 @@ def cases(draw):
     }
 
 
+# Keras, of queries with one key, and of the parts of grouped attention that get a query with a mask.
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis:UserWarning")
+@pytest.mark.filterwarnings("ignore:Layer 'query' .* does not support masking:UserWarning")
 @given(cases())
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_it_says_what_the_full_matrix_says(case):
