@@ -2,36 +2,46 @@
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip --quiet --quiet --disable-pip-version-check
-UNIT_TESTS = tests/layers tests/explain
+UV = $(BIN)/uv --quiet pip install --python $(BIN)/python
+PYTEST = TEST_SUMMARY=$(SUMMARY) $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
+SUMMARY = .venv/summary
+START := $(shell date +%s)
+# What another backend can change, and what another Keras can.
+BACKEND_TESTS = tests/layers tests/explain -m "not backend_independent"
+KERAS_TESTS = tests/layers $(patsubst %,tests/explain/test_%.py,attribution capture edit heads monitor summary) -m "not backend_independent"
 OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: serve site test test-jax test-torch keras-versions notebooks bench lint lock clean
+.PHONY: serve site test summary test-jax test-torch keras-versions notebooks bench lint lock clean
 
-serve: .venv/ready ## build the site and serve it on http://localhost:8000
+serve: .venv/docs ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
 
-site: .venv/ready ## build the site into site/
+site: .venv/docs ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
-test: lint ## everything, on TensorFlow; then the unit tests on the other two backends
-	$(BIN)/pytest
+test: summary lint ## everything, on TensorFlow; then what a backend can change on the other two
+	$(PYTEST)
 	$(MAKE) test-jax test-torch
+	@echo; echo 'What `make test` ran:'; cat $(SUMMARY); echo "$$(($$(date +%s) - $(START))) s in all"
 
 # The tests compile much and compute little; that is what the setting for JAX is about.
-test-jax test-torch: .venv/ready ## the unit tests on one backend
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(BIN)/pytest $(UNIT_TESTS)
+test-jax test-torch: .venv/ready ## what a backend can change, on one of them
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
 
-keras-versions: .venv/ready ## the unit tests on the oldest Keras that pyproject.toml admits, and on the newest there is
+summary: .venv/ready
+	@rm -f $(SUMMARY)
+
+keras-versions: summary .venv/ready ## what another Keras can change, on the oldest that pyproject.toml admits, and on the newest there is
 	rm -rf .venv/keras
-	$(PIP) install --no-deps --target .venv/keras/oldest keras==$(OLDEST_KERAS)
-	PYTHONPATH=$(CURDIR)/.venv/keras/oldest $(BIN)/pytest $(UNIT_TESTS)
-	$(PIP) install --no-deps --target .venv/keras/newest keras
+	$(UV) --no-deps --target .venv/keras/oldest keras==$(OLDEST_KERAS)
+	PYTHONPATH=$(CURDIR)/.venv/keras/oldest $(PYTEST) $(KERAS_TESTS)
+	$(UV) --no-deps --target .venv/keras/newest keras
 	@if cmp -s .venv/keras/newest/keras/src/version.py .venv/lib/python3*/site-packages/keras/src/version.py; then \
 		echo 'The newest Keras is the one in .venv, which `make test` tries.'; \
 	else \
-		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(BIN)/pytest $(UNIT_TESTS); \
+		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(PYTEST) $(KERAS_TESTS); \
 	fi
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
@@ -50,20 +60,31 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-lock: .venv/ready ## renew requirements.txt from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --fork-strategy fewest --upgrade \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.txt
+# Both locks agree: the smaller one is made of the versions in the larger one.
+LOCK = $(BIN)/uv --quiet pip compile --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
+lock: .venv/docs ## renew requirements.txt and requirements-docs.txt from pyproject.toml
+	$(LOCK) --upgrade --group dev --extra tensorflow --extra jax --extra store --extra plot pyproject.toml -o requirements.txt
+	$(LOCK) --upgrade --group docs --constraints requirements.txt -o requirements-docs.txt
 
 clean:
 	rm -rf .venv site docs/recipes
 
-# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
-# So does Captum, with which the tests on PyTorch compare: it needs PyTorch, tqdm, and what is in requirements.txt.
-.venv/ready: requirements.txt pyproject.toml
+# .venv grows in two stages. The first is all that the site needs: no Keras and no backend.
+.venv/docs: requirements-docs.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "kerasfactory needs Python 3.11, 3.12 or 3.13 for its development environment (TensorFlow has no other). Found %d.%d. Choose another with: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
+	awk '/^[^ ]/ { wanted = /^uv==/ } wanted' requirements-docs.txt > .venv/uv.txt
+	$(PIP) install --require-hashes -r .venv/uv.txt
+	$(UV) --require-hashes -r requirements-docs.txt
+	@touch .venv/docs
+
+# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
+# pip installs it, because pip alone follows the user's own settings to such a build.
+# Captum, with which the tests on PyTorch compare, stays out too: it needs PyTorch, tqdm, and what is in requirements.txt.
+.venv/ready: .venv/docs requirements.txt pyproject.toml
 	$(PIP) install torch==2.13.0
-	$(PIP) install --require-hashes -r requirements.txt
-	$(PIP) install --no-deps captum==0.9.0 tqdm==4.70.1
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(UV) --require-hashes -r requirements.txt
+	$(UV) --no-deps captum==0.9.0 tqdm==4.70.1
+	$(UV) --no-deps --no-build-isolation -e .
 	@touch .venv/ready

@@ -16,11 +16,10 @@ from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
 DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
-PUBLIC_NAMES = {name: f"kerasfactory.layers.{name}" for name in griffe.load("kerasfactory.layers").exports}
-PUBLIC_NAMES |= {
-    f"{package}.{name}": f"kerasfactory.{package}.{name}"
-    for package in ("explain", "plot")
-    for name in griffe.load(f"kerasfactory.{package}").exports
+PUBLIC_NAMES = {
+    f"{prefix}{name}": f"kerasfactory.{package}.{name}"
+    for package, prefix in {"layers": "", "explain": "explain.", "plot": "plot."}.items()
+    for name in griffe.load(f"kerasfactory.{package}", search_paths=[ROOT], allow_inspection=False).exports
 }
 
 

@@ -114,6 +114,7 @@ def array(values):
     return xr.DataArray(np.asarray(values, "float64"), dims=DIMS)
 
 
+@pytest.mark.backend_independent
 def test_rollout_of_two_layers_by_hand():
     first = array([[[[0.2, 0.8], [1.0, 0.0]], [[0.6, 0.4], [0.0, 1.0]]]])  # half and half: [[0.7, 0.3], [0.25, 0.75]]
     second = array([[[[1.0, 0.0], [0.5, 0.5]]]])  # [[1, 0], [0.25, 0.75]]
@@ -127,6 +128,7 @@ def test_rollout_of_two_layers_by_hand():
     )
 
 
+@pytest.mark.backend_independent
 def test_rollout_of_one_layer_is_half_attention_half_identity():
     scores = explain.capture(on_table("keras"), TABLE, layers="attention_0", verbose=0)
     result = explain.rollout(scores)
@@ -145,6 +147,7 @@ def test_rows_of_a_rollout_sum_to_one_and_pool_to_the_attribution():
     )
 
 
+@pytest.mark.backend_independent
 def test_a_query_that_looks_nowhere_stays_itself_in_a_rollout():
     scores = array([[[[0.5, 0.5], [0.0, 0.0]]]])
     np.testing.assert_allclose(explain.rollout({"a": scores, "b": scores})[0], [[0.5625, 0.4375], [0, 1]])
@@ -355,6 +358,7 @@ def test_a_query_under_a_causal_mask_sees_what_is_before_it():
     np.testing.assert_allclose(attribute(model, SEQUENCE, method="uniform", query=1)[0], [0.5, 0.5, 0, 0, 0])
 
 
+@pytest.mark.backend_independent
 def test_random_is_a_flat_dirichlet_distribution_with_a_seed():
     model = on_table("ours", depth=1)
     x = np.tile(TABLE, (300, 1))
@@ -440,6 +444,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_said(arguments, message):
     model = on_table("ours")
@@ -492,6 +497,7 @@ def test_gradients_need_one_output_a_class():
         attribute(tagger, SEQUENCE, method="attention_gradient")
 
 
+@pytest.mark.backend_independent
 def test_rollout_says_what_is_wrong_with_scores():
     scores = explain.capture(on_table("ours"), TABLE, verbose=0)
     with pytest.raises(ValueError, match=r"`weights` is empty"):
@@ -506,6 +512,7 @@ def test_rollout_says_what_is_wrong_with_scores():
         explain.rollout(scores | {"attention_1": scores["attention_1"] * 2})
 
 
+@pytest.mark.backend_independent
 def test_scores_that_are_no_distribution_are_not_rolled_out():
     class Sigmoid(layers.MultiHeadAttention):
         def _compute_attention(self, query, key, value, *args, **kwargs):

@@ -242,6 +242,7 @@ def test_a_feature_may_have_the_name_of_a_number_in_the_file():
     assert found == ["In “claims”, feature/a/p_value/statistic/value was 0.1 and is now 0.11."]
 
 
+@pytest.mark.backend_independent
 def test_p_values_are_adjusted_for_all_claims_together(written):
     tested = [claim for claim in data(written)["claims"] if claim["p_value"] is not None]
     assert len(tested) > len(NAMES)
@@ -260,6 +261,7 @@ def test_the_same_audit_is_the_same_file(model, others, written, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.html", "audit.json"]
 
 
+@pytest.mark.backend_independent
 def test_an_audit_tells_nothing_of_the_machine(written):
     for suffix in (".html", ".json"):
         text = written.with_suffix(suffix).read_text()
@@ -273,6 +275,7 @@ def test_what_holds_is_verified_for_the_loaded_model(model, others, written, tmp
     assert explain.verify(written.with_suffix(".json"), loaded, X, Y, models=others, verbose=0) == []
 
 
+@pytest.mark.backend_independent
 def test_what_cannot_be_checked_or_only_may_matter_is_told_in_warnings(model, written, monkeypatch):
     monkeypatch.setattr(np, "__version__", "9.9.9")
     with (
@@ -283,6 +286,7 @@ def test_what_cannot_be_checked_or_only_may_matter_is_told_in_warnings(model, wr
         assert explain.verify(written, model, X, verbose=0) == []
 
 
+@pytest.mark.backend_independent
 def test_claims_that_are_not_checked_are_still_judged_with_the_others(model, others, tmp_path, monkeypatch):
     """Beside one more small p-value a claim can be supported that is not without it."""
     made = _audit._record
@@ -332,6 +336,7 @@ def test_other_weights_configurations_data_labels_and_seeds_are_noticed(model, o
     assert "a sample has shape [3], and had [4]" in found
 
 
+@pytest.mark.backend_independent
 def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
     record = data(copied)
     numbers = [(path, leaf) for path, leaf in leaves(record) if isinstance(leaf, int | float)]
@@ -357,6 +362,7 @@ def test_every_number_that_is_changed_in_the_data_is_noticed(model, copied):
         assert findings, page[position - 40 : position + 40]
 
 
+@pytest.mark.backend_independent
 def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(model, others, copied):
     record = data(copied)
     claim = by_id(record)["feature/noise"]
@@ -368,6 +374,7 @@ def test_a_number_changed_with_its_checksums_is_noticed_by_computing_it_again(mo
     assert any("statistic/value was 0.3" in sentence for sentence in findings)
 
 
+@pytest.mark.backend_independent
 def test_a_page_that_does_not_show_its_data_is_noticed(model, copied):
     record = data(copied)
     shown = _audit_file.page(record).replace("supported", "proven")
@@ -379,6 +386,7 @@ def test_a_page_that_does_not_show_its_data_is_noticed(model, copied):
     assert explain.verify(copied, model, X, Y) == ["audit.html does not show what its data say."]
 
 
+@pytest.mark.backend_independent
 def test_half_an_audit_is_noticed(model, copied):
     copied.unlink()
     assert explain.verify(copied.with_suffix(".json"), model, X, Y) == ["audit.html is missing."]
@@ -387,6 +395,7 @@ def test_half_an_audit_is_noticed(model, copied):
         explain.verify(copied.with_suffix(".json"), model, X, Y)
 
 
+@pytest.mark.backend_independent
 def test_files_that_are_not_audits_are_neither_read_nor_overwritten(model, copied, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.html"):
         explain.verify(tmp_path / "nothing.html", model, X)
@@ -409,6 +418,7 @@ def test_files_that_are_not_audits_are_neither_read_nor_overwritten(model, copie
         foreign.unlink()
 
 
+@pytest.mark.backend_independent
 def test_what_cannot_be_written_leaves_what_was_there(copied, monkeypatch):
     before = copied.read_bytes()
 
@@ -422,6 +432,7 @@ def test_what_cannot_be_written_leaves_what_was_there(copied, monkeypatch):
     assert sorted(file.name for file in copied.parent.iterdir()) == ["audit.html", "audit.json"]
 
 
+@pytest.mark.backend_independent
 def test_bad_input_is_refused(model, tmp_path):
     path = tmp_path / "audit.html"
     gap = X.copy()
@@ -447,6 +458,7 @@ def test_bad_input_is_refused(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("samples", [1, 7])
 def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
     record = data(explain.audit(model, X[:samples], Y[:samples], tmp_path / "audit.html", verbose=0))
@@ -458,6 +470,7 @@ def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
     assert all("fewer than the" in claim["reason"] for claim in others)
 
 
+@pytest.mark.backend_independent
 def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, tmp_path):
     constant = X[:100].copy()
     constant[:, 2] = 0.5
@@ -473,6 +486,7 @@ def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, 
     assert record["data"]["labels"] is None
 
 
+@pytest.mark.backend_independent
 def test_names_are_text_and_nothing_else(tmp_path):
     names = ["</script><script>alert(1)</script>", '<!-- & "quoted"', "ä\u2028 \\u003c", "d"]
     model = build(names)

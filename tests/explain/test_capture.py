@@ -370,6 +370,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The structure of `inputs`:UserWarning")  # Keras, of a list or dict of one input
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_of_every_kind(kind):
     keras.utils.set_random_seed(1)
@@ -771,6 +772,7 @@ def test_gates_and_windows_recompose():
             assert explain.recomposition_error(model, SEQUENCE, verbose=0)["attention"] < 1e-5
 
 
+@pytest.mark.backend_independent
 def test_progress_is_shown_when_asked_for(capsys):
     explain.capture(keras_attention(), SEQUENCE, batch_size=3, verbose=1)
     assert "3/3" in capsys.readouterr().out

@@ -53,6 +53,7 @@ def claims_of_linear(weights=(1.0, 1.0, 0.0), samples=200, x=None, y=None, **arg
     return feature_claims(linear(weights), x, y, claimed_all(x), **arguments)
 
 
+@pytest.mark.backend_independent
 def test_noise_is_not_supported(trained):
     results = []
     for seed in range(20):
@@ -66,6 +67,7 @@ def test_noise_is_not_supported(trained):
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("name", ["additive", "interaction"])
 def test_what_matters_is_found_and_supported_where_it_is_claimed(results, name):
     relevant = planted.PROCESSES[name][1]
@@ -79,6 +81,7 @@ def test_what_matters_is_found_and_supported_where_it_is_claimed(results, name):
         assert supported.any()
 
 
+@pytest.mark.backend_independent
 def test_copies_are_claimed_and_not_supported(results):
     copies = planted.PROCESSES["redundant copies"][2]
     verdicts = np.stack([result["verdict"].values for result in results["redundant copies"]])
@@ -90,6 +93,7 @@ def test_copies_are_claimed_and_not_supported(results):
         assert result["p_adjusted"].values[4] <= 0.05  # which has no copy
 
 
+@pytest.mark.backend_independent
 def test_a_shortcut_is_claimed_and_not_supported_unless_it_holds(trained, results):
     for result in results["shortcut"]:
         assert result["attribution"].values.argmax() == 4
@@ -117,6 +121,7 @@ def test_the_effect_of_a_feature_in_a_linear_model_is_twice_its_share_that_is_it
     assert result["p_value"].values[3] == 1  # the model does not look at it
 
 
+@pytest.mark.backend_independent
 def test_an_effect_of_no_size_is_refuted_and_no_claim_is_no_verdict():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(2000, 3))
@@ -168,6 +173,7 @@ def test_residuals_for_new_samples_are_those_of_rows_that_the_regression_has_not
     np.testing.assert_allclose(fitted_at_x, best[2], rtol=1e-6)
 
 
+@pytest.mark.backend_independent
 def test_draws_are_distributed_as_the_column_given_the_others():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(2, 1000))
@@ -355,6 +361,7 @@ def test_a_loss_of_ones_own_and_names():
     assert (model.get_weights()[0] == weights).all()
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("samples", [1, 2, 19])
 def test_few_samples_leave_everything_undetermined(samples):
     result = claims_of_linear(samples=samples)
@@ -363,12 +370,14 @@ def test_few_samples_leave_everything_undetermined(samples):
     assert (result["p_adjusted"] == 1).all()
 
 
+@pytest.mark.backend_independent
 def test_fewer_samples_than_features_leave_everything_undetermined():
     result = claims_of_linear(np.ones(50), samples=49)
     assert (result["verdict"] == "undetermined").all()
     assert (claims_of_linear(np.ones(50), samples=50)["p_value"] < 1).any()
 
 
+@pytest.mark.backend_independent
 def test_a_constant_feature_is_undetermined_and_the_others_are_not():
     x = np.random.default_rng(0).normal(size=(200, 4))
     x[:, 1] = 3

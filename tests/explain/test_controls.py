@@ -153,6 +153,7 @@ def test_permuted_weights_stay_in_view():
     assert (permuted != scores)[scores > 0].mean() > 0.5
 
 
+@pytest.mark.backend_independent
 def test_the_distance_is_scipys():
     one, other = RNG.dirichlet(np.ones(6), (2, 3, 2, 4))
     one[..., -1], other[..., 0] = 0, 0
@@ -163,6 +164,7 @@ def test_the_distance_is_scipys():
     np.testing.assert_allclose(_distance({"a": blind[0]}, {"a": blind[1]}), expected, atol=1e-6)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -80,6 +80,7 @@ def test_aopc_of_a_linear_model_is_what_one_calculates_by_hand(removal):
     assert lower < result["aopc_comprehensiveness"] < upper
 
 
+@pytest.mark.backend_independent
 def test_the_marginal_value_comes_from_the_background_and_from_one_row():
     background = np.repeat(np.arange(1, 6, dtype="float32")[:, None], 8, axis=1)
     kernel = np.array([1, 10, 0, 0, 0, 0, 0, 0])
@@ -132,6 +133,7 @@ def test_positions_with_channels_and_tokens():
             assert result.attrs["mask_value"] == 9
 
 
+@pytest.mark.backend_independent
 def test_the_truth_is_recognised_and_its_opposite_is_not():
     attribution = xr.DataArray(np.abs(WEIGHTS * X), dims=("sample", "feature"))
     good = explain.faithfulness(linear(WEIGHTS), X, attribution.T, verbose=0)
@@ -187,6 +189,7 @@ def test_the_same_removal_from_the_same_sample_is_predicted_once(monkeypatch):
     assert sum(predicted) <= 40 * (1 + 4 * 3 + 4 + 8 + 70 + 8)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("alike", [True, False], ids=["one ranking for all", "one for each sample"])
 def test_attributions_that_know_nothing_are_seldom_called_faithful(alike):
     model, attempts, rng = linear(WEIGHTS), 60, np.random.default_rng(0)
@@ -202,6 +205,7 @@ def test_attributions_that_know_nothing_are_seldom_called_faithful(alike):
     assert stats.binom.ppf(0.001, attempts, 0.5) <= np.sum(np.array(p_values) <= 0.5)  # nor is the test deaf
 
 
+@pytest.mark.backend_independent
 def test_one_seed_for_all_does_not_make_what_is_tested_depend_on_the_test(monkeypatch):
     """From one stream, random attributions passed this test in 14 of 100 cases at a level of 0.05."""
     seeds, default_rng = [], np.random.default_rng
@@ -221,6 +225,7 @@ def test_one_seed_for_all_does_not_make_what_is_tested_depend_on_the_test(monkey
     assert len({seed for seed in seeds if seed.startswith("[")}) == 6  # the others are those of intervals
 
 
+@pytest.mark.backend_independent
 def test_what_changes_nothing():
     constant = X.copy()
     constant[:, 0] = 2  # its removal cannot show, whatever the model makes of it
@@ -237,6 +242,7 @@ def test_what_changes_nothing():
     assert {everything_removed[name].item() for name in everything_removed if name[:2] == "p_"} == {1}
 
 
+@pytest.mark.backend_independent
 def test_one_sample_has_no_interval():
     result = explain.faithfulness(linear(WEIGHTS), X[:1], X[:1], background=X, draws=9, verbose=0)
     assert np.isnan(result["interval"]).all()
@@ -244,6 +250,7 @@ def test_one_sample_has_no_interval():
     assert 0.1 <= result["p_value"] <= 1
 
 
+@pytest.mark.backend_independent
 def test_the_seed_decides_and_samples_for_the_null_are_limited():
     x = RNG.normal(size=(600, 8)).astype("float32")
     one, same, other = (
@@ -259,6 +266,7 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
     assert mean.attrs["observed"] == pytest.approx(mean["aopc_comprehensiveness"].item(), rel=0.1)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -304,6 +312,7 @@ def test_errors_tell_the_way_out(arguments, message):
         explain.faithfulness(**arguments)
 
 
+@pytest.mark.backend_independent
 def test_progress_is_shown_when_asked_for(capsys):
     explain.faithfulness(linear(WEIGHTS), X, X, draws=4, verbose=1)
     assert "5/5" in capsys.readouterr().out

@@ -37,6 +37,7 @@ def two_layers(attention=ATTENTIONS["keras"], outputs=1, activation=None):
     return keras.Model(inputs, layers.Dense(outputs, activation=activation)(layers.Flatten()(x)))
 
 
+@pytest.mark.backend_independent
 def test_even_heads_sharp_heads_and_heads_that_look_ahead():
     ahead = np.roll(np.eye(4), 1, axis=1)
     scores = xr.DataArray([[np.full((4, 4), 1 / 4), np.eye(4), ahead]], dims=DIMS)
@@ -53,6 +54,7 @@ def test_even_heads_sharp_heads_and_heads_that_look_ahead():
     }
 
 
+@pytest.mark.backend_independent
 def test_each_number_is_the_mean_of_what_scipy_and_the_formula_say():
     scores = random_scores((6, 3, 4, 4))
     statistics = explain.head_statistics(scores)
@@ -70,6 +72,7 @@ def test_each_number_is_the_mean_of_what_scipy_and_the_formula_say():
     assert (statistics["redundancy"] <= 1).all()
 
 
+@pytest.mark.backend_independent
 def test_twin_heads_have_redundancy_0_also_when_rounding_tells_them_apart():
     scores = random_scores((50, 1, 6, 6)).astype("float32")
     twins = xr.concat([scores, scores, scores * np.float32(1 + 1e-6)], "head")
@@ -77,6 +80,7 @@ def test_twin_heads_have_redundancy_0_also_when_rounding_tells_them_apart():
     assert (explain.head_statistics(twins)["redundancy"][0, 1] == 0).all()
 
 
+@pytest.mark.backend_independent
 def test_masked_keys_do_not_count_and_queries_that_look_nowhere_are_left_out():
     seen, padded = random_scores((6, 2, 4, 4)), np.zeros((6, 2, 6, 6))
     padded[:, :, 1:5, 1:5] = seen  # the first key and query and the last ones are padding
@@ -97,18 +101,21 @@ def test_masked_keys_do_not_count_and_queries_that_look_nowhere_are_left_out():
     np.testing.assert_array_equal(np.isnan(blind["redundancy"]), [[True, True], [True, False]])
 
 
+@pytest.mark.backend_independent
 def test_a_head_whose_other_weights_underflow_is_sharp():
     sharp = np.eye(4)[[1, 1, 1, 1]]
     scores = xr.DataArray([[np.full((4, 4), 1 / 4), sharp]], dims=DIMS)
     np.testing.assert_allclose(explain.head_statistics(scores)["entropy"], [1, 0], atol=1e-15)
 
 
+@pytest.mark.backend_independent
 def test_distance_needs_queries_and_keys_that_count_the_same_positions():
     statistics = explain.head_statistics(random_scores((2, 2, 3, 5)))
     assert np.isnan(statistics["distance"]).all()
     assert np.isfinite(statistics["redundancy"]).all()
 
 
+@pytest.mark.backend_independent
 def test_nan_stays_nan_in_its_head():
     scores = random_scores((4, 3, 5, 5))
     scores[2, 1, 3] = np.nan
@@ -132,6 +139,7 @@ def test_what_capture_returns_goes_in_as_it_is(monkeypatch):
     xr.testing.assert_allclose(explain.head_statistics(weights)["second"], statistics["second"])
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -314,6 +322,7 @@ def test_heads_of_layers_that_fold_the_batch_belong_to_no_sample():
     assert explain.head_statistics(explain.capture(model, X[:, :4], verbose=0))["attention"].sizes["head"] == 2
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

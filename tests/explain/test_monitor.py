@@ -161,6 +161,7 @@ def recorded(monitor):
     }
 
 
+@pytest.mark.backend_independent
 def test_tensorboard_shows_what_its_own_writer_wrote(tmp_path, monkeypatch):
     with monkeypatch.context() as installed:
         installed.setattr(keras.config, "backend", lambda: "jax")  # on TensorFlow, that would write
@@ -171,6 +172,7 @@ def test_tensorboard_shows_what_its_own_writer_wrote(tmp_path, monkeypatch):
     assert shown(tmp_path) == recorded(monitor)
 
 
+@pytest.mark.backend_independent
 def test_tensorboard_shows_what_tensorflow_wrote(tmp_path, monkeypatch):
     with monkeypatch.context() as installed:
         for module in ("tensorboard", "tensorboard.summary"):
@@ -180,6 +182,7 @@ def test_tensorboard_shows_what_tensorflow_wrote(tmp_path, monkeypatch):
     assert shown(tmp_path) == recorded(monitor)
 
 
+@pytest.mark.backend_independent
 def test_without_anything_that_writes_for_tensorboard(monkeypatch):
     for module in ("tensorboard.summary", "tensorflow"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -187,6 +190,7 @@ def test_without_anything_that_writes_for_tensorboard(monkeypatch):
         explain.AttentionMonitor(X, log_dir="logs")
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -201,6 +205,7 @@ def test_bad_arguments_are_named(arguments, message):
         fit(compiled(), explain.AttentionMonitor(**arguments), epochs=1)
 
 
+@pytest.mark.backend_independent
 def test_layers_with_several_attention_axes_are_named_before_training():
     inputs = keras.Input((2, 3, 8))
     x = layers.MultiHeadAttention(2, 4, attention_axes=(1, 2), name="image")(inputs, inputs)

@@ -105,6 +105,7 @@ def test_which_weights_are_shuffled_and_which_samples_are_used():
     assert many.attrs["samples"] == 256
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,12 +125,14 @@ def test_randomization_refuses_what_it_cannot_test(arguments, message):
         explain.parameter_randomization(**({"model": tabular(), "x": X, "verbose": 0} | arguments))
 
 
+@pytest.mark.backend_independent
 def test_an_attribution_that_changes_its_shape_is_refused():
     widths = iter([4, 5])
     with pytest.raises(ValueError, match="of one shape, whatever the weights"):
         explain.parameter_randomization(tabular(), X, method=lambda model, x: x[:, : next(widths)], verbose=0)
 
 
+@pytest.mark.backend_independent
 def test_models_that_were_never_trained_agree_by_chance():
     """Over many pairs of them, a p-value is at most 0.05 in about one of twenty."""
     few = X[:20]
@@ -142,6 +145,7 @@ def test_models_that_were_never_trained_agree_by_chance():
     assert stats.binomtest(found, len(p_values), 0.05, alternative="greater").pvalue > 0.01
 
 
+@pytest.mark.backend_independent
 def test_models_that_agree_and_models_that_do_not():
     names = {"feature": list("abcdefgh")}
     truth = np.broadcast_to(np.arange(1.0, 9), (40, 8))
@@ -170,6 +174,7 @@ def test_models_that_agree_and_models_that_do_not():
         explain.seed_agreement([truth, truth], top_k=8)
 
 
+@pytest.mark.backend_independent
 def test_the_interval_of_an_overlap_is_that_of_other_samples():
     """In half of the samples the models agree: which features come first depends on the samples that are drawn."""
     rng = np.random.default_rng(0)

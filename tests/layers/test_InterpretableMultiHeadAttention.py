@@ -333,6 +333,7 @@ def test_an_unknown_argument_is_refused_with_the_near_miss(name, hint):
 # Equal to Keras
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64:UserWarning")  # JAX has none, unless told to
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16", "mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_output_and_scores_are_those_of_keras(rng, situation, dtype):
@@ -988,6 +989,7 @@ def test_reading_scores_does_not_change_the_loss(x):
     assert sorted(float(loss) for loss in with_scores.losses) == losses
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")  # for value and output, as asserted below
 def test_scores_can_be_part_of_a_trained_model(layer, x):
     inputs = keras.Input((5, 6))
     outputs, scores = layer(inputs, return_attention_scores=True)

@@ -72,9 +72,8 @@ def numpy_scores(layer, query, key, mask):
         allowed &= distance >= 0
     if "sliding_window" in mask:
         allowed &= abs(distance) < mask["sliding_window"]
-    weights = np.where(
-        allowed, np.exp(logits - np.where(allowed, logits, -np.inf).max(-1, keepdims=True, initial=-1e30)), 0
-    )
+    logits = np.where(allowed, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e30))
     return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
 
 
