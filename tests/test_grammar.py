@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 
-from kerasfactory import plot
+from kerasfactory import explain, plot
 
 # Each keyword, in the order in which signatures list them: what, names, how, running.
 ORDER = [
-    *("ax", "method", "methods", "target", "query", "layers", "weights", "models", "loss"),
+    *("ax", "y", "method", "methods", "target", "query", "layers", "parameters", "models", "loss"),
     *("feature_names", "feature_mask"),
     *("removal", "mask_value", "background", "groups", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
@@ -16,15 +16,18 @@ ORDER = [
     *("every", "log_dir", "batch_size", "verbose", "store", "seed"),
 ]
 
-# How many arguments of a function may be positional.
-MOST_POSITIONAL = {plot: 1}
+# What functions are about: only this may be positional, in this order.
+SUBJECTS = {
+    plot: ["scores", "attribution", "history", "statistics", "result"],
+    explain: ["path", "model", "x", "y", "attribution", "attributions", "weights", "record", "path"],
+}
 
 # These words have been replaced: by `top_k`, by `level`, and by American spelling.
 OLD_WORDS = {"top", "n_top", "confidence", "colour"}
 
 FUNCTIONS = {
-    f"{module.__name__.partition('.')[2]}.{name}": (getattr(module, name), most)
-    for module, most in MOST_POSITIONAL.items()
+    f"{module.__name__.partition('.')[2]}.{name}": (getattr(module, name), subjects)
+    for module, subjects in SUBJECTS.items()
     for name in module.__all__
 }
 
@@ -35,10 +38,26 @@ def names_of(function, *kinds):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_only_what_the_function_is_about_may_be_positional(function):
-    function, most = FUNCTIONS[function]
+    function, subjects = FUNCTIONS[function]
     positional = names_of(function, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    assert 1 <= len(positional) <= most
+    assert positional
+    remaining = iter(subjects)
+    assert all(name in remaining for name in positional), f"{positional} are not of {subjects}, in this order"
     assert not names_of(function, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if name.startswith("explain.")])
+def test_what_runs_a_model_takes_a_batch_size_and_shows_its_progress(function):
+    parameters = inspect.signature(FUNCTIONS[function][0]).parameters
+    if "model" in parameters:
+        assert parameters["batch_size"].default is None
+        assert parameters["verbose"].default == "auto"
+
+
+def test_a_word_has_one_default_wherever_it_is_optional():
+    for word, default in {"level": 0.05, "seed": 0, "verbose": "auto", "batch_size": None, "layers": None}.items():
+        signatures = [inspect.signature(function).parameters for function, _ in FUNCTIONS.values()]
+        assert {parameters[word].default for parameters in signatures if word in parameters} == {default}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -27,7 +27,7 @@ def parameter_randomization(
     *,
     method: str | Callable[[keras.Model, Any], Any] = "attention",
     layers: str | Sequence[str] | None = None,
-    weights: str = "attention",
+    parameters: str = "attention",
     draws: int = 20,
     tolerance: float = 0.5,
     level: float = 0.05,
@@ -63,7 +63,7 @@ def parameter_randomization(
         method: The attribution: a method of `attribute`, or a function of a model and samples that returns one,
             (sample, feature). It is called with the same model, in a `keras.StatelessScope` with other values.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
-        weights: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
+        parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
         draws: How often shuffled weights are drawn.
         tolerance: The share that may be kept, between 0 and 1.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
@@ -83,7 +83,7 @@ def parameter_randomization(
         - `p_value`: of the exact sign test that the median is at most the `tolerance`; and `p_opposite`, that it is
           above. 1 if there is nothing to keep.
 
-        The attributes are `method`, `weights`, `samples`, `draws`, `tolerance`, `level` and `seed`.
+        The attributes are `method`, `parameters`, `samples`, `draws`, `tolerance`, `level` and `seed`.
 
     Raises:
         ValueError: As `attribute`; if `x` is no array, or an argument is out of range; if the function `method` returns
@@ -111,8 +111,8 @@ def parameter_randomization(
         #> 1.0
         ```
     """
-    if weights not in ("attention", "all"):
-        raise ValueError(f'`weights` must be "attention" or "all". Received: weights={weights!r}')
+    if parameters not in ("attention", "all"):
+        raise ValueError(f'`parameters` must be "attention" or "all". Received: parameters={parameters!r}')
     if not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be a number between 0 and 1. Received: tolerance={tolerance!r}")
     checked_level(level)
@@ -127,7 +127,7 @@ def parameter_randomization(
         return _shares(attribute(model, x, method=method, layers=layers, batch_size=batch_size, verbose=0, seed=seed))
 
     own = shares()
-    owners = find_attention(model).values() if weights == "attention" else [model]
+    owners = find_attention(model).values() if parameters == "attention" else [model]
     variables = {id(variable): variable for owner in owners for variable in owner.weights}.values()  # each once
     trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables]
     distance, null = np.empty(draws), np.empty((draws, _RELABELINGS))
@@ -153,7 +153,7 @@ def parameter_randomization(
             "p_opposite": p_opposite,
         },
         {"bound": ["lower", "upper"]},
-        {"method": name, "weights": weights, "samples": len(chosen)}
+        {"method": name, "parameters": parameters, "samples": len(chosen)}
         | {"draws": draws, "tolerance": tolerance, "level": level, "seed": seed},
     )
 

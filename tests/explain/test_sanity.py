@@ -97,7 +97,7 @@ def test_which_weights_are_shuffled_and_which_samples_are_used():
     np.testing.assert_array_equal(tokens["distance"], 0)  # those of the tokenizer are not attention's
     assert (
         explain.parameter_randomization(
-            model, X, method=lambda model, x: model.layers[1](x)[..., 0], weights="all", draws=2, verbose=0
+            model, X, method=lambda model, x: model.layers[1](x)[..., 0], parameters="all", draws=2, verbose=0
         )["distance"]
         > 0
     ).all()
@@ -109,7 +109,7 @@ def test_which_weights_are_shuffled_and_which_samples_are_used():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": "none"}, '"attention" or "all"'),
+        ({"parameters": "none"}, '"attention" or "all"'),
         ({"tolerance": 1}, "`tolerance` must be a number between 0 and 1"),
         ({"draws": 0}, "`draws` must be a positive integer"),
         ({"level": 95}, "`level` must be"),
