@@ -1,6 +1,5 @@
 """What each head of an attention layer does, and how much the model needs it."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -11,6 +10,7 @@ from keras import ops, tree
 from scipy.special import entr, rel_entr
 
 from kerasfactory import _backend
+from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import axis_names
@@ -319,10 +319,9 @@ def head_importance(
         progress.add(1)
 
     if not any(map(np.any, gradient.values())) and any(map(np.any, ablation.values())):
-        warnings.warn(
+        warn(
             "The loss depends on the heads, and yet its gradient is 0 for every head of every sample: it passes no "
-            "gradient on, as a loss that rounds its values or computes with NumPy. Only `ablation` says something.",
-            stacklevel=2,
+            "gradient on, as a loss that rounds its values or computes with NumPy. Only `ablation` says something."
         )
     of_loss = {"loss": loss_name(loss), "loss_value": sum_of_losses / samples, "samples": samples}
     versions = {"backend": keras.config.backend(), "keras_version": keras.__version__}

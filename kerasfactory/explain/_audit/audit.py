@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from keras import ops
 import kerasfactory
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level
+from kerasfactory._warnings import warn
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, unusable_loss
 from kerasfactory.explain._audit.file import (
@@ -270,11 +270,11 @@ def verify(
     if record["data"]["labels"] and y is None:
         now["data"]["labels"], now["features"] = record["data"]["labels"], record["features"]
         unchecked |= {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        warnings.warn("Without labels, `y`, the claims about single features were not checked.", stacklevel=2)
+        warn("Without labels, `y`, the claims about single features were not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
-        warnings.warn("Without `models`, the claim about models from other seeds was not checked.", stacklevel=2)
+        warn("Without `models`, the claim about models from other seeds was not checked.")
     now["claims"] = [before[claim["id"]] if claim["id"] in unchecked else claim for claim in now["claims"]]
     judge(now["claims"], record["settings"]["level"])
     changed = [
@@ -283,7 +283,7 @@ def verify(
         if version != now["environment"].get(name)
     ]
     if changed:
-        warnings.warn(f"The audit was made with other versions: {'; '.join(changed)}.", stacklevel=2)
+        warn(f"The audit was made with other versions: {'; '.join(changed)}.")
     return differences(record, now, max(ABSOLUTE, rounding_of(model)))
 
 
