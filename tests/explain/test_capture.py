@@ -435,6 +435,9 @@ def test_state_goes_on_from_batch_to_batch_and_is_given_back():
     np.testing.assert_allclose(predictions(by_hand, SEQUENCE), expected, atol=1e-6)
 
 
+# PyTorch's compiler, of a module that it imports itself, and of Keras' cached functions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to:UserWarning")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_compiled_functions_stay(jit_compile):
     model = functional()
@@ -658,6 +661,7 @@ def in_a_loop():
     return keras.Sequential([keras.Input((6, 8)), Mapped(name="mapped")])
 
 
+@pytest.mark.filterwarnings("ignore:.*There is a performance drop:UserWarning")  # PyTorch, of attention in a loop
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
