@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip --quiet --quiet --disable-pip-version-check
 UV = $(BIN)/uv --quiet pip install --python $(BIN)/python
+# What another backend can change, and what another Keras can: the layers, and what reaches inside those of Keras.
+BACKEND_TESTS = -m "not backend_independent" tests/layers tests/explain
+KERAS_TESTS = -m "not backend_independent" tests/layers \
+	$(patsubst %,tests/explain/test_%.py,attribution capture edit heads monitor summary)
 PYTEST = TEST_SUMMARY=$(SUMMARY) $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
+# Each run of pytest adds its line, which are shown together at the end.
 SUMMARY = .venv/summary
 START := $(shell date +%s)
-# What another backend can change, and what another Keras can.
-BACKEND_TESTS = tests/layers tests/explain -m "not backend_independent"
-KERAS_TESTS = tests/layers $(patsubst %,tests/explain/test_%.py,attribution capture edit heads monitor summary) -m "not backend_independent"
+SHOW_SUMMARY = @echo; echo 'What `make $@` ran:'; cat $(SUMMARY); \
+	echo "$$(($$(date +%s) - $(START))) s in all"
 OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export NO_MKDOCS_2_WARNING = 1
@@ -24,7 +28,7 @@ site: .venv/docs ## build the site into site/
 test: summary lint ## everything, on TensorFlow; then what a backend can change on the other two
 	$(PYTEST)
 	$(MAKE) test-jax test-torch
-	@echo; echo 'What `make test` ran:'; cat $(SUMMARY); echo "$$(($$(date +%s) - $(START))) s in all"
+	$(SHOW_SUMMARY)
 
 # The tests compile much and compute little; that is what the setting for JAX is about.
 test-jax test-torch: .venv/ready ## what a backend can change, on one of them
@@ -43,6 +47,7 @@ keras-versions: summary .venv/ready ## what another Keras can change, on the old
 	else \
 		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(PYTEST) $(KERAS_TESTS); \
 	fi
+	$(SHOW_SUMMARY)
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py

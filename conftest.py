@@ -23,4 +23,4 @@ def pytest_terminal_summary(terminalreporter):
         counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in outcomes}
         counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
         with Path(path).open("a") as file:
-            file.write(f"{time.monotonic() - START:5.0f} s  {pytest_report_header()}: {counted}\n")
+            file.write(f"{counted} in {time.monotonic() - START:.0f} s, {pytest_report_header()}\n")

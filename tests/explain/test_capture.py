@@ -435,6 +435,7 @@ def test_state_goes_on_from_batch_to_batch_and_is_given_back():
     np.testing.assert_allclose(predictions(by_hand, SEQUENCE), expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of itself and of Keras, and an error would stop it
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_compiled_functions_stay(jit_compile):
     model = functional()
@@ -670,6 +671,7 @@ def in_a_loop():
     return keras.Sequential([keras.Input((6, 8)), Mapped(name="mapped")])
 
 
+@pytest.mark.filterwarnings("ignore:.*There is a performance drop:UserWarning")  # PyTorch, of attention in a loop
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
