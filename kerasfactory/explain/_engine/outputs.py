@@ -146,7 +146,7 @@ def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
             "`loss` must return the losses of the samples, and not their mean: a number for each sample, "
             f"{samples} here. Received: shape {shape} from loss={loss!r}"
         )
-    return ops.mean(losses[:, None], axis=tuple(range(1, len(shape) + 1)))
+    return losses if len(shape) == 1 else ops.mean(losses, axis=tuple(range(1, len(shape))))
 
 
 def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
