@@ -122,8 +122,9 @@ def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
     if len(flat) == 1:
         (outputs,), (targets,) = flat, tree.flatten(targets)
         compiled_loss = _backend.get_loss(loss, targets, outputs)
-        # Not below the precision of the outputs, to which a loss of single precision would round them.
-        dtype = keras.backend.result_type(compiled_loss.dtype, keras.backend.standardize_dtype(outputs.dtype))
+        # A loss of single precision would round outputs of double precision.
+        is_double = keras.backend.standardize_dtype(outputs.dtype) == "float64"
+        dtype = "float64" if is_double else compiled_loss.dtype
         losses = compiled_loss.call(ops.cast(targets, dtype), ops.cast(outputs, dtype))
     elif callable(loss):
         losses = loss(targets, outputs)
@@ -137,7 +138,7 @@ def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
             "`loss` must return the losses of the samples, and not their mean: a number for each sample, "
             f"{samples} here. Received: shape {shape} from loss={loss!r}"
         )
-    return ops.mean(losses[:, None], axis=tuple(range(1, len(shape) + 1)))
+    return losses if len(shape) == 1 else ops.mean(losses, axis=tuple(range(1, len(shape))))
 
 
 def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
