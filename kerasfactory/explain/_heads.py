@@ -13,7 +13,7 @@ from kerasfactory import _backend
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
-from kerasfactory.explain._engine.labels import axis_names
+from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
@@ -324,12 +324,11 @@ def head_importance(
             "gradient on, as a loss that rounds its values or computes with NumPy. Only `ablation` says something."
         )
     of_loss = {"loss": loss_name(loss), "loss_value": sum_of_losses / samples, "samples": samples}
-    versions = {"backend": keras.config.backend(), "keras_version": keras.__version__}
     return {
         name: xr.Dataset(
             {"gradient": ("head", gradient[name] / samples), "ablation": ("head", ablation[name] / samples)},
             {"head": np.arange(ones[name].size)},
-            {"layer": found.name, "class": type(found.layer).__name__, "call": found.number, **of_loss, **versions},
+            attributes_of(found) | of_loss,
         )
         for name, found in edit.found.items()
     }

@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks import claims as planted
 from kerasfactory import explain, plot
-from kerasfactory.explain._audit import audit as _audit
+from kerasfactory.explain._audit import claims as _claims_of_audit
 from kerasfactory.explain._claims import _designs, _drawn, _regressed
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
@@ -272,7 +272,7 @@ def test_categories_as_vectors_choose_the_loss_that_crossentropy_means():
 
 def audited(loss, tmp_path, monkeypatch, y=None):
     """What an audit of a small classifier says of single features."""
-    monkeypatch.setattr(_audit, "attention_controls", functools.partial(explain.attention_controls, steps=1))
+    monkeypatch.setattr(_claims_of_audit, "attention_controls", functools.partial(explain.attention_controls, steps=1))
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,))
     tokens = FeatureTokenizer(4)(inputs)
@@ -325,7 +325,7 @@ def test_an_audit_says_why_a_loss_decides_nothing_before_it_computes_anything_lo
 
 
 def test_an_audit_refuses_labels_that_the_loss_does_not_take_before_it_computes_anything_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(_audit, "capture", None)
+    monkeypatch.setattr(_claims_of_audit, "capture", None)
     with pytest.raises(ValueError, match=r"`y` must hold integers from 0 to 2\. Received: from 0 to 3"):
         audited("ce", tmp_path, monkeypatch, y=np.arange(60) % 4)
 

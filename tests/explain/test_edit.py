@@ -1,6 +1,7 @@
 """A model run with other scores than its own."""
 
 import contextlib
+import warnings
 
 import keras
 import numpy as np
@@ -144,7 +145,9 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     deltas = {name: np.zeros((3, *shape), "float32") for name, shape in edit.shapes.items()}
 
     def by_values(outputs, more):
-        return ops.sum(outputs[:, int(numbers(more)[0])])
+        with warnings.catch_warnings():  # of NumPy to Keras
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ops.sum(outputs[:, int(numbers(more)[0])])
 
     compiles = keras.config.backend() != "torch"
     for warns in (compiles, False):  # once

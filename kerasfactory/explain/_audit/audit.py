@@ -105,8 +105,8 @@ def audit(
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
         x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature),
             (sample, position, channel) or token ids, (sample, position).
-        y: Labels, one for each sample, in the form that the model's loss takes. Without them, claims about single
-            features are undetermined.
+        y: Labels, one for each sample, in the form that the model's loss takes. Without them, and without a loss of
+            single samples to compute, claims about single features are undetermined.
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
             are not. Without it, nothing is written.
         method: Of the attribution, as for `attribute`.
