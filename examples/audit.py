@@ -87,7 +87,7 @@ for name, found in report.features.iterrows():
 
 # %% tags=["cover"] alt="The increase of the loss without each of eight features, with its interval and verdict. Employee, undetermined, and income, supported, lie far above zero; turnover and receipts, refuted, and the four noise columns, undetermined, lie at zero."
 attribution = explain.attribute(model, x_test, verbose=0)
-ax = plot.features(explain.feature_claims(model, x_test, y_test, attribution, batch_size=4096))
+ax = plot.features(explain.feature_claims(model, x_test, y_test, attribution, batch_size=4096, verbose=0))
 ax.set_xlabel("increase of the loss without the feature, with its interval")
 plt.show()
 

@@ -11,8 +11,7 @@ from keras import layers, ops
 from scipy import stats
 
 from kerasfactory import explain
-from kerasfactory.explain import _faithfulness
-from kerasfactory.explain._claims import feature_claims
+from kerasfactory.explain import _faithfulness, feature_claims
 from kerasfactory.explain._engine.outputs import predictions
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
