@@ -10,7 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasfactory._backend._keras import get_keras_mask, get_loss, set_keras_mask
+from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
+from kerasfactory._backend._keras import get_loss
+from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 if keras.config.backend() not in _BACKENDS:
@@ -33,25 +35,6 @@ outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
-
-__all__ = [
-    "as_numpy",
-    "as_tensor",
-    "compiled",
-    "concrete",
-    "get_keras_mask",
-    "gradient",
-    "in_scope",
-    "is_usable",
-    "on_cpu",
-    "outside_traces",
-    "predict_step",
-    "set_keras_mask",
-    "summary_writer",
-    "unreduced_loss",
-    "weak_reference",
-    "with_numpy_dtype",
-]
 
 
 def unreduced_loss(loss, targets, outputs):
