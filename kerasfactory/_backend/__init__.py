@@ -9,8 +9,10 @@ import importlib
 import keras
 import numpy as np
 
-from kerasfactory._backend._keras import get_keras_mask, get_loss, set_keras_mask
-from kerasfactory._backend._shared import missing
+from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
+from kerasfactory._backend._keras import get_loss as get_loss
+from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
+from kerasfactory._backend._shared import missing as missing
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 if keras.config.backend() not in _BACKENDS:
@@ -33,26 +35,6 @@ outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
-
-__all__ = [
-    "as_numpy",
-    "as_tensor",
-    "compiled",
-    "concrete",
-    "get_keras_mask",
-    "get_loss",
-    "gradient",
-    "in_scope",
-    "is_usable",
-    "missing",
-    "on_cpu",
-    "outside_traces",
-    "predict_step",
-    "set_keras_mask",
-    "summary_writer",
-    "weak_reference",
-    "with_numpy_dtype",
-]
 
 
 def summary_writer(log_dir):
