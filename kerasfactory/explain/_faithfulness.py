@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import xarray as xr
 
-from kerasfactory._arguments import generator, positive_integer
+from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._engine.data import checked_attribution, chosen_samples, feature_array, progress_bar
 from kerasfactory.explain._engine.outputs import checked_outputs, checked_target, predictions
 from kerasfactory.explain._engine.statistics import bootstrap_interval
@@ -99,7 +99,7 @@ def faithfulness(
         mask_value: For `removal="mask"`.
         fractions: Of the features, each above 0 and at most 1. They come back sorted, without repetition.
         draws: Of the null distribution.
-        level: The interval covers \(1 - \text{level}\); between 0 and 1.
+        level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
         verbose: As for `capture`. The steps are the draws.
         seed: Of all that is drawn. The same seed gives the same result.
@@ -152,8 +152,7 @@ def faithfulness(
     importance = checked_attribution(attribution, x)
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must lie between 0 and 1. Received: level={level!r}")
+    level = checked_level(level)
     samples, features = importance.shape
     rng = generator(seed, "faithfulness")
     donors, background_used = _donors(x, removal, background, mask_value)

@@ -294,7 +294,7 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
         ({"fractions": []}, "must lie above 0"),
         ({"fractions": [np.nan]}, "must lie above 0"),
         ({"draws": 0}, "`draws` must be a positive integer"),
-        ({"level": 5}, "`level` must lie between 0 and 1"),
+        ({"level": 5}, "`level` must be a number between 0 and 0.5"),
         ({"target": 1}, "`target` must be the number of an output, from 0 to 0"),
         ({"target": "first"}, "Received: target='first'"),
         ({"y": np.zeros(40)}, "this one has one, leave `y` out"),
