@@ -26,33 +26,33 @@ UNREAD_LAYERS = {keras.layers.Attention: "without heads"}
 
 # The private names of Keras that `explain` relies on, by their owner. What every Keras must have is read through
 # `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
+_HAS_WINDOWS = "sliding_window" in inspect.signature(keras.layers.MultiHeadAttention).parameters  # not in Keras 3.14
 PRIVATE_NAMES = {
     "keras.layers.Layer": ("_flatten_layers", "_layers", "_losses", "_loss_ids"),
     "keras.layers.MultiHeadAttention": (
         "_compute_attention",
         "_compute_attention_mask",
         "_compute_causal_mask",
-        "_compute_sliding_window_mask",
         "_masked_softmax",
         "_combine_equation",
         "_output_dense",
         "_gate_dense",
         "_use_gate",
         "_attention_axes",
-        "_sliding_window",
         "_flash_attention",
+        *(["_compute_sliding_window_mask", "_sliding_window"] if _HAS_WINDOWS else []),
     ),
     "keras.layers.GroupQueryAttention": (
         "_compute_attention",
         "_compute_attention_mask",
         "_compute_causal_mask",
-        "_compute_sliding_window_mask",
         "_masked_softmax",
         "_combine_equation",
         "_output_dense",
         "_gate_dense",
         "_return_attention_scores",
         "_flash_attention",
+        *(["_compute_sliding_window_mask"] if _HAS_WINDOWS else []),
     ),
     "kerasfactory.layers.InterpretableMultiHeadAttention": ("_scores", "_traced_scores"),
 }
