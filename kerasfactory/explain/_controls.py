@@ -51,7 +51,7 @@ def attention_controls(
     If uniform attention leaves the output as it is, attention does not decide the output, whatever the map looks like.
     That other scores give the same output is weaker evidence. The adversary may find scores that the model could not
     have learned to produce (Wiegreffe & Pinter 2019, [*Attention is not not
-    Explanation*](https://arxiv.org/abs/1908.04626)), and it may move at will the queries from which nothing is read.
+    Explanation*](https://arxiv.org/abs/1908.04626)), and it may change freely the queries that the model does not read.
     Compare its distance with that of `permuted`: scores of the same shape that know nothing.
 
     With the scores \(A\) of the model and others \(B\), over \(R\) rows, the queries of all heads and layers that

@@ -80,8 +80,8 @@ def faithfulness(
     A removed feature keeps its place and gets another value. The model may never have seen such an input
     (Hooker et al. 2019, [*A Benchmark for Interpretability Methods in Deep Neural
     Networks*](https://arxiv.org/abs/1806.10758)), so a large change can be the model's surprise and not the
-    feature's merit. And of two copies of a feature each can be removed without a change: a faithful attribution to
-    either has comprehensiveness 0 then. Try more than one `removal`.
+    feature's merit. If a feature has a copy, removing either of the two changes nothing: even a faithful attribution to
+    one of them has comprehensiveness 0. Try more than one `removal`.
 
     Args:
         model: A `keras.Model` with one output for each sample, or several, of shape `(sample,)` or `(sample, output)`.
@@ -95,10 +95,10 @@ def faithfulness(
             features removed from a sample come from one row, and the output is the mean over three rows. `"mean"`:
             its mean in `background`; not for token ids or categories. `"mask"`: `mask_value`, for models that are
             trained to ignore it.
-        background: Samples like `x`, to draw from; `x` itself if not given.
         mask_value: For `removal="mask"`.
+        background: Samples like `x`, to draw from; `x` itself if not given.
         fractions: Of the features, each above 0 and at most 1. They come back sorted, without repetition.
-        draws: Of the null distribution.
+        draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
         verbose: As for `capture`. The steps are the draws.

@@ -51,8 +51,9 @@ def parameter_randomization(
     $$
 
     The null distribution is made of \(\pi b_r\), attributions of the same shape that know nothing: those of the
-    shuffled model with its features relabeled at random, in the same way for all samples. 1 is kept if the attribution
-    stays what it was, and 0 if it is no nearer to it than with relabeled features. It may be below 0.
+    shuffled model with its features relabeled at random, in the same way for all samples. What is
+    kept is 1 if the attribution does not change, and 0 if it is no nearer to the original than a relabeled one. It may
+    be below 0.
 
     Passing is no evidence that an attribution is faithful: that of a model that was never trained passes. Failing is
     evidence that it is not about the model. Keys that a mask hides are hidden with any weights, and count as kept.

@@ -73,8 +73,8 @@ def summarize(
     block are whole here, their softmax needs no second pass, nor the online form that the paper uses.
 
     The model runs eagerly, each batch once, as `model.predict` would run it, with dropout off. Nothing of it is
-    changed. All its `MultiHeadAttention` and `GroupQueryAttention` layers are computed in blocks, those that are not
-    in `layers` too, in single precision, by NumPy, from the model's own queries, keys and values. For a model in half
+    changed. NumPy computes all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, also those that are
+    not in `layers`. It does so in single precision, from the model's own queries, keys and values. For a model in half
     precision that is more exact than its own arithmetic.
 
     Some layers form their scores nevertheless, and memory is then as for `capture`: a subclass with its own
@@ -104,8 +104,8 @@ def summarize(
         - `top_key`, `top_weight` (sample, head, query, rank): the positions of the keys with the largest weights, and
           the weights, from 0 to 1, heaviest first. They are chosen before the softmax, so that keys whose weights
           underflow to 0 are still in order. Where a query has fewer keys in view, position -1 and weight 0.
-        - `map` (sample, head, query_bin, key_bin): the weight that falls into the keys of a bin, summed, as the mean
-          over those queries of a bin with any key in view. Rows sum to 1. With as many bins as queries and keys,
+        - `map` (sample, head, query_bin, key_bin): the weights of the keys in a bin, summed, averaged over the
+          queries in a bin that have any key in view. Rows sum to 1. With as many bins as queries and keys,
           these are the scores. `query_bin` and `key_bin` hold the first position of each bin, `query_bin_end` and
           `key_bin_end` the first one after it.
         - `row` (sample, head, row, key), with `rows`: the scores of these queries, whose positions are the coordinate
@@ -115,10 +115,10 @@ def summarize(
         features are coordinates of `query` and `key`, where they fit. A model that folds another axis into the batch
         gives `sequence` instead of `sample`.
 
-        The attributes are those of `capture`, but for `prediction_difference`: a run without observation might form
-        all scores. It says instead how far, for up to 64 queries and 1,024 keys of the first sample, the output of
-        the layer's own `_compute_attention` lies from what is computed here, relative to the largest. It is 0 where
-        that method itself was used.
+        The attributes are those of `capture`. Only `prediction_difference` is another, since a run without observation
+        might form all scores: it is the largest difference between the output computed here and that of the layer's own
+        `_compute_attention`, relative to the largest output. Up to 64 queries and 1,024 keys of the first sample are
+        compared. It is 0 where that method itself was used.
 
     Raises:
         ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer attends over

@@ -161,7 +161,12 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         return_scores = kwargs.pop("return_attention_scores", False)
         output = super().__call__(query, key, value, **kwargs)
         kwargs.pop("training", None)
-        self._scores = lambda: AttentionScores(self)(query, key, value, **kwargs)
+
+        def scores():
+            with keras.RematScope(mode=None):  # rematerialized, it would lose masks
+                return AttentionScores(self)(query, key, value, **kwargs)
+
+        self._scores = scores
         return (output, self.attention_scores) if return_scores else output
 
     def call(

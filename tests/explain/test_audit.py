@@ -513,3 +513,38 @@ def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, capsys
     assert all(map(np.array_equal, weights, model.get_weights()))
     np.testing.assert_array_equal(x, X[:30])
     assert "7/7" in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_are_settings_too(model, tmp_path):
+    report = explain.audit(
+        model, X[:5], Y[:5], tmp_path / "audit.html", batch_size=np.int64(16), seed=np.int64(1), verbose=0
+    )
+    assert data(report)["settings"]["seed"] == 1
+    assert explain.verify(report, model, X[:5], Y[:5], verbose=0) == []
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"feature_names": {"a", "b", "c", "d"}}, "`feature_names` must be a list of strings"),
+        ({"feature_names": "abcd"}, "`feature_names` must be a list of strings"),
+        ({"models": None}, "`models` must be a list"),
+        ({"path": "audit.txt"}, r"`path` must end in \.html; the JSON file goes beside it"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        explain.audit(model, X, Y, verbose=0, **arguments)
+
+
+def test_reasons_hold_no_address_of_memory(tmp_path):
+    def scalar(y, outputs):
+        return keras.ops.mean((y - outputs) ** 2)
+
+    model = build(NAMES)
+    model.compile(loss=scalar)
+    report = explain.audit(model, X[:30], Y[:30], verbose=0)
+    (reason,) = set(report.claims["reason"][report.claims["feature"].notna()])
+    assert "loss=scalar" in reason
+    assert "0x" not in reason

@@ -311,6 +311,7 @@ def fails(y, outputs):
     ("loss", "reason"),
     [
         ({"classes": "mse", "other": "mse"}, "must be one function, of one output"),
+        ("nonsense", "Could not interpret loss identifier: nonsense"),
         (mean_of_all, r"and not their mean: a number for each sample.*shape \(\)"),
         (not_a_number, "The loss not_a_number is NaN or infinite"),
         (fails, "cannot be used. as somebody's own function may"),

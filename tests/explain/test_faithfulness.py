@@ -133,7 +133,7 @@ def test_positions_with_channels_and_tokens():
 
 
 @pytest.mark.backend_independent
-def test_the_truth_is_recognised_and_its_opposite_is_not():
+def test_the_truth_is_recognized_and_its_opposite_is_not():
     attribution = xr.DataArray(np.abs(WEIGHTS * X), dims=("sample", "feature"))
     good = explain.faithfulness(linear(WEIGHTS), X, attribution.T, verbose=0)
     assert good["p_value"] < 0.02

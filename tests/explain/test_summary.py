@@ -246,7 +246,7 @@ MODELS = {
 
 @pytest.mark.filterwarnings("error::UserWarning:kerasfactory")
 @pytest.mark.parametrize("build", MODELS)
-def test_every_model_is_summarised_and_left_as_it_was(build, monkeypatch):
+def test_every_model_is_summarized_and_left_as_it_was(build, monkeypatch):
     x, model = MODELS[build], build()
     model(x)
     full, predicted, before = explain.capture(model, x, verbose=0), model.predict(x, verbose=0), everything(model)
@@ -310,7 +310,7 @@ def test_data_in_batches_of_their_own():
 
 @pytest.mark.filterwarnings("error::UserWarning:kerasfactory")
 @pytest.mark.parametrize("build", [called_twice, padded, nested, folded])
-def test_what_is_stored_is_what_is_summarised_in_memory(build, tmp_path, monkeypatch):
+def test_what_is_stored_is_what_is_summarized_in_memory(build, tmp_path, monkeypatch):
     monkeypatch.setattr(_store, "_WRITTEN_AT_ONCE", 1)
     x, model = MODELS[build], build()
     arguments = {"batch_size": 2, "top_k": 3, "map_size": 4, "rows": [3, 0], "verbose": 0}

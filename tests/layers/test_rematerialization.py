@@ -170,3 +170,22 @@ if BACKEND == "jax":
                 assert_equal(function(x)[1], expected.attention_scores)
                 with pytest.raises(RuntimeError, match="are not available"):
                     print(layer.attention_scores)
+
+
+@in_every_scope
+def test_scores_read_in_the_scope_know_the_masks(scope):
+    tokens = np.array([[1, 2, 3, 0, 0], [4, 4, 1, 2, 3]])
+
+    def graph():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,), dtype="int32")
+        layer = InterpretableMultiHeadAttention(4, 2, 0.0, name="attention")
+        layer(keras.layers.Embedding(9, 8, mask_zero=True)(inputs))
+        return inputs, layer.attention_scores
+
+    with keras.RematScope(**scope):
+        inputs, scores = graph()
+    model, plain = keras.Model(inputs, scores), keras.Model(*graph())
+    plain.set_weights(model.get_weights())
+    assert_equal(model(tokens), plain(tokens))
+    np.testing.assert_allclose(numbers(model(tokens))[0, :, 0, 3:], 0)

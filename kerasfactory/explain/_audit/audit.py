@@ -17,7 +17,7 @@ from keras import ops
 
 import kerasfactory
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_level
+from kerasfactory._arguments import checked_level, checked_names, checked_seed, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, unusable_loss
@@ -92,9 +92,9 @@ def audit(
     (Benjamini & Hochberg 1995, [*Controlling the False Discovery
     Rate*](https://doi.org/10.1111/j.2517-6161.1995.tb02031.x)). A claim is supported only if its adjusted p-value is at
     most `level`. It is refuted if the data speak against it: an interval that ends below the tolerance or the margin,
-    or a ranking that does worse than all but a share `level` of those that know nothing. A claim that the data leave
-    open, or that cannot be tested, is undetermined, and the reason is given. With fewer samples than claims, no test is
-    made.
+    or a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim that the data
+    leave open, or that cannot be tested, is undetermined, and the reason is given. With fewer samples than claims, no
+    test is made.
 
     The same call writes the same files. They contain no time, host or path, and not the data either. Weights,
     configuration, data and labels are there as SHA-256. A checksum makes changes noticeable. It is no signature: a
@@ -170,10 +170,10 @@ def audit(
     settings = {
         "method": method,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
-        "feature_names": None if feature_names is None else list(feature_names),
+        "feature_names": None if feature_names is None else checked_names(feature_names),
         "level": float(level),
-        "batch_size": batch_size,
-        "seed": seed,
+        "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
+        "seed": checked_seed(seed),
     }
     record = _record(model, x, y, background, models, settings, batch_size, verbose)
     judge(record["claims"], level)
@@ -289,9 +289,9 @@ def verify(
 
 def _writable(path: Any) -> tuple[Path, Path]:
     """The page and the data beside it, where nothing else is overwritten."""
-    files = files_of(path)
-    if Path(path) != files[0]:
+    if Path(path).suffix != ".html":
         raise ValueError(f"`path` must end in .html; the JSON file goes beside it. Received: path={str(path)!r}")
+    files = files_of(path)
     for file in files:
         if file.exists():
             try:
@@ -378,7 +378,8 @@ def _checked(x: Any, y: Any, background: Any) -> tuple[np.ndarray, np.ndarray | 
 
 def _checked_models(model: Any, models: Any) -> list[str]:
     """The hashes of the weights of models from other seeds."""
-    if isinstance(models, keras.Model) or not all(isinstance(other, keras.Model) for other in models):
+    is_list = isinstance(models, list | tuple)
+    if not is_list or not all(isinstance(other, keras.Model) for other in models):
         raise ValueError(
             "`models` must be a list of `keras.Model`, the same model trained from other seeds. Received: "
             f"models={models!r}"

@@ -18,7 +18,7 @@ from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._engine.observe import rounding_of
-from kerasfactory.explain._engine.outputs import check_labels, loss_values, predictions, resolve_loss
+from kerasfactory.explain._engine.outputs import check_labels, compiled_loss, loss_values, predictions, resolve_loss
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 
@@ -355,6 +355,10 @@ def unusable_loss(model: keras.Model, x: np.ndarray, y: np.ndarray | None, batch
     except ValueError as error:
         return f"The loss that the model is compiled with cannot be used. {error}"
     outputs, labels = predictions(model, x, batch_size), y.reshape(len(y), -1)
+    try:
+        compiled_loss(loss, labels, outputs)
+    except ValueError as error:  # of a name that Keras does not know
+        return f"The loss that the model is compiled with cannot be used. {error}"
     check_labels(loss, labels, outputs)
     try:
         loss_values(loss, labels, outputs)

@@ -102,14 +102,20 @@ def resolve_loss(model: Any, loss: Any) -> Any:
     if len(losses) != 1 or not (isinstance(losses[0], str) or callable(losses[0])):
         raise ValueError(
             "The loss must be one function, of one output: a name that Keras knows, a `keras.losses.Loss`, or a "
-            "function of `(y, outputs)` that returns a value for each sample. Give such a function as `loss` if the "
-            f"model is compiled with several losses. Received: loss={given!r} of type {type(given).__name__}"
+            "function of `(y, outputs)` that returns a value for each sample. If the model is compiled with several "
+            "losses, compile it with one, or give such a function as `loss` where there is this argument. Received: "
+            f"loss={', '.join(loss_name(loss) for loss in losses)}"
         )
     return losses[0]
 
 
 def loss_name(loss: Any) -> str:
     return loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "loss"))
+
+
+def compiled_loss(loss: Any, targets: Any, outputs: Any) -> keras.losses.Loss:
+    """What `model.compile(loss=loss)` makes of the loss for such targets and outputs."""
+    return _backend.get_loss(loss, targets, outputs)
 
 
 def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
@@ -121,22 +127,23 @@ def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
     samples = flat[0].shape[0]
     if len(flat) == 1:
         (outputs,), (targets,) = flat, tree.flatten(targets)
-        compiled_loss = _backend.get_loss(loss, targets, outputs)
+        function = compiled_loss(loss, targets, outputs)
         # A loss of single precision would round outputs of double precision.
         is_double = keras.backend.standardize_dtype(outputs.dtype) == "float64"
-        dtype = "float64" if is_double else compiled_loss.dtype
-        losses = compiled_loss.call(ops.cast(targets, dtype), ops.cast(outputs, dtype))
+        dtype = "float64" if is_double else function.dtype
+        losses = function.call(ops.cast(targets, dtype), ops.cast(outputs, dtype))
     elif callable(loss):
         losses = loss(targets, outputs)
     else:
         raise ValueError(
-            f"The model has {len(flat)} outputs: give a function of `(y, outputs)` as `loss`. Received: loss={loss!r}"
+            f"The model has {len(flat)} outputs: give a function of `(y, outputs)` as `loss`. Received: "
+            f"loss={loss_name(loss)}"
         )
     shape = tuple(getattr(losses, "shape", ()))
     if shape[:1] != (samples,):
         raise ValueError(
             "`loss` must return the losses of the samples, and not their mean: a number for each sample, "
-            f"{samples} here. Received: shape {shape} from loss={loss!r}"
+            f"{samples} here. Received: shape {shape} from loss={loss_name(loss)}"
         )
     return losses if len(shape) == 1 else ops.mean(losses, axis=tuple(range(1, len(shape))))
 
@@ -156,7 +163,7 @@ def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
 
 def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
     """Raises a `ValueError` if a loss of Keras does not take the labels (sample, label): it gives numbers for any."""
-    function: Any = getattr(_backend.get_loss(loss, labels, outputs), "fn", None)
+    function: Any = getattr(compiled_loss(loss, labels, outputs), "fn", None)
     if not getattr(function, "__module__", "").startswith("keras"):
         return
     name, width, number_of_outputs = function.__name__, labels.shape[1], outputs.shape[1]
