@@ -15,7 +15,11 @@ import kerasfactory
 
 ROOT = Path(__file__).parents[1]
 # Every public package has an API page of its name.
-PACKAGES = [package.name for package in pkgutil.iter_modules(kerasfactory.__path__) if package.ispkg]
+PACKAGES = [
+    package.name
+    for package in pkgutil.iter_modules(kerasfactory.__path__)
+    if package.ispkg and not package.name.startswith("_")
+]
 
 
 def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
