@@ -140,6 +140,7 @@ def test_weights_are_shuffled_and_other_seeds_are_asked(model, others, written):
     assert record["seeds"]["p_value"] > 0.04
 
 
+@pytest.mark.backend_independent
 def test_a_claim_is_found_by_its_id(written):
     assert list(by_id(data(written))) == [
         "capture",
@@ -153,6 +154,7 @@ def test_a_claim_is_found_by_its_id(written):
     ]
 
 
+@pytest.mark.backend_independent
 def test_rankings_are_tested_as_by_faithfulness(model, written):
     record = data(written)
     attribution = explain.attribute(model, X, verbose=0)
@@ -166,6 +168,7 @@ def test_rankings_are_tested_as_by_faithfulness(model, written):
     assert record["faithfulness"]["tests"][1]["removed"] == (4 - expected["removed"].values).tolist()
 
 
+@pytest.mark.backend_independent
 def test_the_report_is_a_table_of_claims_and_one_of_features(report):
     record = data(report)
     assert list(report.claims.index) == list(by_id(record))
@@ -195,6 +198,7 @@ def test_the_report_is_a_table_of_claims_and_one_of_features(report):
     assert {key: value for key, value in record.items() if key not in ("page", "checksum")} == report.record
 
 
+@pytest.mark.backend_independent
 def test_the_report_can_be_used_as_the_path_of_its_page(model, others, report):
     assert report.path == Path(report) == Path(os.fspath(report))
     with open(report) as file:
@@ -208,6 +212,7 @@ def test_the_report_can_be_used_as_the_path_of_its_page(model, others, report):
     )
 
 
+@pytest.mark.backend_independent
 def test_without_a_path_nothing_is_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = explain.audit(model, X[:5], Y[:5], verbose=0)
@@ -222,6 +227,7 @@ def test_without_a_path_nothing_is_written(model, tmp_path, monkeypatch):
             used(report)
 
 
+@pytest.mark.backend_independent
 def test_a_notebook_shows_the_page_in_a_box_where_nothing_runs(report):
     shown = report._repr_html_()
     assert "\n" not in shown
@@ -233,6 +239,7 @@ def test_a_notebook_shows_the_page_in_a_box_where_nothing_runs(report):
     assert html.unescape(source) == page
 
 
+@pytest.mark.backend_independent
 def test_a_feature_may_have_the_name_of_a_number_in_the_file():
     before = {
         "claims": [{"id": "feature/a/p_value", "claim": "a", "verdict": "supported", "statistic": {"value": 0.1}}]
@@ -516,6 +523,7 @@ def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, capsys
     assert "7/7" in capsys.readouterr().out
 
 
+@pytest.mark.backend_independent
 def test_numbers_of_numpy_are_settings_too(model, tmp_path):
     report = explain.audit(
         model, X[:5], Y[:5], tmp_path / "audit.html", batch_size=np.int64(16), seed=np.int64(1), verbose=0
@@ -539,6 +547,7 @@ def test_arguments_of_another_kind_are_refused(model, arguments, message):
         explain.audit(model, X, Y, verbose=0, **arguments)
 
 
+@pytest.mark.backend_independent
 def test_reasons_hold_no_address_of_memory(tmp_path):
     def scalar(y, outputs):
         return keras.ops.mean((y - outputs) ** 2)

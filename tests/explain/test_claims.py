@@ -134,6 +134,7 @@ def test_an_effect_of_no_size_is_refuted_and_no_claim_is_no_verdict():
     assert (equal["verdict"] == "undetermined").all()
 
 
+@pytest.mark.backend_independent
 def test_an_interval_that_straddles_the_margin_decides_nothing():
     result = claims_of_linear((1.0, 0.2, 0.0), samples=40)
     lower, upper = result["interval"].values[1] / result.attrs["base_loss"]
@@ -143,6 +144,7 @@ def test_an_interval_that_straddles_the_margin_decides_nothing():
     assert result["verdict"].values[1] == "undetermined"
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("feature", range(3))
 def test_residuals_for_new_samples_are_those_of_rows_that_the_regression_has_not_seen(feature):
     generator = np.random.default_rng(0)
@@ -307,6 +309,7 @@ def fails(y, outputs):
     raise RuntimeError("as somebody's own function may")
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
@@ -325,12 +328,14 @@ def test_an_audit_says_why_a_loss_decides_nothing_before_it_computes_anything_lo
     assert len(claims) == 3
 
 
+@pytest.mark.backend_independent
 def test_an_audit_refuses_labels_that_the_loss_does_not_take_before_it_computes_anything_long(tmp_path, monkeypatch):
     monkeypatch.setattr(_claims_of_audit, "capture", None)
     with pytest.raises(ValueError, match=r"`y` must hold integers from 0 to 2\. Received: from 0 to 3"):
         audited("ce", tmp_path, monkeypatch, y=np.arange(60) % 4)
 
 
+@pytest.mark.backend_independent
 def test_claims_show_progress_and_can_be_drawn(capsys):
     result = claims_of_linear((1.0, 1.0, 0.0), samples=60, verbose=1)
     assert "3/3" in capsys.readouterr().out
@@ -392,6 +397,7 @@ def test_a_constant_feature_is_undetermined_and_the_others_are_not():
 WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

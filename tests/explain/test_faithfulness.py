@@ -145,6 +145,7 @@ def test_the_truth_is_recognized_and_its_opposite_is_not():
     assert one["p_value"] < 0.05
 
 
+@pytest.mark.backend_independent
 def test_sufficiency_and_the_opposite_directions_have_tests_of_their_own():
     attribution = np.abs(WEIGHTS * X)
     good = explain.faithfulness(linear(WEIGHTS), X, attribution, verbose=0)
@@ -158,6 +159,7 @@ def test_sufficiency_and_the_opposite_directions_have_tests_of_their_own():
     assert min(bad["p_value"], bad["p_value_sufficiency"]) > 0.9
 
 
+@pytest.mark.backend_independent
 def test_both_nulls_come_from_the_same_relabelings_samples_and_rows():
     x = RNG.normal(size=(600, 8)).astype("float32")
     kernel = RNG.normal(size=(8, 2))
@@ -175,6 +177,7 @@ def test_both_nulls_come_from_the_same_relabelings_samples_and_rows():
         assert result[f"p_opposite{name}"] == (1 + (null <= observed).sum()) / 10
 
 
+@pytest.mark.backend_independent
 def test_the_same_removal_from_the_same_sample_is_predicted_once(monkeypatch):
     predicted = []
 

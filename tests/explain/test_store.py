@@ -493,6 +493,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.backend_independent
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units")
 def test_without_store_zarr_is_not_imported_and_with_it_memory_does_not_grow_with_the_result(tmp_path):
     program = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEMORY)]

@@ -984,10 +984,10 @@ def test_reading_scores_does_not_change_the_loss(x):
     with_scores = keras.Model(inputs, [model.output, layer.attention_scores])
 
     model(x)
-    losses = sorted(float(loss) for loss in model.losses)
+    losses = sorted(float(ops.convert_to_numpy(loss)) for loss in model.losses)
     with_scores(x)
 
-    assert sorted(float(loss) for loss in with_scores.losses) == losses
+    assert sorted(float(ops.convert_to_numpy(loss)) for loss in with_scores.losses) == losses
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")  # for value and output, as asserted below
