@@ -3,6 +3,7 @@
 import concurrent.futures
 import inspect
 import tracemalloc
+import warnings
 
 import keras
 import numpy as np
@@ -155,12 +156,15 @@ def test_it_says_what_the_full_matrix_says(case):
     rows = sorted({0, queries // 2, queries - 1})
     before = _summary._BLOCK
     _summary._BLOCK = case["block"]
-    try:
-        summary = explain.summarize(
-            model, x, top_k=case["top_k"], map_size=case["map_size"], rows=rows, batch_size=2, verbose=0
-        )
-    finally:
-        _summary._BLOCK = before
+    with warnings.catch_warnings():
+        if case["scale"] > 1:  # in logits of 1e4, rounding alone makes a difference that it warns of
+            warnings.filterwarnings("ignore", "The output of layer 'attention' differs from softmax attention")
+        try:
+            summary = explain.summarize(
+                model, x, top_k=case["top_k"], map_size=case["map_size"], rows=rows, batch_size=2, verbose=0
+            )
+        finally:
+            _summary._BLOCK = before
 
     assert list(summary) == list(full)
     (name,) = full
