@@ -31,9 +31,10 @@ test: summary lint ## everything, on TensorFlow; then what a backend can change 
 	$(MAKE) test-jax test-torch
 	$(SHOW_SUMMARY)
 
-# The tests compile much and compute little; that is what the setting for JAX is about.
+# The tests compile much and compute little; that is what the setting for JAX is about. A process has a core, and PyTorch
+# takes them all for each: with one thread its tests take two thirds of the time.
 test-jax test-torch: .venv/ready ## what a backend can change, on one of them
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
 
 summary: .venv/ready
 	@rm -f $(SUMMARY)
