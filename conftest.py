@@ -16,9 +16,10 @@ def pytest_report_header():
     return f"keras: {importlib.metadata.version('keras')} on {os.environ['KERAS_BACKEND']}"
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Adds a line to the file that `make test` shows at its end."""
-    if path := os.environ.get("TEST_SUMMARY"):
+def pytest_terminal_summary(terminalreporter, config):
+    """Adds a line to the file that `make test` shows at its end. The workers' own counts are in that of all."""
+    path = os.environ.get("TEST_SUMMARY")
+    if path and not hasattr(config, "workerinput"):
         outcomes = ("passed", "failed", "error", "skipped")
         counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in outcomes}
         counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
