@@ -25,9 +25,8 @@ serve: .venv/docs ## build the site and serve it on http://localhost:8000
 site: .venv/docs ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
-# A process that runs a notebook or a browser waits for another one: there is work for one more than there are cores.
 test: summary lint ## everything, on TensorFlow; then what a backend can change on the other two
-	$(PYTEST) -n $$(($$(getconf _NPROCESSORS_ONLN) + 1))
+	$(PYTEST)
 	$(MAKE) test-jax test-torch
 	$(SHOW_SUMMARY)
 
