@@ -8,9 +8,9 @@ from kerasfactory import explain, plot
 
 # Each keyword, in the order in which signatures list them: what, names, how, running.
 ORDER = [
-    *("ax", "y", "method", "methods", "target", "query", "layers", "parameters", "models", "loss"),
-    *("feature_names", "feature_mask"),
-    *("removal", "mask_value", "background", "groups", "fractions"),
+    *("ax", "y", "method", "methods", "task", "target", "query", "layers", "parameters", "models", "loss"),
+    *("feature_names", "feature_mask", "special_tokens"),
+    *("removal", "mask_value", "background", "groups", "block", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
     *("draws", "steps", "tolerance", "margin", "level"),
     *("every", "log_dir", "batch_size", "verbose", "store", "seed"),
