@@ -8,29 +8,31 @@ Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another featur
 removing it changes nothing. A shortcut that does not hold in the data at hand makes nothing worse when it is removed.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import xarray as xr
 from keras import ops
-from scipy import stats
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
+from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import reads_tokens
+from kerasfactory.explain._engine.conditional import Draws, Sampler, told_apart
 from kerasfactory.explain._engine.data import check_rows_finite, checked_attribution, feature_array, progress_bar
-from kerasfactory.explain._engine.outputs import check_labels, checked_outputs, loss_values, predictions, resolve_loss
-from kerasfactory.explain._engine.statistics import bootstrap_interval
+from kerasfactory.explain._engine.outputs import (
+    best_constant_losses,
+    check_labels,
+    checked_outputs,
+    loss_values,
+    predictions,
+    resolve_loss,
+)
+from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval
 
 _RESAMPLES = 1999
-_FEWEST = 20  # samples: fewer give neither a conditional distribution nor an interval to rely on
-_CELL = 25  # samples with nearby fitted values, among which residuals are drawn
-_LEVELS = 20  # a column of at most so many distinct values is drawn from its own values, and nothing between them
-_KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_TERMS = 600  # of a regression, at most
-_LEVERAGE = 0.5  # the largest mean leverage: effective parameters of a regression per sample
-_NUMBERS = 2**20  # resampled at a time
-_RIDGES = np.logspace(-10, 0, 11)
+_FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -41,7 +43,10 @@ def feature_claims(
     attribution: Any,
     *,
     loss: Any = None,
+    feature_mask: Any = None,
     background: Any = None,
+    groups: Any = None,
+    block: int | None = None,
     draws: int = 5,
     margin: float = 0.01,
     level: float = 0.05,
@@ -153,48 +158,165 @@ def feature_claims(
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
     x = _checked_table("x", x)
-    shares = checked_attribution(attribution, x).mean(axis=0)
+    units = _units(x, attribution, feature_mask)
     rows = x if background is None else _checked_table("background", background)
     if rows.shape[1] != x.shape[1]:
         raise ValueError(f"`background` must have the columns of `x`, {x.shape[1]}. Received: {rows.shape[1]}")
     if np.array_equal(rows, x):
-        rows = x  # so that `_regressed` knows that the regression has seen the samples
-    samples, features = x.shape
-    y = _checked_labels(y, samples)
+        rows = x  # so that a regression knows that it has seen the samples
+    y = _checked_labels(y, len(x))
+    clusters, copies = _clusters(x, y, groups, block)
     loss = resolve_loss(model, loss)
-    progress = progress_bar(features, verbose, "feature")
+    if reads_tokens(model, x):
+        raise ValueError(
+            "`x` holds token ids: a position of a text is no column of a table, and its values cannot be drawn from "
+            "those of other rows. Test the ranking as a whole, with `explain.faithfulness`."
+        )
+    progress = progress_bar(len(units), verbose, "feature")
 
     outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
     check_labels(loss, y, outputs)
     own_loss = loss_values(loss, y, outputs)
-    base_loss = float(loss_values(loss, y, np.broadcast_to(outputs.mean(axis=0), outputs.shape)).mean())
+    base = best_constant_losses(loss, y, outputs)
+    base_loss = float(base.mean())
+    relative = float(own_loss.mean()) / base_loss if base_loss > 0 else np.nan
+    # By the delta method, the spread of a ratio of means is that of the mean of these.
+    ratio, _ = mean_interval(relative + (own_loss - relative * base) / (base_loss or 1), clusters, level, rng)
 
-    testable = (x != x[0]).any(axis=0) & (rows != rows[0]).any(axis=0)
-    testable &= min(samples, len(rows)) >= max(_FEWEST, features)
-    losses = np.tile(own_loss, (features, 1 + draws, 1))  # with a sample's own value, then with those drawn
-    for feature in range(features):
-        drawn = _drawn(x, rows, feature, draws, rng) if testable[feature] else None
-        if drawn is not None:
-            changed = np.tile(x, (draws, 1))
-            changed[:, feature] = drawn.reshape(-1)
-            outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with a column redrawn")
-            losses[feature, 1:] = loss_values(loss, np.tile(y, (draws, 1)), outputs).reshape(draws, samples)
+    def losses_of(values, columns):
+        """The losses with the columns drawn, (draw, sample)."""
+        changed = np.tile(x, (draws, 1))
+        changed[:, columns] = values.reshape(-1, len(columns))
+        outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with columns drawn again")
+        return loss_values(loss, np.tile(y, (draws, 1)), outputs).reshape(draws, len(x))
+
+    row_clusters = clusters if rows is x else np.arange(len(rows))
+    sampler = Sampler(x, rows, clusters, row_clusters, draws, rng)
+    tested = []
+    for unit in units:
+        tested.append(_tested(unit, sampler, own_loss, losses_of))
         progress.add(1)
+    if feature_mask is None:
+        groups_found = _groups(tested)
+        tested = [_named_in(test, groups_found, units) for test in tested]
+        tested += [_tested(_merged(group, units), sampler, own_loss, losses_of) for group in groups_found]
 
-    tests = _tests(losses, testable, level, rng)
-    lower, upper = tests["interval"].T
-    claimed = shares > shares.mean() + 1e-6 * np.abs(shares).max()
-    verdicts = np.full(features, "undetermined", dtype=object)
-    verdicts[claimed & (tests["p_adjusted"] <= level) & (lower > 0)] = "supported"
-    verdicts[claimed & (upper <= margin * abs(base_loss))] = "refuted"
-    variables = {"attribution": shares, **tests, "verdict": verdicts.astype(str)}
-    names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(features)))
-    attributes = {"base_loss": base_loss, "loss": float(own_loss.mean()), "samples": samples}
+    has_skill = bool(ratio[1] < 1)
+    variables = _judged(tested, sampler, level, margin * abs(base_loss), has_skill)
+    names = [test.unit.name for test in tested]
+    attributes = {"base_loss": base_loss, "loss": float(own_loss.mean()), "skill": 1 - relative}
+    attributes |= {"skill_interval": (1 - ratio[::-1]).tolist(), "samples": len(x), "clusters": int(clusters.max()) + 1}
+    attributes |= {"copies": copies, "level": level, "margin": margin, "draws": draws, "seed": seed}
     return xr.Dataset(
         {name: (("feature", "bound")[: values.ndim], values) for name, values in variables.items()},
         {"feature": names, "bound": ["lower", "upper"]},
-        attributes | {"level": level, "margin": margin, "draws": draws, "seed": seed},
+        attributes,
     )
+
+
+class _Unit(NamedTuple):
+    """One column, or several that are removed together."""
+
+    name: Any
+    columns: list[int]
+    share: float  # of the attribution
+    is_claimed: bool  # the attribution ranks it high
+
+
+class _Test(NamedTuple):
+    unit: _Unit
+    losses: np.ndarray | None  # (1 + draw, sample): with own values, then with those drawn; None if it cannot be tested
+    drawn: Draws | None
+    group: str = ""  # the name of the group that it belongs to
+
+
+def _units(x: np.ndarray, attribution: Any, feature_mask: Any) -> list[_Unit]:
+    """The features that are tested, with what the attribution says of them."""
+    columns = [[column] for column in range(x.shape[1])]
+    if feature_mask is not None:
+        mask = np.asarray(feature_mask)
+        if mask.shape != x.shape[1:] or mask.dtype.kind not in "iu" or mask.max() < 0:
+            raise ValueError(
+                f"`feature_mask` must hold an integer for each column of `x`, {x.shape[1]}: the number of the feature "
+                "that it belongs to, or -1 for a column that is never removed. Received: feature_mask="
+                f"{feature_mask!r}"
+            )
+        columns = [np.flatnonzero(mask == number).tolist() for number in np.unique(mask[mask >= 0])]
+    is_by_unit = np.ndim(attribution) == 2 and np.shape(attribution)[1] == len(columns)
+    shares = checked_attribution(attribution, x[:, : len(columns)] if is_by_unit else x).mean(axis=0)
+    names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(len(shares))))
+    units = []
+    for number, of_unit in enumerate(columns):
+        members = [number] if is_by_unit else of_unit
+        name = names[members[0]] if len(members) == 1 else _joined(names[members])
+        share, tolerance = float(shares[members].sum()), 1e-6 * np.abs(shares).max()
+        units.append(_Unit(name, of_unit, share, share > len(members) * shares.mean() + tolerance))
+    return units
+
+
+def _joined(names: Any) -> str:
+    return " + ".join(map(str, names))
+
+
+def _clusters(x: np.ndarray, y: np.ndarray, groups: Any, block: Any) -> tuple[np.ndarray, int]:
+    """The cluster of each sample, and how many samples are copies: these are one cluster, unless others are given."""
+    clusters = clusters_of(len(x), groups, block)
+    distinct, number = np.unique(np.column_stack([x, y]), axis=0, return_inverse=True)
+    copies = len(x) - len(distinct)
+    # Where no column has many values, different samples may be alike.
+    is_chance = max(len(np.unique(column)) for column in distinct[:, : x.shape[1]].T) <= len(distinct) / 2
+    if not copies or is_chance or groups is not None or block is not None:
+        return clusters, copies
+    warn(
+        f"{copies} of {len(x)} samples are exact copies of others. Each sample counts once, with its copies. If samples "
+        "depend on each other in other ways too, say which belong together, with `groups`."
+    )
+    return number.reshape(-1), copies
+
+
+def _tested(unit: _Unit, sampler: Sampler, own_loss: np.ndarray, losses_of: Callable) -> _Test:
+    x, rows, columns = sampler.x, sampler.rows, unit.columns
+    varies = all((table[:, columns] != table[0, columns]).any() for table in (x, rows))
+    enough = min(int(sampler.clusters.max()), int(sampler.row_clusters.max())) + 1 >= max(_FEWEST, min(x.shape))
+    enough &= min(len(x), len(rows)) >= x.shape[1]
+    if not varies or not enough:
+        return _Test(unit, None, None)
+    drawn = sampler.drawn(columns)
+    moved = np.abs(drawn.values - x[:, columns]).max(axis=(0, 1))
+    if (moved < _DETERMINED * rows[:, columns].std(axis=0)).all():  # the rest is rounding
+        return _Test(unit, np.tile(own_loss, (1 + sampler.draws, 1)), drawn)
+    losses = np.concatenate([own_loss[None], losses_of(drawn.values.astype(x.dtype), columns)])
+    return _Test(unit, losses, drawn._replace(values=drawn.values[:1]))  # the others are not needed any more
+
+
+def _groups(tested: list[_Test]) -> list[list[int]]:
+    """Columns that determine each other, nearly: each column with those that it is determined by."""
+    leader = list(range(len(tested)))
+
+    def of(column):
+        while leader[column] != column:
+            column = leader[column]
+        return column
+
+    for number, test in enumerate(tested):
+        for other in test.drawn.determined_by if test.drawn else []:
+            leader[of(other)] = of(number)
+    members: dict[int, list[int]] = {}
+    for number in range(len(tested)):
+        members.setdefault(of(number), []).append(number)
+    return [group for group in members.values() if 1 < len(group) < len(tested)]
+
+
+def _merged(group: list[int], units: list[_Unit]) -> _Unit:
+    of_group = [units[number] for number in group]
+    shares, claimed = [unit.share for unit in of_group], [unit.is_claimed for unit in of_group]
+    return _Unit(_joined(unit.name for unit in of_group), sorted(group), sum(shares), any(claimed))
+
+
+def _named_in(test: _Test, groups: list[list[int]], units: list[_Unit]) -> _Test:
+    """The test with the name of its group."""
+    mine = [group for group in groups if test.unit.columns[0] in group]
+    return test._replace(group=_joined(units[number].name for number in mine[0])) if mine else test
 
 
 def _checked_table(name: str, given: Any) -> np.ndarray:
@@ -222,103 +344,111 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
     return labels
 
 
-def _tests(losses: np.ndarray, testable: np.ndarray, level: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Effect, interval and p-values of each feature, from losses (feature, own and then drawn, sample)."""
+def _judged(
+    tested: list[_Test], sampler: Sampler, level: float, margin: float, has_skill: bool
+) -> dict[str, np.ndarray]:
+    """What was found of each feature, and the verdicts."""
+    count = len(tested)
+    testable = np.array([test.losses is not None for test in tested])
+    found: dict[str, np.ndarray] = {
+        "attribution": np.array([test.unit.share for test in tested]),
+        "effect": np.full(count, np.nan),
+        "interval": np.full((count, 2), np.nan),
+        "p_value": np.ones(count),
+        "p_opposite": np.ones(count),
+    }
+    if testable.any():
+        losses = np.stack([test.losses for test in tested if test.losses is not None])
+        found["effect"][testable] = (losses[:, 1:].mean(axis=1) - losses[:, 0]).mean(axis=1)
+        found["p_value"][testable] = _exchanged(losses, sampler.clusters, 2 * count / level, sampler.rng)
+        donors = [test.drawn.donors for test in tested if test.drawn is not None]
+        interval, below = mean_interval(*_influences(losses, donors, sampler), level, sampler.rng, margin)
+        found["interval"][testable], found["p_opposite"][testable] = interval, below
+    claimed = np.array([test.unit.is_claimed for test in tested])
+    adjusted = focused_bh(found["p_value"], claimed)
+    found["p_adjusted"] = np.where(claimed, adjusted, focused_bh(found["p_value"], ~claimed))
+    negligible = (focused_bh(found["p_opposite"], claimed) <= level) & (found["interval"][:, 1] <= margin)
+    needed = (found["p_adjusted"] <= level) & (found["interval"][:, 0] > 0) & ~(found["interval"][:, 1] <= margin)
+    in_order = sorted(range(count), key=lambda number: tested[number].group != "")  # groups before their members
+    verdicts: dict[str, tuple[str, str]] = {}
+    for number in in_order:
+        test = tested[number]
+        of_group = verdicts.get(test.group, ("", ""))[0]
+        is_off = needed[number] and _is_off_data(test, sampler)
+        found_of_it = needed[number], negligible[number], is_off
+        verdicts[str(test.unit.name)] = _verdict(test, *found_of_it, of_group, has_skill, margin)
+    both = [verdicts[str(test.unit.name)] for test in tested]
+    found["verdict"], found["reason"] = (np.array([pair[part] for pair in both]) for part in (0, 1))
+    return found
+
+
+def _is_off_data(test: _Test, sampler: Sampler) -> bool:
+    columns, drawn = test.unit.columns, test.drawn
+    fitted = drawn.fitted if len(columns) == 1 else None
+    return told_apart(sampler.x, drawn.values[0], columns, fitted, sampler.rng)
+
+
+def _verdict(
+    test: _Test, is_needed: bool, is_negligible: bool, is_off_data: bool, of_group: str, has_skill: bool, margin: float
+) -> tuple[str, str]:
+    """The verdict on one feature, and the reason for it."""
+    if test.drawn is None:
+        return "undetermined", "It cannot be tested: it is constant, or there are too few samples."
+    if is_off_data:
+        return "undetermined", "The draws are off the data: a classifier can tell them from the true values."
+    if is_needed and test.unit.is_claimed:
+        return "supported", "The model does worse when its values are drawn again, given the other features."
+    if is_needed:
+        return "needed, not claimed", "The model does worse without it, and its attribution is not above the mean."
+    if not test.unit.is_claimed:
+        return "undetermined", "Its attribution is not above the mean: it is not claimed to be high."
+    if test.group and of_group != "refuted":
+        return "undetermined", f"It is part of “{test.group}”: the data cannot tell which of these the model needs."
+    if test.drawn.determined_by and not test.group:
+        return "undetermined", "The other features determine it, nearly: the data cannot tell what is its own."
+    if is_negligible and not has_skill:
+        return "undetermined", "The model does no better than a constant: there is nothing to lose without the feature."
+    if is_negligible:
+        return "refuted", f"The model does no worse without it: its loss rises by at most {margin:.2g}."
+    return "undetermined", "The test neither finds an increase of the loss nor rules one out."
+
+
+def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.random.Generator) -> np.ndarray:
+    """The p-values of losses, (feature, own and then drawn, sample), from exchanging them within clusters."""
     features, alternatives, samples = losses.shape
     own = losses[:, 0].mean(axis=1)
-    resamples = max(_RESAMPLES, int(np.ceil(2 * features / level)))  # so that one feature alone can be significant
-    # (sample and alternative, feature): what is taken together lies together in memory.
+    count = int(clusters.max()) + 1
+    if count < samples:
+        order = np.argsort(clusters, kind="stable")
+        starts = np.searchsorted(clusters[order], np.arange(count))
+        losses = np.add.reduceat(losses[:, :, order], starts, axis=2)
+    resamples = max(_RESAMPLES, int(np.ceil(fewest)))  # so that one feature alone can be significant
+    # (cluster and alternative, feature): what is taken together lies together in memory.
     rows = np.ascontiguousarray(losses.transpose(2, 1, 0)).reshape(-1, features)
-    starts = np.arange(samples) * alternatives
+    starts = np.arange(count) * alternatives
     at_most_own = np.zeros(features, int)
     for _ in range(resamples):
-        mean = rows.take(starts + rng.integers(alternatives, size=samples), axis=0).mean(axis=0)
+        mean = rows.take(starts + rng.integers(alternatives, size=count), axis=0).sum(axis=0) / samples
         at_most_own += mean <= own + 1e-12 * np.abs(own)
-    p_values = np.where(testable, (1 + at_most_own) / (1 + resamples), 1)
-
-    differences = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
-    intervals = np.full((features, 2), np.nan)
-    at_once = max(1, _NUMBERS // differences.size)
-    intervals[testable] = bootstrap_interval(differences[testable], np.mean, level, rng, _RESAMPLES, at_once)
-    return {
-        "effect": np.where(testable, differences.mean(axis=1), np.nan),
-        "interval": intervals,
-        "p_value": p_values,
-        "p_adjusted": stats.false_discovery_control(p_values),
-    }
+    return (1 + at_most_own) / (1 + resamples)
 
 
-def _drawn(x: np.ndarray, rows: np.ndarray, feature: int, draws: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Draws (draw, sample) of a column of `x` given the others, as in `rows`; `None` if the others determine it."""
-    column = rows[:, feature].astype("float64")
-    fitted, residuals, fitted_at_x = _regressed(rows, x, feature)
-    if max(residuals.std(), (x[:, feature] - fitted_at_x).std()) < _DETERMINED * column.std():
-        return None
-    # The rows in the order of their fitted values are cut into cells of equal size; donors come from a sample's cell.
-    order = np.argsort(fitted, kind="stable")
-    cells = max(1, len(rows) // _CELL)
-    cell = np.minimum(np.searchsorted(fitted[order], fitted_at_x) * cells // len(rows), cells - 1)
-    first, last = -(-cell * len(rows) // cells), -(-(cell + 1) * len(rows) // cells)
-    donors = order[rng.integers(first, last, size=(draws, len(x)))]
-    is_discrete = (column == np.floor(column)).all() or len(np.unique(column)) <= _LEVELS
-    return (column[donors] if is_discrete else fitted_at_x + residuals[donors]).astype(x.dtype)
+def _influences(losses: np.ndarray, donors: list[np.ndarray], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+    """Values (feature, value) whose means are the effects and whose spread is theirs, and the clusters of the values.
 
-
-def _regressed(rows: np.ndarray, x: np.ndarray, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The regression of a column of `rows` on the others: fitted values, residuals, and the fitted values at `x`.
-
-    A residual must be to its fitted value what a sample's own value is to the fitted value at `x`. Otherwise draws
-    would be more spread out than values are, and any removal would seem to do harm. If `x` is new to the regression,
-    these are the leave-one-out residuals. If `x` is `rows`, they are the ordinary residuals, which are not correlated
-    with the fitted values.
+    An effect depends on the samples and on the rows that donate: both are a sample of what could have been drawn. What
+    a row adds to an effect in either part is one value, or two if the rows are not the data.
     """
-    column = rows[:, feature].astype("float64")
-    target = column - column.mean()
-    best, smallest = None, np.inf
-    for terms, terms_at_x in _designs(np.delete(rows, feature, axis=1), np.delete(x, feature, axis=1)):
-        mean = terms.mean(axis=0)
-        terms, terms_at_x = terms - mean, terms_at_x - mean
-        # With the eigenvectors of the normal equations all penalties together cost one decomposition.
-        values, vectors = np.linalg.eigh(terms.T @ terms)
-        scores, values = terms @ vectors, np.maximum(values, 0)
-        squares = scores**2
-        for ridge in _RIDGES * (values[-1] or 1.0):
-            weights = scores.T @ target / (values + ridge)
-            leverage = 1 / len(rows) + squares @ (1 / (values + ridge))
-            fitted = scores @ weights
-            left_out = (target - fitted) / np.maximum(1 - leverage, 1e-9)
-            if left_out @ left_out < smallest and leverage.mean() - 1 / len(rows) <= _LEVERAGE:
-                smallest = left_out @ left_out
-                if x is rows:
-                    best = (column.mean() + fitted, target - fitted, column.mean() + fitted)
-                else:
-                    best = (column - left_out, left_out, column.mean() + terms_at_x @ (vectors @ weights))
-    assert best is not None  # each of the linear terms spends at most half a degree of freedom at the largest ridge
-    return best
-
-
-def _designs(rows: np.ndarray, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Terms at `rows` and `x`: linear, then also piecewise linear, then also products; as many as the rows allow."""
-    spread = rows.std(axis=0, dtype="float64")
-    rows, x = ((table[:, spread > 0] - rows[:, spread > 0].mean(axis=0)) / spread[spread > 0] for table in (rows, x))
-    rows, x = rows.astype("float64"), x.astype("float64")
-    if not rows.shape[1]:  # all other columns are constant
-        rows, x = np.zeros((len(rows), 1)), np.zeros((len(x), 1))
-    yield rows, x
-    hinges = []
-    for number, column in enumerate(rows.T):
-        distinct = np.unique(column)
-        knots = distinct[1:-1] if len(distinct) <= len(_KNOTS) + 2 else np.unique(np.quantile(column, _KNOTS))
-        hinges += [(number, knot) for knot in knots]
-    pairs = [(one, other) for one in range(rows.shape[1]) for other in range(one)]
-    terms = [rows, x]
-    for more in (
-        [lambda table, n=number, k=knot: np.maximum(table[:, n] - k, 0) for number, knot in hinges],
-        [lambda table, a=one, b=other: table[:, a] * table[:, b] for one, other in pairs],
-    ):
-        if more and terms[0].shape[1] + len(more) <= min(_TERMS, len(rows) // 2):
-            terms = [
-                np.column_stack([part, *(term(table) for term in more)])
-                for part, table in zip(terms, (rows, x), strict=True)
-            ]
-            yield terms[0], terms[1]
+    differences = losses[:, 1:] - losses[:, :1]
+    draws, samples = differences.shape[1:]
+    effect = differences.mean(axis=(1, 2))
+    centered = differences - effect[:, None, None]
+    own = centered.mean(axis=1)
+    rows, clusters = len(sampler.rows), sampler.clusters
+    donated = np.stack(
+        [np.bincount(of.reshape(-1), one.reshape(-1), rows) for of, one in zip(donors, centered, strict=True)]
+    )
+    if sampler.x is sampler.rows:
+        return effect[:, None] + own + donated / draws, clusters
+    both = np.concatenate([own / samples, donated / (draws * samples)], axis=1) * (samples + rows)
+    return effect[:, None] + both, np.concatenate([clusters, sampler.row_clusters + clusters.max() + 1])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from kerasfactory import _backend
@@ -134,6 +135,13 @@ def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
 def find_attention(model: Any) -> dict[str, Any]:
     """The Keras attention layers in `model`, by name; by path (`block_1/attention`) where a name is not unique."""
     return {name: layer for name, (layer, _) in _named_attention(model).items()}
+
+
+def reads_tokens(model: Any, x: np.ndarray) -> bool:
+    """Whether the columns of `x`, (sample, column), are token ids: integers that one embedding reads at all positions."""
+    embeddings = [layer for layer in all_layers(model) if isinstance(layer, keras.layers.Embedding)]
+    is_whole = x.dtype.kind in "iu" or bool((x == np.floor(x)).all())
+    return is_whole and 0 < len(embeddings) < x.shape[1] and x.max() < max(one.input_dim for one in embeddings)
 
 
 def unread_attention(model: Any) -> dict[str, str]:

@@ -71,7 +71,9 @@ def _studentized(deviations: np.ndarray, sizes: np.ndarray, rng: np.random.Gener
     for start in range(0, _RESAMPLES, step):
         drawn = rng.integers(count, size=(min(step, _RESAMPLES - start), count))
         offsets = np.arange(len(drawn))[:, None] * count
-        weights = np.bincount((drawn + offsets).reshape(-1), minlength=drawn.size).reshape(drawn.shape).astype("float64")
+        weights = (
+            np.bincount((drawn + offsets).reshape(-1), minlength=drawn.size).reshape(drawn.shape).astype("float64")
+        )
         total = (weights @ sizes)[:, None]
         mean = weights @ deviations / total
         squares = weights @ deviations**2 - 2 * mean * (weights @ (deviations * sizes[:, None]))
@@ -109,3 +111,17 @@ def sign_tests(values: np.ndarray, threshold: float) -> tuple[float, float]:
     above = int((values > threshold).sum())
     greater, less = (stats.binomtest(above, len(values), alternative=side).pvalue for side in ("greater", "less"))
     return float(greater), float(less)
+
+
+def focused_bh(p_values: np.ndarray, in_focus: np.ndarray) -> np.ndarray:
+    r"""P-values adjusted so that among the reported rejections, those in focus, the expected share of false ones is kept.
+
+    With all \(m\) p-values tested, \(\tilde p_j = \min_{t \ge p_j} m t / \#\{i \text{ in focus}: p_i \le t\}\) (Focused BH,
+    Katsevich, Sabatti & Bogomolov 2023, https://doi.org/10.1080/01621459.2021.1920958). 1 for what is not in focus.
+    """
+    adjusted = np.ones(len(p_values))
+    focus = np.flatnonzero(in_focus)
+    focus = focus[np.argsort(p_values[focus], kind="stable")]
+    bounds = len(p_values) * p_values[focus] / np.arange(1, len(focus) + 1)
+    adjusted[focus] = np.minimum(np.minimum.accumulate(bounds[::-1])[::-1], 1)
+    return adjusted
