@@ -71,7 +71,9 @@ def _studentized(deviations: np.ndarray, sizes: np.ndarray, rng: np.random.Gener
     for start in range(0, _RESAMPLES, step):
         drawn = rng.integers(count, size=(min(step, _RESAMPLES - start), count))
         offsets = np.arange(len(drawn))[:, None] * count
-        weights = np.bincount((drawn + offsets).reshape(-1), minlength=drawn.size).reshape(drawn.shape).astype("float64")
+        weights = (
+            np.bincount((drawn + offsets).reshape(-1), minlength=drawn.size).reshape(drawn.shape).astype("float64")
+        )
         total = (weights @ sizes)[:, None]
         mean = weights @ deviations / total
         squares = weights @ deviations**2 - 2 * mean * (weights @ (deviations * sizes[:, None]))
