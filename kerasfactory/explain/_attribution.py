@@ -119,11 +119,11 @@ def attribute(
         order in which they are called, the `backend` and the `keras_version`.
 
     Raises:
-        ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist; if layers attend over several
-            axes, or over sequences of different lengths, or fold another axis into the batch. Of
+        ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist; if layers attend over
+            several axes, or over sequences of different lengths, or fold another axis into the batch. Of
             `"attention_gradient"`: if the model has several outputs, no `target` is given and it is not known that they
-            are classes; and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not
-            sum to 1. Of `"value_norm"`: if an output kernel is quantized.
+            are classes; and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not sum
+            to 1. Of `"value_norm"`: if an output kernel is quantized.
         RuntimeError: As `capture`.
 
     Warns:

@@ -84,20 +84,48 @@ def attention_controls(
     + \tfrac{1}{2} \sum_j B_{ij} \log_2 \frac{B_{ij}}{M_{ij}} \right), \qquad M = \tfrac{1}{2} (A + B) .
     $$
 
-    The change of an output is, for probabilities, the total variation distance \(\tfrac{1}{2} \sum_c |p_c - q_c|\),
-    from 0 to 1 (the absolute difference for a single one, or for a `target`). For other outputs it is the largest
-    absolute difference, each in standard deviations of that output over the samples.
+    The change of a row's output is relative to how much the outputs \(f_c\) vary over the samples \(s\),
+
+    $$
+    \operatorname{change}_s = \max_c \frac{|f_c(x_s; B) - f_c(x_s; A)|}{\sigma_c}, \qquad
+    \sigma_c = \sqrt{\frac{\pi}{2}} \; \frac{1}{n} \sum_s |f_c(x_s; A) - \operatorname{median} f_c| .
+    $$
+
+    If the model tells classes or labels apart, \(f\) are its logits, which are calculated of probabilities: a change
+    from 0.01 to 0.02 is as large as one from 0.5 to 0.67. Those of classes are centered, because a softmax takes no
+    notice of what is added to all. Otherwise they are the outputs as they are, so that another unit or origin changes
+    nothing. The spread \(\sigma_c\) is the standard deviation if the outputs are normal. Heavy
+    tails blow it up less than a standard deviation, and a rare class does not let it collapse, as it does quartiles.
+
+    What is tested is the `share` of rows that change by more than `tolerance`, and not the typical row: attention may
+    decide in a part of them. The smallest share that counts is 2 %. Whoever wants to say that attention does *not*
+    decide should look at `mean_change` as well: it is large if a few rows, as those of a rare class, change a lot.
 
     Args:
-        model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
-        x: Arrays, as `model.predict` takes them, of at least 2 samples. Up to 256 are used, drawn at random.
-        target: The number of the output whose change counts; all of them if not given.
+        model: A `keras.Model`, as for `capture`. If it has a dictionary or list of several outputs, `target` says which
+            is meant.
+        x: Arrays, as `model.predict` takes them, of at least 2 samples. Up to 1,024 are used, drawn at random, and up
+            to 256 of these for `adversarial`, which takes more runs.
+        y: Labels, one for each sample, as the compiled loss takes them. With them, what uniform attention makes of the
+            loss is tested as well.
+        task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
+            compiled loss says so if it is one of Keras and this is not given. It also says whether the outputs are
+            probabilities or logits; else the activation of the last layer does, and if none is known, classes that sum
+            to 1 are probabilities. If neither says anything, the outputs are numbers.
+        target: The number of the output whose change counts; all of them if not given. For a dictionary or list of
+            several outputs a key, or a tuple that starts with it; for outputs of more axes a tuple of numbers, such as
+            (step, quantile).
         layers: Names of the layers, as for `capture`. The others keep their scores.
+        groups: Labels of the samples, (sample,), such as the patients that they are from. Samples of one group count as
+            one. Otherwise they are taken to be independent.
+        block: The length of runs of a series, in samples, that count as one. Not with `groups`.
         draws: How often permuted weights are drawn for each sample.
         steps: How many steps each ascent has.
-        tolerance: The largest change of the output that counts as none; above 0.
+        tolerance: The largest change of a row's output that counts as none, relative to the spread; above 0. Also the
+            largest increase of the loss that counts as none, relative to the model's loss.
         level: The error level: the intervals cover \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given. What is drawn
+            does not depend on it.
         verbose: As for `capture`.
         seed: The seed of all that is drawn: samples, permutations, starts of the ascents and the bootstrap.
 
@@ -105,20 +133,30 @@ def attention_controls(
         xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`), with these variables.
 
         - `change`, `jsd` (control, sample): as above. For the adversary, `change` is at most `tolerance`, and `jsd` is
-          how far it got. Where masks are in force, the keys in view are those with a weight above 0.
-        - `median_change` (control), and its `interval` (control, bound: `lower`, `upper`), a percentile bootstrap over
-          the samples.
-        - `p_value` (control): of the exact sign test that the median change is above the `tolerance`; and `p_opposite`,
-          that it is not. They say nothing of the adversary, which keeps to it.
+          how far it got; NaN in the samples that it did not run on. Where masks are in force, the keys in view are
+          those with a weight above 0.
+        - `median_change`, `mean_change` (control), over the samples.
+        - `share` (control) of the samples that change by more than `tolerance`, and its `interval` (control, bound:
+          `lower`, `upper`), that of Clopper & Pearson (1934). With `groups` or `block` it is that of
+          \(n^2 / \sum n_g^2\) samples: as many as there are groups, if they are of one size (as Korn & Graubard 1998,
+          Survey Methodology 24:193–201, for groups of copies).
+        - `p_value` (control): of the exact binomial test that the share is above 2 %; and `p_opposite`, that it is
+          below. They say nothing of the adversary, which keeps to the tolerance.
+        - With `y`: `loss_increase`, the mean of the loss with uniform attention minus that with the model's own; its
+          `mean_interval` (bound), a studentized bootstrap over samples or groups; `p_value_loss`, that it is above 0
+          (by more than rounding); and `p_opposite_loss`, that it is below `tolerance` times the model's loss. The
+          latter is at least \(0.98^n\): \(n\) samples or groups do not show what 2 % of them do.
 
-        The coordinate `sample` says which samples were used. The attributes are `layers`, `target`, `change` (its
-        unit: `"total variation"` or `"relative to the standard deviation"`), `tolerance`, `draws`, `steps`, `level` and
-        `seed`.
+        The coordinate `sample` says which samples were used. The attributes are `layers`, `task` (or `"unknown"`),
+        `target`, `change` (its unit: `"relative to the spread of the logits"` or `"… of the output"`), `tolerance`,
+        `smallest_share`, `draws`, `steps`, `level` and `seed`; with `y` also the name of the `loss` and its mean,
+        `loss_value`.
 
     Raises:
         ValueError: As `capture`; if `x` is no array or has fewer than 2 samples; if an argument is out of range; if the
-            model has other outputs, they are NaN, the same for all samples, or not made of its scores; if scores
-            cannot be told apart by sample, query and key.
+            outputs are NaN, the same for all samples, or not made of the model's scores; if there are several and no
+            `target` says which; if scores cannot be told apart by sample, query and key; if there are labels and no
+            loss that takes them.
 
     Example:
         ```python
@@ -136,8 +174,8 @@ def attention_controls(
 
         x = np.random.default_rng(0).normal(size=(60, 6, 8))
         results = [explain.attention_controls(model, x, steps=5, verbose=0) for model in (uses, hardly)]
-        print([result["median_change"].sel(control="uniform").item() > 0.02 for result in results])
-        #> [True, False]
+        print([result["share"].sel(control="uniform").item() for result in results])
+        #> [1.0, 0.0]
         ```
     """
     draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
@@ -175,7 +213,7 @@ def attention_controls(
         "mean_change": ("control", np.nanmean(changes, axis=1)),
         **_share_tests(changes, tolerance, clusters, level),
     }
-    attributes = {"layers": ", ".join(runs.edit.shapes), "task": found.task or "unknown"}
+    attributes: dict[str, Any] = {"layers": ", ".join(runs.edit.shapes), "task": found.task or "unknown"}
     attributes |= {"target": "all outputs" if target is None else describe_target(target), "change": runs.unit}
     attributes |= {"tolerance": tolerance, "smallest_share": _SHARE, "draws": draws, "steps": steps}
     attributes |= {"level": level, "seed": seed}
@@ -241,8 +279,10 @@ def _loss_and_labels(model: Any, found: Outputs, y: Any, samples: int) -> tuple[
     """The compiled loss of the output that is asked about, and the labels that it takes, if there are any."""
     if y is None:
         return None, None
-    if isinstance(y, dict | list) and found.part.name is not None:
-        y = y[found.part.name if isinstance(y, dict) else found.part.number]
+    if found.part.name is not None and isinstance(y, dict):
+        y = y[found.part.name]
+    elif found.part.name is not None and isinstance(y, list):
+        y = y[found.part.number]
     flat = tree.flatten(y)
     labels = np.asarray(flat[0] if isinstance(y, dict) and len(flat) == 1 else y)
     if labels.ndim == 0 or len(labels) != samples or labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
@@ -354,7 +394,7 @@ class _Batch(NamedTuple):
         return np.stack([loss_values(self.runs.loss, self.labels, one) for one in outputs])
 
     def controls(self, draws: int, tolerance: float, steps: int) -> np.ndarray:
-        """The runs with uniform, permuted and adversarial scores: (control, 2, sample); NaN for an adversary of 0 steps."""
+        """The runs with uniform, permuted and adversarial scores: (control, 2, sample). NaN if there are no `steps`."""
 
         def run(scores):
             return self.compared(self.predict(scores), scores)

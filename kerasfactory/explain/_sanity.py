@@ -129,8 +129,8 @@ def parameter_randomization(
     def shares():
         if callable(method):
             return _shares(method(model, x))
-        settings = {"method": method, "task": task, "target": target, "layers": layers, "seed": seed}
-        return _shares(attribute(model, x, batch_size=batch_size, verbose=0, **settings))
+        running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
+        return _shares(attribute(model, x, method=method, task=task, target=target, layers=layers, **running))
 
     own = shares()
     owners = find_attention(model).values() if parameters == "attention" else [model]

@@ -347,9 +347,9 @@ def checked_outputs(outputs: np.ndarray, name: str) -> np.ndarray:
 def on_linear_scale(found: Outputs, values: Any, rounding: float) -> Any:
     """Outputs, a tensor (sample, output), on a scale on which a change means the same everywhere.
 
-    Logits for probabilities: the log-odds of a label, or the logarithm of those of classes. That of a probability
-    below `rounding` is that of `rounding`. The mean over the classes is subtracted, because a softmax takes no notice of
-    it. Other numbers stay as they are.
+    Logits for probabilities: the log-odds of a label, or the logarithms of those of classes. A probability below
+    `rounding` counts as `rounding`. The mean over the classes is subtracted, because a softmax takes no notice of it.
+    Other numbers stay as they are.
     """
     one_of_several = found.task == "classification" and values.shape[1] > 1
     if found.probabilities:
