@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import xarray as xr
-from keras import ops, tree
+from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, generator
@@ -19,6 +19,7 @@ from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
+from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
 
 _METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "uniform", "random")
 _NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is rounding in half precision
@@ -29,7 +30,8 @@ def attribute(
     x: Any,
     *,
     method: str = "attention",
-    target: int | None = None,
+    task: str | None = None,
+    target: int | str | tuple[int | str, ...] | None = None,
     query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
@@ -95,8 +97,12 @@ def attribute(
             each with its queries at the positions of its keys.
         x: Inputs, as for `capture`.
         method: One of the above.
-        target: Which of the model's outputs to take the gradient of, from 0; if not given, the largest of each sample
-            (the predicted class), or the only one. The methods without a gradient say the same for every output.
+        task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
+            compiled loss says so if it is one of Keras and this is not given.
+        target: Which of the model's outputs to take the gradient of, from 0. For a dictionary or list of several
+            outputs a key, or a tuple that starts with it; for outputs of more axes a tuple of numbers, such as (step,
+            quantile). If not given, the only output, or in a classification the largest of each sample (the predicted
+            class). The methods without a gradient say the same for every output.
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.
@@ -113,11 +119,11 @@ def attribute(
         order in which they are called, the `backend` and the `keras_version`.
 
     Raises:
-        ValueError: As `capture`; if the `method`, `target` or `query` does not exist; if layers attend over several
-            axes, or over sequences of different lengths, or fold another axis into the batch. Of
-            `"attention_gradient"`: if the model has several outputs of its own, or an output that is not (sample,) or
-            (sample, class); and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not
-            sum to 1. Of `"value_norm"`: if an output kernel is quantized.
+        ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist; if layers attend over
+            several axes, or over sequences of different lengths, or fold another axis into the batch. Of
+            `"attention_gradient"`: if the model has several outputs, no `target` is given and it is not known that they
+            are classes; and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not sum
+            to 1. Of `"value_norm"`: if an output kernel is quantized.
         RuntimeError: As `capture`.
 
     Warns:
@@ -152,11 +158,12 @@ def attribute(
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
     names = None if feature_names is None else checked_names(feature_names)
-    if target is not None:
-        target = _integer("target", target)
+    checked_task(task)
     if method == "attention_gradient":
-        seen = _gradients(model, x, layers, batch_size, verbose, target)
+        seen = _gradients(model, x, layers, batch_size, verbose, task, target)
     else:
+        if target is not None:
+            x = _with_checked_target(model, x, target)
         measure = _value_norms if method == "value_norm" else float_scores
         seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is float_scores)
 
@@ -189,7 +196,11 @@ def attribute(
         name=method,
         attrs={
             "method": method,
-            "target": "any" if method != "attention_gradient" else "predicted" if target is None else target,
+            "target": "any"
+            if method != "attention_gradient"
+            else "predicted"
+            if target is None
+            else describe_target(target),
             "query": "mean" if query is None else query,
             "layers": ", ".join(shapes),
             "backend": keras.config.backend(),
@@ -274,6 +285,15 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
     attributes = {"layers": ", ".join(arrays)}
     return xr.DataArray(result, coordinates, ("sample", "query", "key"), name="rollout", attrs=attributes)
+
+
+def _with_checked_target(model: Any, x: Any, target: Any) -> Any:
+    """The data, with all batches, after a look at the first: whether the model has such an output."""
+    batches, _ = batches_of(x, None)
+    first: tuple = next(batches, ())
+    if first and isinstance(model, keras.Model):
+        check_target(model, first, target)
+    return itertools.chain([first] if first else [], batches) if isinstance(x, Iterator) else x
 
 
 def _integer(name: str, value: Any) -> int:
@@ -447,7 +467,7 @@ def _value_norms(call: Call) -> tuple[Any, Any]:
 
 
 def _gradients(
-    model: Any, x: Any, layers: Any, batch_size: int | None, verbose: Any, target: int | None
+    model: Any, x: Any, layers: Any, batch_size: int | None, verbose: Any, task: str | None, target: Any
 ) -> Iterator[Batch]:
     """Batches in which the measured is, for each call, the positive part of gradient times score, mean over heads."""
     batches, expected = batches_of(x, batch_size)
@@ -459,7 +479,7 @@ def _gradients(
     edit = editor(model, first, layers)
 
     def chosen(outputs, more):
-        return _chosen_output(outputs, target)
+        return ops.sum(asked_output(model, outputs, task, target))
 
     done = 0
     for data in itertools.chain([first], batches):
@@ -481,25 +501,3 @@ def _gradients(
 def _added(name: str, scores: Any, given: Any) -> Any:
     check_same_lengths(name, tuple(scores.shape[2:]), tuple(given[name].shape[2:]))
     return ops.add(scores, given[name])
-
-
-def _chosen_output(outputs: Any, target: int | None) -> Any:
-    """The sum over the samples of the output that is asked for."""
-    flat = tree.flatten(outputs)
-    if len(flat) != 1 or len(flat[0].shape) not in (1, 2):
-        shapes = [tuple(output.shape) for output in flat]
-        raise ValueError(
-            "Gradients need one output for each sample and class, (sample,) or (sample, class). Make a model of the "
-            "output you want: `keras.Model(model.inputs, model.outputs[0])`, of one position if it has several. "
-            f"Received outputs of shape: {', '.join(map(str, shapes))}"
-        )
-    output = flat[0] if len(flat[0].shape) == 2 else flat[0][:, None]
-    classes = output.shape[1]
-    if target is None:
-        return ops.sum(ops.take_along_axis(output, ops.argmax(output, axis=1)[:, None], axis=1))
-    if not 0 <= target < classes:
-        raise ValueError(
-            f"`target` must be the number of an output, from 0 to {classes - 1}: the model has {classes}. Received: "
-            f"target={target}"
-        )
-    return ops.sum(output[:, target])

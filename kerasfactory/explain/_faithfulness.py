@@ -10,13 +10,14 @@ import xarray as xr
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._engine.data import checked_attribution, chosen_samples, feature_array, progress_bar
-from kerasfactory.explain._engine.outputs import checked_outputs, checked_target, predictions
+from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import bootstrap_interval
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _NULL_SAMPLES = 500
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
+_ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
 _KINDS = ("comprehensiveness", "sufficiency")
 _REMOVALS = ("marginal", "mean", "mask")
@@ -28,7 +29,8 @@ def faithfulness(
     attribution: Any,
     *,
     y: Any = None,
-    target: int | None = None,
+    task: str | None = None,
+    target: int | str | tuple[int | str, ...] | None = None,
     removal: str = "marginal",
     mask_value: float = 0,
     background: Any = None,
@@ -55,9 +57,15 @@ def faithfulness(
     near 0. With fine `fractions`, such as `numpy.linspace(0.05, 1, 20)`, the two are the curves known as deletion and
     insertion, subtracted from \(f(x)\).
 
-    \(f\) is the output for the class that the model predicts for the sample, or for the one that `target` or `y` names.
-    If the model has one output, which may go up or down, the differences are taken as absolute values: noise does not
-    cancel, and only the comparison with the null distribution tells something.
+    What \(f\) is depends on what the outputs mean, which the compiled loss or `task` says:
+
+    - For a classification with several outputs, it is that of the class that the model predicts for the sample, or of
+      the one that `target` or `y` names.
+    - If there is one output, which may go up or down, the differences are taken as absolute values: noise does not
+      cancel, and only the comparison with the null distribution tells something.
+    - For other models, `target` names one of several outputs. Without it, all count: the change is the mean over the
+      outputs of the absolute differences, each divided by that output's standard deviation over the samples, and the
+      mean over the rows of the background that are drawn. An output that does not vary counts as unchanged.
 
     By itself an AOPC tells little: removing any features moves an output. The null distribution is the AOPC
     comprehensiveness of attributions that know nothing of the features and are like the given one in all else: in each
@@ -84,13 +92,17 @@ def faithfulness(
     one of them has comprehensiveness 0. Try more than one `removal`.
 
     Args:
-        model: A `keras.Model` with one output for each sample, or several, of shape `(sample,)` or `(sample, output)`.
+        model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
         x: An array with the features along axis 1: `(sample, feature)`, `(sample, position, channel)`, or token ids,
             `(sample, position)`.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
             to the sign; among equals, chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.
-        target: The number of the output that is \(f\).
+        task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
+            compiled loss says so if it is one of Keras and this is not given. If neither does, the outputs are numbers
+            of which nothing is known.
+        target: The number of the output that is \(f\). For a dictionary or list of several outputs a key, or a tuple
+            that starts with it; for outputs of more axes a tuple of numbers, such as (step, quantile).
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
             features removed from a sample come from one row, and the output is the mean over three rows. `"mean"`:
             its mean in `background`; not for token ids or categories. `"mask"`: `mask_value`, for models that are
@@ -121,7 +133,8 @@ def faithfulness(
           stay as they are in it. NaN for a single sample.
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
-        sample), `change` (`"signed"` or `"absolute"`), `target`, `draws`, `null_samples`, `observed`,
+        sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
+        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples`, `observed`,
         `observed_sufficiency`, `level` and `seed`.
 
     Raises:
@@ -159,7 +172,7 @@ def faithfulness(
     rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    changes, own, output_used = _change_function(model, x, donors, y, target, batch_size, removal)
+    changes, own, output_used = _change_function(model, x, donors, y, task, target, batch_size, removal)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), -importance)))
     counts = np.maximum(1, np.floor(shares * features + 0.5).astype(int))
     both = changes(_removed_sets(ranks, counts), np.arange(samples), rows).reshape(2, len(counts), samples)
@@ -187,16 +200,30 @@ def faithfulness(
 
 
 def _change_function(
-    model: keras.Model, x: np.ndarray, donors: np.ndarray, y: Any, target: Any, batch_size: int | None, removal: str
+    model: keras.Model,
+    x: np.ndarray,
+    donors: np.ndarray,
+    y: Any,
+    task: str | None,
+    target: Any,
+    batch_size: int | None,
+    removal: str,
 ) -> tuple[Callable[..., np.ndarray], np.ndarray, dict[str, Any]]:
     """A function that says by how much outputs fall without features, the outputs with all of them, and attributes."""
-    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
-    columns, target_used = _columns(outputs, y, target)
-    own = outputs[np.arange(len(x)), columns]
-    absolute = outputs.shape[1] == 1
+    found = outputs_of(model, x, task=task, target=target, batch_size=batch_size)
+    columns, target_used = _columns(found, y, target)
+    own, absolute = found.values, columns is None or found.values.shape[1] == 1
+    if columns is None:
+        spread = own.std(axis=0)
+        scale = np.where(spread > _ROUNDING * np.abs(own).max(axis=0), spread, np.inf)
+    else:
+        own = own[np.arange(len(x)), columns]
 
     def outputs_without(removed, of, donor):
-        """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each."""
+        """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each.
+
+        How far they lie from their own, if all outputs count.
+        """
         result = np.empty(removed.shape[0] * removed.shape[1])
         sample = np.tile(np.arange(len(of)), len(removed))
         removed = removed.reshape(len(result), -1)
@@ -208,17 +235,25 @@ def _change_function(
             number = of[sample[part]]
             where = removed[part].reshape(len(part), -1, *[1] * (x.ndim - 2))
             changed = np.where(where, donors[donor[sample[part]]], x[number])
-            outputs = predictions(model, changed, batch_size)
+            outputs = predictions(model, changed, batch_size, target)
             outputs = checked_outputs(outputs, f'`x` with features removed by "{removal}"')
-            predicted[start : start + step] = outputs[np.arange(len(part)), columns[number]]
+            if columns is None:
+                predicted[start : start + step] = np.mean(np.abs(outputs - own[number]) / scale, axis=1)
+            else:
+                predicted[start : start + step] = outputs[np.arange(len(part)), columns[number]]
         return predicted[copies].reshape(-1, len(of))
 
     def changes(removed, of, rows):
         """By how much the outputs of the samples `of` fall, (set, sample), without (set, sample, feature)."""
         without = np.mean([outputs_without(removed, of, donor[of]) for donor in rows], axis=0)
+        if columns is None:
+            return without
         return np.abs(own[of] - without) if absolute else own[of] - without
 
-    return changes, own, {"change": "absolute" if absolute else "signed", "target": target_used}
+    change = "absolute" if absolute else "signed"
+    if columns is None:
+        change = "absolute, relative to the standard deviation"
+    return changes, own, {"change": change, "task": found.task or "unknown", "target": target_used}
 
 
 def _removed_sets(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -307,16 +342,20 @@ def _donors(x: np.ndarray, removal: Any, background: Any, mask_value: float) -> 
     return rows.mean(axis=0, keepdims=True, dtype="float64").astype(x.dtype), said
 
 
-def _columns(outputs: np.ndarray, y: Any, target: Any) -> tuple[np.ndarray, str | int]:
-    """The number of the output that is asked about, for each sample, and what to say of it."""
-    samples, count = outputs.shape
+def _columns(found: Outputs, y: Any, target: Any) -> tuple[np.ndarray | None, str | int]:
+    """The number of the output that is asked about, for each sample (`None`: all of them), and what to say of it."""
+    samples, count = found.values.shape
     if y is not None and target is not None:
         raise ValueError("`y` and `target` both say which output is meant. Leave one of them out.")
-    if target is not None:
-        number = checked_target(target, count)
-        return np.full(samples, number), number
     if y is None:
-        return outputs.argmax(axis=1), "the output" if count == 1 else "predicted class"
+        of_target = describe_target(target)
+        if found.part.column is not None:
+            return np.full(samples, found.part.column), of_target
+        if count == 1:
+            return np.zeros(samples, int), "the output" if target is None else of_target
+        if found.task == "classification":
+            return found.values.argmax(axis=1), "predicted class" if target is None else f"{of_target}, predicted class"
+        return None, "all outputs" if target is None else f"{of_target}, all outputs"
     classes = np.asarray(y)
     whole = classes.shape == (samples,) and classes.dtype.kind in "biuf" and (classes == np.floor(classes)).all()
     if not whole or count == 1 or classes.min() < 0 or classes.max() >= count:

@@ -26,6 +26,8 @@ def parameter_randomization(
     x: Any,
     *,
     method: str | Callable[[keras.Model, Any], Any] = "attention",
+    task: str | None = None,
+    target: int | str | tuple[int | str, ...] | None = None,
     layers: str | Sequence[str] | None = None,
     parameters: str = "attention",
     draws: int = 20,
@@ -63,6 +65,8 @@ def parameter_randomization(
         x: Arrays, as `model.predict` takes them. Up to 256 samples are used, drawn at random.
         method: The attribution: a method of `attribute`, or a function of a model and samples that returns one,
             (sample, feature). It is called with the same model, in a `keras.StatelessScope` with other values.
+        task: What the outputs mean, as for `attribute`, if `method` is one of its methods.
+        target: The output, as for `attribute`, if `method` is one of its methods.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
         parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
         draws: How often shuffled weights are drawn.
@@ -125,7 +129,8 @@ def parameter_randomization(
     def shares():
         if callable(method):
             return _shares(method(model, x))
-        return _shares(attribute(model, x, method=method, layers=layers, batch_size=batch_size, verbose=0, seed=seed))
+        running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
+        return _shares(attribute(model, x, method=method, task=task, target=target, layers=layers, **running))
 
     own = shares()
     owners = find_attention(model).values() if parameters == "attention" else [model]

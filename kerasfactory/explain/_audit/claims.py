@@ -18,7 +18,14 @@ from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._engine.observe import rounding_of
-from kerasfactory.explain._engine.outputs import check_labels, compiled_loss, loss_values, predictions, resolve_loss
+from kerasfactory.explain._engine.outputs import (
+    NoSpreadError,
+    check_labels,
+    compiled_loss,
+    loss_values,
+    predictions,
+    resolve_loss,
+)
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 
@@ -66,6 +73,7 @@ def _claim(
     value: float | None = None,
     p_value: float | None = None,
     interval: list[float] | None = None,
+    p_opposite: float | None = None,
 ) -> Claim:
     return {
         "id": identifier,
@@ -74,6 +82,7 @@ def _claim(
         "verdict": verdict,
         "statistic": {"name": statistic, "value": value},
         "p_value": p_value,
+        "p_opposite": p_opposite,
         "p_adjusted": None,
         "interval": interval,
         "reason": reason,
@@ -117,38 +126,98 @@ def _attention(subject: Subject) -> Result:
         "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
         "permuted": "The output depends on which key gets which weight: it changes if they are dealt out at random.",
     }
-    statistic = "median change of the output"
+    worse = "The model does worse without its attention: its loss is larger if all keys get the same weight."
+    statistics = {**dict.fromkeys(sentences, "share of rows whose output changes"), "loss": "increase of the loss"}
+
+    def untested(reason):
+        said = {**sentences, "loss": worse}
+        return None, [_claim(f"attention-{name}", said[name], statistics[name], reason) for name in said]
+
     if subject.untestable:
-        untested = sentences.items()
-        return None, [_claim(f"attention-{name}", said, statistic, subject.untestable) for name, said in untested]
-    # What is drawn depends on the batches: they stay those of the record.
-    settings = subject.chosen("layers", "level", "batch_size", "seed")
-    result = attention_controls(subject.model, subject.x, verbose=0, **settings)
-    tolerance, controls, claims = result.attrs["tolerance"], [], []
+        return untested(subject.untestable)
+    no_loss = _no_loss_of_attention(subject)
+    settings = subject.chosen("layers", "level", "seed")
+    labels = None if no_loss else subject.y
+    try:
+        result = attention_controls(
+            subject.model, subject.x, labels, batch_size=subject.batch_size, verbose=0, **settings
+        )
+    except NoSpreadError as error:
+        return untested(str(error))
+    controls, claims = [], []
     for name in result["control"].values.tolist():
         control = result.sel(control=name)
-        found: dict[str, Any] = {
-            "control": name,
-            "median_change": float(control["median_change"]),
-            "interval": bounds(control["interval"].values),
-            "median_distance": float(control["jsd"].median()),
-            "p_value": control["p_value"].item(),
-            "p_opposite": control["p_opposite"].item(),
-        }
-        controls.append(found)
-        if name not in sentences:
-            continue
-        low, high = control["interval"].values
-        verdict, reason = "undetermined", f"The interval does not decide whether it is more than {tolerance:g}."
-        if low > tolerance and found["p_value"] <= subject.settings["level"]:
-            verdict, reason = "supported", f"It is more than {tolerance:g}."
-        elif high <= tolerance and found["p_opposite"] <= subject.settings["level"]:
-            verdict, reason = "refuted", f"It is not more than {tolerance:g}."
-        reason = f"{reason} Unit: {result.attrs['change']}."
-        numbers = (found["median_change"], found["p_value"], found["interval"])
-        claims.append(_claim(f"attention-{name}", sentences[name], statistic, reason, verdict, *numbers))
-    attributes = {key: result.attrs[key] for key in ("change", "tolerance", "draws", "steps")}
-    return {**attributes, "samples": result.sizes["sample"], "controls": controls}, claims
+        controls.append(
+            {
+                "control": name,
+                **{key: float(control[key]) for key in ("share", "median_change", "mean_change")},
+                "interval": bounds(control["interval"].values),
+                "median_distance": float(control["jsd"].median()),
+                "p_value": control["p_value"].item(),
+                "p_opposite": control["p_opposite"].item(),
+            }
+        )
+        if name in sentences:
+            verdict, reason = _verdict_on_change(controls[-1], result.attrs, subject.settings["level"])
+            found = (controls[-1]["share"], controls[-1]["p_value"], controls[-1]["interval"])
+            opposite = controls[-1]["p_opposite"]
+            statistic = statistics[name]
+            claims.append(
+                _claim(f"attention-{name}", sentences[name], statistic, reason, verdict, *found, p_opposite=opposite)
+            )
+    measured = {key: result.attrs[key] for key in ("change", "tolerance", "smallest_share", "draws", "steps")}
+    measured |= {"samples": result.sizes["sample"], "controls": controls, "loss": None}
+    if no_loss:
+        claims.append(_claim("attention-loss", worse, statistics["loss"], no_loss))
+    else:
+        measured["loss"], claim = _loss_of_attention(result, worse, statistics["loss"], subject.settings["level"])
+        claims.append(claim)
+    return measured, claims
+
+
+def _verdict_on_change(control: dict[str, Any], attributes: dict[str, Any], level: float) -> tuple[str, str]:
+    """Whether the output changes under a control, and why that is the verdict."""
+    tolerance, least = attributes["tolerance"], attributes["smallest_share"]
+    changed = f"by more than {tolerance:g}, {attributes['change']},"
+    if control["p_value"] <= level:
+        return "supported", f"It changes {changed} in more than {least:.0%} of the rows."
+    if control["mean_change"] > tolerance:
+        reason = f"It is not shown to change {changed} in {least:.0%} of the rows, but its mean change is larger."
+        return "undetermined", f"{reason} A few rows decide."
+    if control["p_opposite"] <= level:
+        return "refuted", f"It changes {changed} in less than {least:.0%} of the rows, and its mean change is smaller."
+    return "undetermined", f"The rows are too few to tell whether it changes {changed} in {least:.0%} of them."
+
+
+def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level: float) -> tuple[dict[str, Any], Claim]:
+    """What uniform attention makes of the loss, and the claim that it makes it larger."""
+    found: dict[str, Any] = {
+        "name": result.attrs["loss"],
+        "value": result.attrs["loss_value"],
+        "increase": result["loss_increase"].item(),
+        "interval": bounds(result["mean_interval"].values),
+        "p_value": result["p_value_loss"].item(),
+        "p_opposite": result["p_opposite_loss"].item(),
+    }
+    most = f"{result.attrs['tolerance']:.0%} of the loss"
+    verdict, reason = "undetermined", f"The interval does not decide whether it is at most {most}."
+    if found["p_opposite"] <= level:
+        verdict, reason = "refuted", f"It is at most {most}."
+    elif found["p_value"] <= level and found["interval"] and found["interval"][0] > 0:
+        verdict, reason = "supported", "The interval lies above 0."
+    numbers = (found["increase"], found["p_value"], found["interval"])
+    return found, _claim(
+        "attention-loss", sentence, statistic, reason, verdict, *numbers, p_opposite=found["p_opposite"]
+    )
+
+
+def _no_loss_of_attention(subject: Subject) -> str:
+    """Why the loss without the model's attention cannot be computed, if so."""
+    if subject.y is None:
+        return "Without labels, `y`, there is no telling what the model does worse."
+    if getattr(subject.model, "loss", None) is None:
+        return "The model is not compiled with a loss: there is no telling what it does worse."
+    return subject.unusable_loss
 
 
 def _ranking(subject: Subject) -> Result:
@@ -262,7 +331,10 @@ def _features(subject: Subject) -> Result:
         claim = _claim(f"feature/{feature}", sentence.format(feature), statistic, reason, *found)
         return {**claim, "feature": feature}
 
-    if untestable := _no_ranking(subject) or subject.unusable_loss:
+    no_table = (
+        "" if subject.x.ndim == 2 else "Claims about single features are tested for tables, (sample, feature), alone."
+    )
+    if untestable := _no_ranking(subject) or no_table or subject.unusable_loss:
         return None, [claim(feature, untestable) for feature in subject.features]
     given = (subject.model, subject.x, subject.y, subject.attribution)
     settings = {**subject.chosen("level", "seed"), "batch_size": subject.batch_size}
@@ -346,8 +418,6 @@ def unusable_loss(model: keras.Model, x: np.ndarray, y: np.ndarray | None, batch
     """Why the loss of single samples cannot be computed, if so. Raises a `ValueError` for labels that do not fit it."""
     if y is None:
         return "Without labels, `y`, there is no telling what the feature says about the outcome."
-    if x.ndim != 2:
-        return "Claims about single features are tested for tables, (sample, feature), alone."
     if getattr(model, "loss", None) is None:
         return "The model is not compiled with a loss: there is no telling what is worse without the feature."
     try:

@@ -195,7 +195,7 @@ def _controls(record: dict[str, Any]) -> str:
     if controls is None:
         return _section(title, note, _NOT_TESTED)
     found = controls["controls"]
-    bars = _bars([(one["control"], one["median_change"], one["interval"]) for one in found])
+    bars = _bars([(one["control"], one["share"], one["interval"]) for one in found])
     rows = []
     for one, bar in zip(found, bars, strict=True):
         claim = claims.get(f"attention-{one['control']}")
@@ -203,16 +203,20 @@ def _controls(record: dict[str, Any]) -> str:
             [
                 _cell(one["control"]),
                 bar,
-                _cell(_number(one["median_change"]), "", _interval(one["interval"])),
+                _cell(_number(one["share"]), "", _interval(one["interval"])),
+                _cell(_number(one["median_change"])),
                 _cell(_number(one["median_distance"])),
                 _verdict(claim["verdict"]) if claim else _cell("no claim"),
             ]
         )
     caption = (
-        f"Median change of the output, {controls['change']}, under other attention, in {controls['samples']} samples"
+        f"Share of {controls['samples']} samples whose output changes under other attention by more than "
+        f"{controls['tolerance']:g}, and the median change, {controls['change']}"
     )
     return _section(
-        title, note, _table(caption, ["Attention", "Change, drawn", "Change", "JSD of the scores", "Claim"], rows)
+        title,
+        note,
+        _table(caption, ["Attention", "Share, drawn", "Share", "Median change", "JSD of the scores", "Claim"], rows),
     )
 
 
