@@ -217,15 +217,43 @@ def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs
         return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
 
 
-def edit_scores(layer: Any, edit: Callable[[Any], Any]) -> None:
-    """Has the layer attend with `edit(scores)`. To be used where the layer is put back afterward: see `unchanged`."""
+def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
+    """Has the layer attend with the scores that `edit` makes of its own. To be used where it is put back: `unchanged`.
+
+    `edit(scores, weights)` gets the scores as `capture` reports them, and the weights that the layer really uses. The
+    two differ where a query may attend to no key. Scores are 0 there, but Keras' fused attention gives such a query
+    the mean of all values, as if its weights were uniform.
+    """
     compute_attention = private(layer, "_compute_attention")
 
     def edited(*args, **kwargs):
-        scores = edit(explicit_scores(layer, compute_attention, args, kwargs))
-        return combined(layer, scores, args[2] if len(args) > 2 else kwargs["value"]), scores
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        scores = explicit_scores(layer, compute_attention, args, kwargs)
+        own = _fused_output(layer, compute_attention, args, kwargs)
+        if own is None:
+            weights = edit(scores, scores)
+            return combined(layer, weights, value), scores
+        sees_a_key = ops.any(scores != 0, axis=-1, keepdims=True)
+        uniform = ops.ones_like(scores) / ops.cast(ops.shape(scores)[-1], scores.dtype)
+        weights = edit(scores, ops.where(sees_a_key, scores, uniform))
+        # The layer's own output, times 1 unless that is edited: rounding may make it other than the mean of the values.
+        without_a_key = own * ops.cast(_heads_after_queries(ops.sum(weights, axis=-1, keepdims=True)), own.dtype)
+        return ops.where(_heads_after_queries(sees_a_key), combined(layer, weights, value), without_a_key), scores
 
     layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
+
+
+def _fused_output(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the layer's heads make of their values where it forms no scores and has a mask; else `None`."""
+    mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
+    if mask is None or isinstance(layer, Attention):  # this package's own gives 0 where there is no key
+        return None
+    output, scores = compute_attention(*args, **kwargs)
+    return output if scores is None else None
+
+
+def _heads_after_queries(tensor: Any) -> Any:
+    return ops.transpose(tensor, (0, 2, 1, 3))
 
 
 @contextlib.contextmanager

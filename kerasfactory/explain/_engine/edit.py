@@ -30,7 +30,8 @@ class Editor(NamedTuple):
 
     An `edit(name, scores, given)` gets the scores (batch, head, query, key) of a call by the name that `capture` gives
     it, and returns others of the same shape. `given` holds arrays, in dictionaries or lists: what changes from run to
-    run belongs there, for an `edit` may be compiled, once for each function.
+    run belongs there, for an `edit` may be compiled, once for each function. Where a query may attend to no key, what
+    `edit` gets is what the layer really uses: 0, or the same weight for all keys (see `edit_scores`).
 
     `gradient` returns the gradient of `scalar(outputs, more)` by `given`, in the form of that, the outputs, and the
     scores before the edit, by name. It may be compiled too, once for each pair of functions: `more` holds arrays, as
@@ -133,10 +134,10 @@ def _edit_calls(
     """Has the layer attend with edited scores in each of its calls, whose own scores are noted in `before`."""
     numbers = itertools.count(1)
 
-    def edited(scores):
+    def edited(scores, weights):
         name = names[layer_name, next(numbers)]
         before[name] = scores
-        return edit(name, scores)
+        return edit(name, weights)
 
     edit_scores(layer, edited)
 
