@@ -221,39 +221,49 @@ def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
     """Has the layer attend with the scores that `edit` makes of its own. To be used where it is put back: `unchanged`.
 
     `edit(scores, weights)` gets the scores as `capture` reports them, and the weights that the layer really uses. The
-    two differ where a query may attend to no key. Scores are 0 there, but Keras' fused attention gives such a query
-    the mean of all values, as if its weights were uniform.
+    two differ where a query may attend to no key: scores are 0 there, but Keras' fused attention gives such a query
+    the mean of all values, as uniform weights do.
     """
     compute_attention = private(layer, "_compute_attention")
 
     def edited(*args, **kwargs):
-        value = args[2] if len(args) > 2 else kwargs["value"]
-        scores = explicit_scores(layer, compute_attention, args, kwargs)
-        own = _fused_output(layer, compute_attention, args, kwargs)
-        if own is None:
-            weights = edit(scores, scores)
-            return combined(layer, weights, value), scores
-        sees_a_key = ops.any(scores != 0, axis=-1, keepdims=True)
-        uniform = ops.ones_like(scores) / ops.cast(ops.shape(scores)[-1], scores.dtype)
-        weights = edit(scores, ops.where(sees_a_key, scores, uniform))
-        # The layer's own output, times 1 unless that is edited: rounding may make it other than the mean of the values.
-        without_a_key = own * ops.cast(_heads_after_queries(ops.sum(weights, axis=-1, keepdims=True)), own.dtype)
-        return ops.where(_heads_after_queries(sees_a_key), combined(layer, weights, value), without_a_key), scores
+        scores, value = explicit_scores(layer, compute_attention, args, kwargs), _argument(args, kwargs, 2, "value")
+        weights = scores
+        if _is_masked_and_fused(layer, compute_attention, args, kwargs):
+            uniform = ops.ones_like(scores) / ops.cast(ops.shape(scores)[-1], scores.dtype)
+            weights = ops.where(ops.any(scores != 0, axis=-1, keepdims=True), scores, uniform)
+        return combined(layer, edit(scores, weights), value), scores
 
     layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
 
 
-def _fused_output(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the layer's heads make of their values where it forms no scores and has a mask; else `None`."""
-    mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
-    if mask is None or isinstance(layer, Attention):  # this package's own gives 0 where there is no key
-        return None
-    output, scores = compute_attention(*args, **kwargs)
-    return output if scores is None else None
+def differentiate_rightly(layer: Any) -> None:
+    """Has the layer form its scores where the gradient of a fused kernel may be wrong. To be used as `edit_scores`.
+
+    For queries that may attend to no key, that of PyTorch 2.13 on CPUs is too large by a factor, the number of keys.
+    """
+    compute_attention = private(layer, "_compute_attention")
+    if not is_keras_method(compute_attention):
+        return
+    edit_scores(layer, lambda scores, weights: weights)
+    edited = layer.__dict__["_compute_attention"]
+
+    def masked_only(*args, **kwargs):
+        masked = _argument(args, kwargs, 3, "attention_mask") is not None
+        return (edited if masked else compute_attention)(*args, **kwargs)
+
+    layer.__dict__["_compute_attention"] = masked_only
 
 
-def _heads_after_queries(tensor: Any) -> Any:
-    return ops.transpose(tensor, (0, 2, 1, 3))
+def _is_masked_and_fused(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether Keras' layer has a mask and forms no scores. This package's own gives 0 where there is no key."""
+    if _argument(args, kwargs, 3, "attention_mask") is None or isinstance(layer, Attention):
+        return False
+    return compute_attention(*args, **kwargs)[1] is None
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
 
 
 @contextlib.contextmanager
