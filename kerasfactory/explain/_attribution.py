@@ -20,8 +20,17 @@ from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
+from kerasfactory.explain._engine.tokens import as_float, integral, missed, token_scaler
 
-_METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "uniform", "random")
+_METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients", "uniform", "random")
+_WITH_GRADIENT = ("attention_gradient", "integrated_gradients")
+_NO_GRADIENT = (
+    "No gradient arrives at {}: it is 0 for every sample. Either the output does not depend on them, or it passes no "
+    "gradient on, as outputs that are rounded and labels do (`argmax`). Explain a model that returns probabilities or "
+    "logits: `keras.Model(model.inputs, model.outputs)` leaves out a `predict_step` of your own, and "
+    "`keras.Model(model.inputs, model.get_layer(NAME).output)` all layers after one."
+)
+_INCOMPLETE = 0.05  # a completeness error that is warned of
 _NO_DISTRIBUTION = 0.02  # by how much a row of scores may miss 1: that much is rounding in half precision
 
 
@@ -159,7 +168,10 @@ def attribute(
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
     names = None if feature_names is None else checked_names(feature_names)
     checked_task(task)
-    if method == "attention_gradient":
+    completeness: list[tuple[float, float]] = []
+    if method == "integrated_gradients":
+        seen = _integrated(model, x, layers, batch_size, verbose, task, target, completeness)
+    elif method == "attention_gradient":
         seen = _gradients(model, x, layers, batch_size, verbose, task, target)
     else:
         if target is not None:
@@ -182,6 +194,7 @@ def attribute(
 
     warn_of_difference(model, batch.difference)
     result = np.concatenate(rows)
+    attributes = {"completeness_error": _completeness_error(completeness)} if method == "integrated_gradients" else {}
     bad = np.flatnonzero(np.isnan(result).any(axis=1))
     if len(bad):
         warn(
@@ -197,12 +210,13 @@ def attribute(
         attrs={
             "method": method,
             "target": "any"
-            if method != "attention_gradient"
+            if method not in _WITH_GRADIENT
             else "predicted"
             if target is None
             else describe_target(target),
-            "query": "mean" if query is None else query,
+            "query": "any" if method == "integrated_gradients" else "mean" if query is None else query,
             "layers": ", ".join(shapes),
+            **attributes,
             "backend": keras.config.backend(),
             "keras_version": keras.__version__,
         },
@@ -332,16 +346,21 @@ def _checked_axes(
     """The names along `query` and `key` of the first layer, as `capture` gives them, if the layers go together."""
     if method == "rollout" or (method == "attention_gradient" and len(shapes) > 1):
         _check_square(shapes)
+    _number_of_keys(shapes)
+    for name, shape in shapes.items():
+        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
+    first = next(iter(shapes))
+    return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
+
+
+def _number_of_keys(shapes: Mapping[str, tuple[int, ...]]) -> int:
     keys = {name: keys for name, (_, keys) in shapes.items()}
     if len(set(keys.values())) > 1:
         raise ValueError(
             f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose "
             "those that do, with `layers=[...]`."
         )
-    for name, shape in shapes.items():
-        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
-    first = next(iter(shapes))
-    return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
+    return next(iter(keys.values()))
 
 
 def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -400,6 +419,8 @@ def _attributed(
         for values, _ in parts[1:]:
             relevance = relevance + values + values @ relevance
         return _pooled(relevance, parts[-1][1], position)
+    if method == "integrated_gradients":
+        return parts[0][0][:, 0]  # the same for all queries, and in all layers
     mean = np.mean([_pooled(values, attends, position) for values, attends in parts], axis=0)
     if method in ("attention", "value_norm"):
         return mean
@@ -479,9 +500,9 @@ def _gradients(
     edit = editor(model, first, layers)
 
     def chosen(outputs, more):
-        return ops.sum(asked_output(model, outputs, task, target))
+        return ops.sum(asked_output(model, tree.map_structure(as_float, outputs), task, target))
 
-    done = 0
+    done, has_gradient, has_scores = 0, False, False
     for data in itertools.chain([first], batches):
         deltas = {name: np.zeros((size_of(data), *shape), "float32") for name, shape in edit.shapes.items()}
         gradients, _, scores = edit.gradient(data, _added, deltas, chosen, once=expected == 1)
@@ -491,11 +512,82 @@ def _gradients(
             # A masked key gets 0, also where the gradient is NaN, as that of a softmax over nothing is in Keras 3.14.
             products = ops.where(weights == 0, 0.0, gradients[name] * weights)
             measured[name] = ops.mean(ops.maximum(products, 0), axis=1), weights
+            has_gradient = has_gradient or bool(ops.any(products != 0))
+            has_scores = has_scores or bool(ops.any(weights != 0))
         yield seen._replace(size=size_of(data), measured=measured)
         done += 1
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
+    if has_scores and not has_gradient:
+        warn(_NO_GRADIENT.format("the scores"))
+
+
+def _integrated(
+    model: Any,
+    x: Any,
+    layers: Any,
+    batch_size: int | None,
+    verbose: Any,
+    task: str | None,
+    target: Any,
+    completeness: list[tuple[float, float]],
+) -> Iterator[Batch]:
+    """Batches in which the measured is, for each call, integrated gradients, (sample, query, key), and the scores.
+
+    To `completeness` is added, for each batch, the largest difference from the change of the output that the values of
+    a sample should sum to, and the largest sum of their absolute values.
+    """
+    batches, expected = batches_of(x, batch_size)
+    progress = progress_bar(expected, verbose)
+    watched, batches = itertools.tee(batches)
+    scaler, done = None, 0
+
+    def chosen(outputs):
+        return ops.sum(asked_output(model, outputs, task, target))
+
+    seen = observe(model, watched, layers, None, 0, float_scores, only_scores=True)
+    for batch, data in zip(seen, batches, strict=False):
+        parts = {name: _mean_of_heads(batch, name) for name in batch.measured}  # raises where a key is not a feature
+        keys = _number_of_keys({name: values.shape[1:] for name, (values, _) in parts.items()})
+        in_view = np.any([_in_view(batch, name) for name in parts], axis=0)
+        if scaler is None:
+            scaler = token_scaler(model, data, layers, keys)
+        integrated = integral(scaler, data, in_view, chosen)
+        sizes = np.abs(integrated.values).sum(axis=1)
+        completeness.append((np.nanmax(missed(integrated)), np.nanmax(sizes)))
+        measured = {}
+        for name, (values, _) in parts.items():
+            of_queries = np.broadcast_to(integrated.values[:, None].astype(values.dtype), values.shape)
+            measured[name] = ops.convert_to_tensor(of_queries), batch.measured[name]
+        yield batch._replace(expected=expected, measured=measured)
+        done += 1
+        progress.update(done)
+    if expected is None:
+        progress.update(done, finalize=True)
+    if not any(size for _, size in completeness) and in_view.any():
+        completeness.clear()
+        warn(_NO_GRADIENT.format("the tokens"))
+
+
+def _in_view(batch: Batch, name: str) -> np.ndarray:
+    """The keys that any query attends to, (sample, key). Without masks a weight of 0 is rounding, and all count."""
+    scores = _backend.as_numpy(batch.measured[name])
+    return np.any(scores, axis=(1, 2)) | (batch.found[name].masks == "none")
+
+
+def _completeness_error(completeness: list[tuple[float, float]]) -> float:
+    if not completeness:  # no gradient arrives
+        return float("nan")
+    largest_difference, largest_sum = np.nanmax(completeness, axis=0)
+    error = float(largest_difference / largest_sum)
+    if error > _INCOMPLETE:
+        warn(
+            f"The integrated gradients miss the change of the output that they should sum to by up to {error:.0%} of "
+            "the largest attribution of a sample: along the path the gradient changes too fast, or not all of the "
+            "output passes a gradient on. Use the ranking with care, or compare with another method."
+        )
+    return error
 
 
 def _added(name: str, scores: Any, given: Any) -> Any:

@@ -70,6 +70,8 @@ def attention_controls(
       found by `steps` steps of gradient ascent on logits, once from near the model's own scores and once from far away.
       If none are found, this does not prove that there are none.
 
+    A query without a key in view keeps what the layer gives it: with Keras' fused attention, the mean of all values.
+
     If uniform attention leaves the output as it is, attention does not decide the output, whatever the map looks like.
     That other scores give the same output is weaker evidence. The adversary may find scores that the model could not
     have learned to produce (Wiegreffe & Pinter 2019, [*Attention is not not
@@ -454,7 +456,8 @@ class _Batch(NamedTuple):
 
 
 def _replaced(name: str, scores: Any, given: Any) -> Any:
-    return given[name]
+    # A query without a key in view has no other scores than its own.
+    return ops.where(ops.any(given[name] != 0, axis=-1, keepdims=True), given[name], ops.cast(scores, "float32"))
 
 
 def _uniform(visible: np.ndarray) -> np.ndarray:

@@ -231,11 +231,11 @@ def head_importance(
         loss: What to measure, as `model.compile` takes it for one output: a name that Keras knows, a
             `keras.losses.Loss`, a function of `(y, outputs)`, or a list or dictionary of one of these. The function
             gets tensors and returns one value for each sample, or several, which are averaged. A `y` of shape (sample,)
-            comes as (sample, 1). Write it with `keras.ops`, because it is differentiated: what leaves tensors has no
-            gradient. It is compiled as the model is. If it cannot be compiled, it runs as it is, more slowly. If
-            `loss` is not given, it is the loss that the model was compiled with. Its reduction over the samples is not
-            used, because the values of single samples count. Weights of classes, and losses that layers add, are not
-            used either. A model with several outputs needs a function here.
+            comes as (sample, 1), also in a dictionary. Write it with `keras.ops`, because it is differentiated: what
+            leaves tensors has no gradient. It is compiled as the model is. If it cannot be compiled, it runs as it is,
+            more slowly. If `loss` is not given, it is the loss that the model was compiled with. Its reduction over the
+            samples is not used, because the values of single samples count. Weights of classes, and losses that layers
+            add, are not used either. A model with several outputs needs a function here.
         batch_size: Samples in a batch, 32 if not given.
         verbose: As for `capture`.
 
@@ -352,4 +352,4 @@ def _checked_targets(x: Any, y: Any) -> Any:
         )
     if any(np.isnan(array).any() for array in arrays):
         raise ValueError("`y` has missing values (NaN): leave these samples out of `x` and `y`.")
-    return y
+    return tree.map_structure(lambda array: array[:, None] if array.ndim == 1 else array, y)  # as `fit` does

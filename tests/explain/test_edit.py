@@ -158,6 +158,64 @@ def test_what_cannot_be_compiled_runs_as_it_is():
             np.testing.assert_allclose(numbers(gradients[name]), numbers(expected[name]), rtol=1e-4, atol=1e-6)
 
 
+WORDS = np.random.default_rng(1).integers(1, 20, (12, 6))
+WORDS[:, 4:] = 0
+
+
+def leaking(kind):
+    """Padded queries attend to no key, and `+` drops their mask: what Keras gives them reaches the pooling."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,), dtype="int32")
+    tokens = layers.Embedding(20, 8, mask_zero=True)(inputs)
+    pooled = layers.GlobalAveragePooling1D()(tokens + ATTENTIONS[kind]("attention")(tokens, tokens))
+    model = keras.Model(inputs, layers.Dense(1, name="output")(pooled))
+    for variable in model.trainable_variables:  # biases are not to be 0
+        variable.assign(np.random.default_rng(2).normal(scale=0.5, size=variable.shape))
+    model.compile(loss="mse")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Layer '[a-z]*' .of type EinsumDense")  # of Keras' grouped layer
+@pytest.mark.parametrize("kind", ["keras", "grouped"])
+def test_queries_without_a_key_keep_what_keras_gives_them(kind):
+    model = leaking(kind)
+    assert (explain.capture(model, WORDS, verbose=0)["attention"][:, :, 4:] == 0).all()
+    intact = model.predict(WORDS, verbose=0)[:, 0]
+
+    # A gradient by the scores, from the weights: the model is linear in them.
+    attention, (kernel, _) = model.get_layer("attention"), model.get_layer("output").get_weights()
+    tokens = model.layers[1].get_weights()[0][WORDS]
+    value, bias = (numbers(weight) for weight in (attention._value_dense.kernel, attention._value_dense.bias))
+    value = np.einsum("skf,fhd->shkd", tokens, value) + bias[:, None]
+    value = np.repeat(value, 4 // value.shape[1], axis=1) if kind == "grouped" else value
+    slopes = np.einsum("shkd,hdo,op->shk", value, numbers(attention._output_dense.kernel), kernel) / 6
+    scores = explain.capture(model, WORDS, verbose=0)["attention"].values
+    expected = np.maximum(scores * slopes[:, :, None], 0).mean(1)[:, :4].mean(1)
+    relevance = explain.attribute(model, WORDS, method="attention_gradient", verbose=0)
+    np.testing.assert_allclose(relevance, expected, rtol=1e-4, atol=1e-6)
+    assert (relevance[:, 4:] == 0).all()
+    assert (relevance[:, :4] > 0).any()
+
+    # Queries that are 0 attend alike to all keys in view.
+    controls = explain.attention_controls(model, WORDS, steps=1, draws=1, verbose=0)
+    weights = attention.get_weights()
+    attention.set_weights([weights[0] * 0, weights[1] * 0, *weights[2:]])
+    uniform = model.predict(WORDS, verbose=0)[:, 0]
+    change = np.abs(uniform - intact) / intact.std()
+    np.testing.assert_allclose(controls["change"].sel(control="uniform"), change, rtol=1e-3, atol=1e-5)
+    assert change.max() > 0.05
+    attention.set_weights(weights)
+
+    importance = explain.head_importance(model, WORDS, np.zeros(12), verbose=0)["attention"]
+    for head in importance["head"].values:
+        without = [weight.copy() for weight in weights]
+        without[-2][head] = 0
+        attention.set_weights(without)
+        rise = (model.predict(WORDS, verbose=0) ** 2).mean() - (intact**2).mean()
+        np.testing.assert_allclose(importance["ablation"][head], rise, rtol=1e-3, atol=1e-5)
+    assert np.abs(importance["ablation"]).max() > 1e-3
+
+
 class Twisted(layers.MultiHeadAttention):
     def _compute_attention(self, *args, **kwargs):
         output, scores = super()._compute_attention(*args[:5], return_attention_scores=True)

@@ -296,6 +296,28 @@ def test_several_outputs_and_several_inputs():
     assert (importance["cross"]["gradient"] > 0).all()
 
 
+def test_targets_in_a_dictionary_may_be_without_an_axis_of_outputs():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5, 8))
+    attended = layers.GlobalAveragePooling1D()(layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs))
+    outputs = {"dose": layers.Dense(1)(attended), "risk": layers.Dense(1)(attended)}
+
+    def squared(y, outputs):
+        return (y["dose"] - outputs["dose"]) ** 2 + (y["risk"] - outputs["risk"]) ** 2
+
+    model, targets = keras.Model(inputs, outputs), {"dose": Y, "risk": Y**2}
+    importance = explain.head_importance(model, X, targets, loss=squared, verbose=0)["attention"]
+    predicted = model.predict(X, verbose=0)
+    expected = sum(((predicted[name][:, 0] - values) ** 2).mean() for name, values in targets.items())
+    np.testing.assert_allclose(importance.attrs["loss_value"], expected, rtol=1e-5)
+
+    of_one = keras.Model(inputs, {"dose": outputs["dose"]})
+    for targets in ({"dose": Y}, {"dose": Y[:, None]}, Y):
+        importance = explain.head_importance(of_one, X, targets, loss="mse", verbose=0)["attention"]
+        expected = ((predicted["dose"][:, 0] - Y) ** 2).mean()
+        np.testing.assert_allclose(importance.attrs["loss_value"], expected, rtol=1e-5)
+
+
 def test_several_attention_axes():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3, 4, 8))

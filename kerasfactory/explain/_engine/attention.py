@@ -225,15 +225,53 @@ def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs
         return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
 
 
-def edit_scores(layer: Any, edit: Callable[[Any], Any]) -> None:
-    """Has the layer attend with `edit(scores)`. To be used where the layer is put back afterward: see `unchanged`."""
+def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
+    """Has the layer attend with the scores that `edit` makes of its own. To be used where it is put back: `unchanged`.
+
+    `edit(scores, weights)` gets the scores as `capture` reports them, and the weights that the layer really uses. The
+    two differ where a query may attend to no key: scores are 0 there, but Keras' fused attention gives such a query
+    the mean of all values, as uniform weights do.
+    """
     compute_attention = private(layer, "_compute_attention")
 
     def edited(*args, **kwargs):
-        scores = edit(explicit_scores(layer, compute_attention, args, kwargs))
-        return combined(layer, scores, args[2] if len(args) > 2 else kwargs["value"]), scores
+        scores, value = explicit_scores(layer, compute_attention, args, kwargs), _argument(args, kwargs, 2, "value")
+        weights = scores
+        if _is_masked_and_fused(layer, compute_attention, args, kwargs):
+            uniform = ops.ones_like(scores) / ops.cast(ops.shape(scores)[-1], scores.dtype)
+            weights = ops.where(ops.any(scores != 0, axis=-1, keepdims=True), scores, uniform)
+        return combined(layer, edit(scores, weights), value), scores
 
     layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
+
+
+def differentiate_rightly(layer: Any) -> None:
+    """Has the layer form its scores where the gradient of a fused kernel may be wrong. To be used as `edit_scores`.
+
+    For queries that may attend to no key, that of PyTorch 2.13 on CPUs is too large by a factor, the number of keys.
+    """
+    compute_attention = private(layer, "_compute_attention")
+    if not is_keras_method(compute_attention):
+        return
+    edit_scores(layer, lambda scores, weights: weights)
+    edited = layer.__dict__["_compute_attention"]
+
+    def masked_only(*args, **kwargs):
+        masked = _argument(args, kwargs, 3, "attention_mask") is not None
+        return (edited if masked else compute_attention)(*args, **kwargs)
+
+    layer.__dict__["_compute_attention"] = masked_only
+
+
+def _is_masked_and_fused(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether Keras' layer has a mask and forms no scores. This package's own gives 0 where there is no key."""
+    if _argument(args, kwargs, 3, "attention_mask") is None or isinstance(layer, Attention):
+        return False
+    return compute_attention(*args, **kwargs)[1] is None
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
 
 
 @contextlib.contextmanager

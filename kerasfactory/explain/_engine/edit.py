@@ -11,7 +11,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
-from kerasfactory.explain._engine.attention import edit_scores, float_scores
+from kerasfactory.explain._engine.attention import differentiate_rightly, edit_scores, find_attention, float_scores
 from kerasfactory.explain._engine.observe import (
     Found,
     compile_options,
@@ -30,7 +30,8 @@ class Editor(NamedTuple):
 
     An `edit(name, scores, given)` gets the scores (batch, head, query, key) of a call by the name that `capture` gives
     it, and returns others of the same shape. `given` holds arrays, in dictionaries or lists: what changes from run to
-    run belongs there, for an `edit` may be compiled, once for each function.
+    run belongs there, for an `edit` may be compiled, once for each function. Where a query may attend to no key, what
+    `edit` gets is what the layer really uses: 0, or the same weight for all keys (see `edit_scores`).
 
     `gradient` returns the gradient of `scalar(outputs, more)` by `given`, in the form of that, the outputs, and the
     scores before the edit, by name. It may be compiled too, once for each pair of functions: `more` holds arrays, as
@@ -57,6 +58,9 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     def run(state, data, edit, given):
         before: dict[str, Any] = {}
         with unchanged(model):
+            for layer in find_attention(model).values():
+                if all(layer is not edited for edited in attentions.values()):
+                    differentiate_rightly(layer)
             for layer_name, layer in attentions.items():
                 _edit_calls(layer, layer_name, names, lambda name, scores: edit(name, scores, given), before)
             outputs, _ = _backend.predict_step(model, state, data)
@@ -123,7 +127,9 @@ def _check_made_of_scores(model: Any, batch: tuple, run: Callable) -> None:
             "The model's outputs are not made of its attention scores: with the same scores, formed and multiplied "
             f"with the values, they differ by {difference:.1e} of the largest. There is no telling what other scores "
             "would do. Leave out layers that compute something else, with `layers=[...]`; "
-            "`explain.recomposition_error` tells which they are. Random outputs, and NaN in `x`, do this too."
+            "`explain.recomposition_error` tells which they are. Random outputs, and NaN in `x`, do this too; so does "
+            "padding in half precision after `tokens + attended`, which drops its mask: write "
+            "`keras.layers.Add()([tokens, attended])`."
         )
 
 
@@ -133,10 +139,10 @@ def _edit_calls(
     """Has the layer attend with edited scores in each of its calls, whose own scores are noted in `before`."""
     numbers = itertools.count(1)
 
-    def edited(scores):
+    def edited(scores, weights):
         name = names[layer_name, next(numbers)]
         before[name] = scores
-        return edit(name, scores)
+        return edit(name, weights)
 
     edit_scores(layer, edited)
 
