@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import xarray as xr
-from keras import ops
+from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_names, generator
