@@ -22,13 +22,13 @@ from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.conditional import Draws, Sampler, told_apart
 from kerasfactory.explain._engine.data import check_rows_finite, checked_attribution, feature_array, progress_bar
 from kerasfactory.explain._engine.outputs import (
-    best_constant_losses,
     check_labels,
     checked_outputs,
     loss_values,
     predictions,
     resolve_loss,
 )
+from kerasfactory.explain._engine.skill import skill_of
 from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval
 
 _RESAMPLES = 1999
@@ -177,11 +177,7 @@ def feature_claims(
     outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
     check_labels(loss, y, outputs)
     own_loss = loss_values(loss, y, outputs)
-    base = best_constant_losses(loss, y, outputs)
-    base_loss = float(base.mean())
-    relative = float(own_loss.mean()) / base_loss if base_loss > 0 else np.nan
-    # By the delta method, the spread of a ratio of means is that of the mean of these.
-    ratio, _ = mean_interval(relative + (own_loss - relative * base) / (base_loss or 1), clusters, level, rng)
+    skill = skill_of(loss, y, outputs, clusters, level, rng)
 
     def losses_of(values, columns):
         """The losses with the columns drawn, (draw, sample)."""
@@ -201,12 +197,11 @@ def feature_claims(
         tested = [_named_in(test, groups_found, units) for test in tested]
         tested += [_tested(_merged(group, units), sampler, own_loss, losses_of) for group in groups_found]
 
-    has_skill = bool(ratio[1] < 1)
-    variables = _judged(tested, sampler, level, margin * abs(base_loss), has_skill)
+    has_skill = bool(skill["skill_interval"][0] > 0)
+    variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), has_skill)
     names = [test.unit.name for test in tested]
-    attributes = {"base_loss": base_loss, "loss": float(own_loss.mean()), "skill": 1 - relative}
-    attributes |= {"skill_interval": (1 - ratio[::-1]).tolist(), "samples": len(x), "clusters": int(clusters.max()) + 1}
-    attributes |= {"copies": copies, "level": level, "margin": margin, "draws": draws, "seed": seed}
+    attributes = {**skill, "samples": len(x), "clusters": int(clusters.max()) + 1, "copies": copies}
+    attributes |= {"level": level, "margin": margin, "draws": draws, "seed": seed}
     return xr.Dataset(
         {name: (("feature", "bound")[: values.ndim], values) for name, values in variables.items()},
         {"feature": names, "bound": ["lower", "upper"]},
@@ -268,8 +263,8 @@ def _clusters(x: np.ndarray, y: np.ndarray, groups: Any, block: Any) -> tuple[np
     if not copies or is_chance or groups is not None or block is not None:
         return clusters, copies
     warn(
-        f"{copies} of {len(x)} samples are exact copies of others. Each sample counts once, with its copies. If samples "
-        "depend on each other in other ways too, say which belong together, with `groups`."
+        f"{copies} of {len(x)} samples are exact copies of others. Each counts once, together with its copies. If "
+        "samples depend on each other in other ways too, say which belong together, with `groups`."
     )
     return number.reshape(-1), copies
 
@@ -277,8 +272,8 @@ def _clusters(x: np.ndarray, y: np.ndarray, groups: Any, block: Any) -> tuple[np
 def _tested(unit: _Unit, sampler: Sampler, own_loss: np.ndarray, losses_of: Callable) -> _Test:
     x, rows, columns = sampler.x, sampler.rows, unit.columns
     varies = all((table[:, columns] != table[0, columns]).any() for table in (x, rows))
-    enough = min(int(sampler.clusters.max()), int(sampler.row_clusters.max())) + 1 >= max(_FEWEST, min(x.shape))
-    enough &= min(len(x), len(rows)) >= x.shape[1]
+    independent = min(int(of.max()) + 1 for of in (sampler.clusters, sampler.row_clusters))
+    enough = independent >= _FEWEST and min(len(x), len(rows)) >= x.shape[1]
     if not varies or not enough:
         return _Test(unit, None, None)
     drawn = sampler.drawn(columns)
@@ -364,7 +359,7 @@ def _judged(
         donors = [test.drawn.donors for test in tested if test.drawn is not None]
         interval, below = mean_interval(*_influences(losses, donors, sampler), level, sampler.rng, margin)
         found["interval"][testable], found["p_opposite"][testable] = interval, below
-    claimed = np.array([test.unit.is_claimed for test in tested])
+    claimed = found["claimed"] = np.array([test.unit.is_claimed for test in tested])
     adjusted = focused_bh(found["p_value"], claimed)
     found["p_adjusted"] = np.where(claimed, adjusted, focused_bh(found["p_value"], ~claimed))
     negligible = (focused_bh(found["p_opposite"], claimed) <= level) & (found["interval"][:, 1] <= margin)

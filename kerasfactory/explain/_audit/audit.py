@@ -17,10 +17,10 @@ from keras import ops
 
 import kerasfactory
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_level, checked_names, checked_seed, positive_integer
+from kerasfactory._arguments import checked_level, checked_names, checked_seed, generator, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, unusable_loss
+from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, measured_skill
 from kerasfactory.explain._audit.file import (
     ABSOLUTE,
     SCHEMA,
@@ -36,7 +36,8 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._engine.data import progress_bar
 from kerasfactory.explain._engine.observe import rounding_of
-from kerasfactory.explain._engine.statistics import bootstrap_interval
+from kerasfactory.explain._engine.outputs import checked_task
+from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
 
 _DRAWS = 200
@@ -49,10 +50,17 @@ def audit(
     path: str | os.PathLike[str] | None = None,
     *,
     method: str = "attention",
+    task: str | None = None,
+    target: int | str | tuple[int | str, ...] | None = None,
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
     feature_names: Sequence[str] | None = None,
+    feature_mask: Any = None,
+    special_tokens: Sequence[int | str] | None = None,
     background: Any = None,
+    groups: Any = None,
+    block: int | None = None,
+    tolerance: float = 0.02,
     level: float = 0.05,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -169,13 +177,19 @@ def audit(
     checked_level(level)
     settings = {
         "method": method,
+        "task": checked_task(task),
+        "target": list(target) if isinstance(target, tuple) else target,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
         "feature_names": None if feature_names is None else checked_names(feature_names),
+        "feature_mask": None if feature_mask is None else np.asarray(feature_mask).tolist(),
+        "special_tokens": None if special_tokens is None else list(special_tokens),
+        "block": None if block is None else positive_integer("block", block),
+        "tolerance": float(tolerance),
         "level": float(level),
         "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
         "seed": checked_seed(seed),
     }
-    record = _record(model, x, y, background, models, settings, batch_size, verbose)
+    record = _record(model, x, y, background, groups, models, settings, batch_size, verbose)
     judge(record["claims"], level)
     if files is None:
         return Audit(record)
@@ -191,6 +205,7 @@ def verify(
     *,
     models: Sequence[keras.Model] = (),
     background: Any = None,
+    groups: Any = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> list[str]:
@@ -211,6 +226,7 @@ def verify(
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
             is not checked, and a warning says so.
         background: The background data, if the audit was made with such.
+        groups: The labels of what belongs together, if the audit was made with such.
         batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding. The controls of
             attention use that of the audit in any case, because their random draws depend on it.
         verbose: As for `audit`.
@@ -253,6 +269,11 @@ def verify(
     record, findings = intact(files_of(path), Path(path))
     if findings:
         return findings
+    if record["schema"] != SCHEMA:
+        raise ValueError(
+            f"{Path(path)} was made by an older kerasfactory, {record['environment']['kerasfactory']}, which came to its "
+            "verdicts in other ways. Verify it with that version, or make a new audit."
+        )
     x = _array("x", x)
     if list(x.shape[1:]) != record["data"]["shape"][1:]:
         return [
@@ -261,16 +282,22 @@ def verify(
         ]
     if record["data"]["background"] and background is None:
         raise ValueError("The audit was made with background data: give them, `background=...`.")
+    if record["data"]["groups"] and groups is None:
+        raise ValueError("The audit was made with groups of samples: give them, `groups=...`.")
 
     settings = record["settings"]
     batch_size = settings["batch_size"] if batch_size is None else batch_size
-    now = json.loads(as_json(_record(model, x, y, background, models, settings, batch_size, verbose)))
+    now = json.loads(as_json(_record(model, x, y, background, groups, models, settings, batch_size, verbose)))
     before = {claim["id"]: claim for claim in record["claims"]}
     unchecked = set()
     if record["data"]["labels"] and y is None:
-        now["data"]["labels"], now["features"] = record["data"]["labels"], record["features"]
-        unchecked |= {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        warn("Without labels, `y`, the claims about single features were not checked.")
+        now["data"]["labels"] = record["data"]["labels"]
+        now |= {section: record[section] for section in ("features", "skill")}
+        now["controls"] = now["controls"] and {**now["controls"], "loss": record["controls"]["loss"]}
+        unchecked |= {"attention-loss"} | {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
+        now["claims"] = [claim for claim in now["claims"] if claim["id"] not in unchecked]
+        now["claims"] += [claim for claim in record["claims"] if claim["id"] in unchecked]
+        warn("Without labels, `y`, what is said of the loss and of single features was not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
@@ -310,6 +337,7 @@ def _record(
     x: Any,
     y: Any,
     background: Any,
+    groups: Any,
     models: Any,
     settings: dict[str, Any],
     batch_size: int | None,
@@ -317,20 +345,27 @@ def _record(
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
     x, y, background = _checked(x, y, background)
+    clusters = clusters_of(len(x), groups, settings["block"])
+    settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
-    chosen = {key: settings[key] for key in ("method", "layers", "feature_names", "seed")}
-    attribution = attribute(model, x, batch_size=batch_size, verbose=0, **chosen)
-    no_loss = unusable_loss(model, x, y, batch_size)  # before anything that takes long
-    planned = Subject(
-        model, x, y, background, models, digests, attribution, settings, batch_size, _DRAWS, no_loss, "not tested"
-    )
+    keys = ("method", "task", "target", "layers", "feature_names", "special_tokens", "seed")
+    attribution = attribute(model, x, batch_size=batch_size, verbose=0, **{key: settings[key] for key in keys})
+    # Before anything that takes long: labels may not fit.
+    skill, no_loss = measured_skill(model, x, y, clusters, settings, batch_size)
+    rows = (model, x, y, background, groups, models, digests, attribution, settings, batch_size)
+    planned = Subject(*rows, draws=_DRAWS, unusable_loss=no_loss, untestable="not tested")
     progress.add(1)
     captured, claims = exact_capture(planned)
     progress.add(1)
 
     count = sum(len(test(planned)[1]) for test in TESTS.values())
-    few = f"{len(x)} samples are fewer than the {count} claims that they are to decide." if len(x) < count else ""
+    independent = int(clusters.max()) + 1
+    few = (
+        ""
+        if independent >= count
+        else f"{independent} {_what_counts(groups, settings)} are fewer than the {count} claims."
+    )
     # So many draws that one claim alone can be significant after the adjustment.
     subject = planned._replace(draws=max(_DRAWS, math.ceil(count / settings["level"])), untestable=few)
     measured = {}
@@ -349,13 +384,19 @@ def _record(
             "feature_names": subject.features,
             "labels": None if y is None else hashed(y),
             "background": None if background is None else hashed(background),
+            "groups": None if groups is None else hashed(clusters),
         },
         "environment": _environment(),
         "capture": captured,
-        "attribution": _attribution_facts(subject),
+        "attribution": _attribution_facts(subject, clusters),
+        "skill": skill,
         **measured,
         "claims": claims,
     }
+
+
+def _what_counts(groups: Any, settings: dict[str, Any]) -> str:
+    return "samples" if groups is None and settings["block"] is None else "groups of samples"
 
 
 def _checked(x: Any, y: Any, background: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
@@ -413,18 +454,19 @@ def _array(name: str, given: Any) -> np.ndarray:
     return array
 
 
-def _attribution_facts(subject: Subject) -> dict[str, Any]:
-    level, seed = subject.settings["level"], subject.settings["seed"]
+def _attribution_facts(subject: Subject, clusters: np.ndarray) -> dict[str, Any]:
     values = subject.attribution.values.T.astype("float64")
+    rng = generator(subject.settings["seed"], "audit")
+    intervals, _ = mean_interval(values, clusters, subject.settings["level"], rng)
     return {
         **{key: subject.attribution.attrs[key] for key in ("method", "query", "target")},
         "features": [
             {
                 "feature": feature,
                 "attribution": float(of_feature.mean()),
-                "interval": bounds(bootstrap_interval(of_feature, np.mean, level, seed)),
+                "interval": bounds(interval),
             }
-            for feature, of_feature in zip(subject.features, values, strict=True)
+            for feature, of_feature, interval in zip(subject.features, values, intervals, strict=True)
         ],
     }
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import xarray as xr
-from scipy import stats
 
+from kerasfactory._arguments import generator
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
+from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import (
     NoSpreadError,
@@ -26,6 +27,8 @@ from kerasfactory.explain._engine.outputs import (
     predictions,
     resolve_loss,
 )
+from kerasfactory.explain._engine.skill import skill_of
+from kerasfactory.explain._engine.statistics import focused_bh
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 
@@ -42,6 +45,7 @@ class Subject(NamedTuple):
     x: np.ndarray  # (sample, feature, ...)
     y: np.ndarray | None  # (sample, ...)
     background: np.ndarray | None  # (row, feature, ...)
+    groups: np.ndarray | None  # (sample,): labels of what belongs together
     models: Sequence[keras.Model]  # from other seeds
     digests: list[str]  # of their weights
     attribution: xr.DataArray  # (sample, feature)
@@ -55,6 +59,10 @@ class Subject(NamedTuple):
     def features(self) -> list[str]:
         names = self.attribution.coords.get("feature", range(self.attribution.sizes["feature"]))
         return [str(name) for name in np.asarray(names)]
+
+    @property
+    def clusters(self) -> dict[str, Any]:
+        return {"groups": self.groups, **self.chosen("block")}
 
     @property
     def running(self) -> dict[str, Any]:
@@ -84,6 +92,7 @@ def _claim(
         "p_value": p_value,
         "p_opposite": p_opposite,
         "p_adjusted": None,
+        "is_made": True,
         "interval": interval,
         "reason": reason,
     }
@@ -135,8 +144,8 @@ def _attention(subject: Subject) -> Result:
 
     if subject.untestable:
         return untested(subject.untestable)
-    no_loss = _no_loss_of_attention(subject)
-    settings = subject.chosen("layers", "level", "seed")
+    no_loss = subject.unusable_loss
+    settings = {**subject.chosen("task", "target", "layers", "tolerance", "level", "seed"), **subject.clusters}
     labels = None if no_loss else subject.y
     try:
         result = attention_controls(
@@ -211,15 +220,6 @@ def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level:
     )
 
 
-def _no_loss_of_attention(subject: Subject) -> str:
-    """Why the loss without the model's attention cannot be computed, if so."""
-    if subject.y is None:
-        return "Without labels, `y`, there is no telling what the model does worse."
-    if getattr(subject.model, "loss", None) is None:
-        return "The model is not compiled with a loss: there is no telling what it does worse."
-    return subject.unusable_loss
-
-
 def _ranking(subject: Subject) -> Result:
     method, count = subject.settings["method"], len(subject.features)
     sentences = {
@@ -236,7 +236,7 @@ def _ranking(subject: Subject) -> Result:
         draws=subject.draws,
         batch_size=subject.batch_size,
         verbose=0,
-        **subject.chosen("level", "seed"),
+        **subject.chosen("task", "target", "level", "seed"),
     )
     tests, claims, counts = [], [], result["removed"].values
     for name, suffix, removed in (("comprehensiveness", "", counts), ("sufficiency", "_sufficiency", count - counts)):
@@ -256,7 +256,8 @@ def _ranking(subject: Subject) -> Result:
         reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
         numbers = (found["aopc"], found["p_value"], found["interval"])
         verdict = _against_chance(found, subject)
-        claims.append(_claim(f"ranking-{name}", sentences[name], f"AOPC {name}", reason, verdict, *numbers))
+        sentence, statistic = sentences[name], f"AOPC {name}"
+        claims.append(_claim(f"ranking-{name}", sentence, statistic, reason, verdict, *numbers, found["p_opposite"]))
     keys = ("removal", "background", "change", "target", "draws", "null_samples")
     return {**{key: result.attrs[key] for key in keys}, "tests": tests}, claims
 
@@ -289,7 +290,7 @@ def _randomization(subject: Subject) -> Result:
         verdict, reason = "supported", "A model that was never trained passes as well: this is no proof of more."
     elif low > found["tolerance"]:
         verdict, reason = "refuted", "The data, or the form of the model, make it look as it does."
-    numbers = (found["median_kept"], found["p_value"], found["interval"])
+    numbers = (found["median_kept"], found["p_value"], found["interval"], found["p_opposite"])
     return found, [_claim("randomization", sentence, statistic, reason, verdict, *numbers)]
 
 
@@ -319,46 +320,49 @@ def _seeds(subject: Subject) -> Result:
         f"{1 + len(others)} models, first {found['top_k']} of {len(subject.features)} features; chance gives "
         f"{found['chance']:.2g}."
     )
-    numbers = (found["overlap"], found["p_value"], found["interval"])
+    numbers = (found["overlap"], found["p_value"], found["interval"], found["p_opposite"])
     return found, [_claim("seeds", sentence, statistic, reason, _against_chance(found, subject), *numbers)]
 
 
 def _features(subject: Subject) -> Result:
-    sentence = "{}: its attribution is high, and it tells the model what the other features do not."
     statistic = "increase of the loss without it"
 
-    def claim(feature, reason, *found):
-        claim = _claim(f"feature/{feature}", sentence.format(feature), statistic, reason, *found)
-        return {**claim, "feature": feature}
+    def claim(name, reason, *found, is_made=True):
+        sentence = f"{name}: its attribution is high, and it tells the model what the other features do not."
+        claim = _claim(f"feature/{name}", sentence, statistic, reason, *found)
+        return {**claim, "feature": name, "is_made": is_made}
 
-    no_table = (
-        "" if subject.x.ndim == 2 else "Claims about single features are tested for tables, (sample, feature), alone."
-    )
-    if untestable := _no_ranking(subject) or no_table or subject.unusable_loss:
+    if untestable := _no_features(subject):
         return None, [claim(feature, untestable) for feature in subject.features]
-    given = (subject.model, subject.x, subject.y, subject.attribution)
-    settings = {**subject.chosen("level", "seed"), "batch_size": subject.batch_size}
-    result = feature_claims(*given, background=subject.background, verbose=0, **settings)
-    claims, mean = [], result["attribution"].mean()
-    for number, feature in enumerate(subject.features):
+    settings = {**subject.chosen("feature_mask", "level", "seed"), **subject.clusters, "batch_size": subject.batch_size}
+    with warnings.catch_warnings():  # the page tells of copies
+        warnings.filterwarnings("ignore", message=".* samples are exact copies of others")
+        result = feature_claims(
+            subject.model,
+            subject.x,
+            subject.y,
+            subject.attribution,
+            background=subject.background,
+            verbose=0,
+            **settings,
+        )
+    claims = []
+    for number, name in enumerate(result["feature"].values.tolist()):
         found = result.isel(feature=number)
-        verdict, effect = str(found["verdict"].item()), as_float(found["effect"].item())
-        if effect is None:
-            claims.append(claim(feature, "It cannot be tested: it is constant, or there are too few samples."))
-            continue
-        if verdict == "supported":
-            reason = "The loss is larger when its values are resampled, given the others."
-        elif verdict == "refuted":
-            reason = (
-                f"At most {result.attrs['margin']:.0%} of the base loss: the others say the same, or it says nothing."
-            )
-        elif found["attribution"] <= mean:
-            reason = "Its attribution is not above the mean of all: it is not claimed to be high."
-        else:
-            reason = "The test neither finds an increase nor rules one out."
-        numbers = (effect, found["p_value"].item(), bounds(found["interval"].values))
-        claims.append(claim(feature, reason, verdict, *numbers))
-    return {key: result.attrs[key] for key in ("base_loss", "loss", "margin", "draws")}, claims
+        verdict, reason, is_made = (found[key].item() for key in ("verdict", "reason", "claimed"))
+        effect, p_value = as_float(found["effect"].item()), found["p_value"].item()
+        numbers = (effect, p_value, bounds(found["interval"].values), found["p_opposite"].item())
+        claims.append(claim(name, reason, verdict, *(numbers if effect is not None else ()), is_made=is_made))
+    return {key: result.attrs[key] for key in ("margin", "draws", "clusters", "copies")}, claims
+
+
+def _no_features(subject: Subject) -> str:
+    """Why no single feature can be tested, if so."""
+    if subject.x.ndim != 2:
+        return "Claims about single features are tested for tables, (sample, feature), alone."
+    if reads_tokens(subject.model, subject.x):
+        return "A position of a text is no column of a table: its token cannot be drawn from those of other texts."
+    return _no_ranking(subject) or subject.unusable_loss
 
 
 # By the section of the record that holds what was measured. An audit has the claims in this order.
@@ -372,15 +376,23 @@ TESTS: dict[str, Callable[[Subject], Result]] = {
 
 
 def judge(claims: list[Claim], level: float) -> None:
-    """Adjusts the p-values for all claims together; what is not significant then is not supported."""
+    """Adjusts the p-values of all claims together, in both directions; what is not significant then is undetermined.
+
+    Features that are found needed though no claim is made about them are a set of rejections of their own.
+    """
     tested = [claim for claim in claims if claim["p_value"] is not None]
-    if tested:
-        adjusted = stats.false_discovery_control([claim["p_value"] for claim in tested])
-        for claim, p_adjusted in zip(tested, adjusted, strict=True):
-            claim["p_adjusted"] = float(p_adjusted)
-            if claim["verdict"] == "supported" and p_adjusted > level:
-                claim["verdict"] = "undetermined"
-                claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
+    is_made = np.array([claim["is_made"] for claim in tested], bool)
+    p_values = np.array([claim["p_value"] for claim in tested])
+    adjusted = np.where(is_made, focused_bh(p_values, is_made), focused_bh(p_values, ~is_made))
+    against = focused_bh(
+        np.array([1 if claim["p_opposite"] is None else claim["p_opposite"] for claim in tested]), is_made
+    )
+    for claim, p_adjusted, p_against in zip(tested, adjusted, against, strict=True):
+        claim["p_adjusted"] = float(p_adjusted)
+        is_against = claim["verdict"] == "refuted"
+        if claim["verdict"] != "undetermined" and (p_against if is_against else p_adjusted) > level:
+            claim["verdict"] = "undetermined"
+            claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
 
 
 def as_float(number: float) -> float | None:
@@ -414,24 +426,33 @@ def _no_ranking(subject: Subject) -> str:
     return subject.untestable or _one_feature(subject) or (unclear if keys != entries else "")
 
 
-def unusable_loss(model: keras.Model, x: np.ndarray, y: np.ndarray | None, batch_size: int | None) -> str:
-    """Why the loss of single samples cannot be computed, if so. Raises a `ValueError` for labels that do not fit it."""
+def measured_skill(
+    model: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray | None,
+    clusters: np.ndarray,
+    settings: dict[str, Any],
+    batch_size: Any,
+) -> tuple[dict[str, Any] | None, str]:
+    """The model's loss beside that of a constant; or why the loss of single samples cannot be computed.
+
+    Raises a `ValueError` for labels that do not fit the loss.
+    """
     if y is None:
-        return "Without labels, `y`, there is no telling what the feature says about the outcome."
+        return None, "Without labels, `y`, the loss of the model is not known."
     if getattr(model, "loss", None) is None:
-        return "The model is not compiled with a loss: there is no telling what is worse without the feature."
+        return None, "The model is not compiled with a loss: there is no telling what it does worse."
     try:
         loss = resolve_loss(model, None)
-    except ValueError as error:
-        return f"The loss that the model is compiled with cannot be used. {error}"
-    outputs, labels = predictions(model, x, batch_size), y.reshape(len(y), -1)
-    try:
+        outputs, labels = predictions(model, x, batch_size, settings["target"]), y.reshape(len(y), -1)
         compiled_loss(loss, labels, outputs)
-    except ValueError as error:  # of a name that Keras does not know
-        return f"The loss that the model is compiled with cannot be used. {error}"
+    except ValueError as error:  # of several losses, or of a name that Keras does not know
+        return None, f"The loss that the model is compiled with cannot be used. {error}"
     check_labels(loss, labels, outputs)
     try:
         loss_values(loss, labels, outputs)
     except Exception as error:  # somebody's own function may raise anything
-        return f"The loss that the model is compiled with cannot be used. {error}"
-    return ""
+        return None, f"The loss that the model is compiled with cannot be used. {error}"
+    rng = generator(settings["seed"], "skill")
+    found = skill_of(loss, labels * 1, outputs, clusters, settings["level"], rng)
+    return {**found, "skill": as_float(found["skill"]), "skill_interval": bounds(np.array(found["skill_interval"]))}, ""

@@ -14,7 +14,7 @@ import numpy as np
 import kerasfactory
 from kerasfactory.explain._audit.page import escaped, page, with_data, without_data
 
-_NAME, _VERSION = "kerasfactory.audit", 1
+_NAME, _VERSION = "kerasfactory.audit", 2
 SCHEMA = f"{_NAME}/{_VERSION}"  # one string: each number in an audit is under the checksum
 # How far numbers that are computed again may lie from those that were written.
 _RELATIVE, ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
@@ -131,6 +131,7 @@ _SAID_OF_HASHES = {
     "data/x": "The data are not those of the audit.",
     "data/labels": "The labels are not those of the audit.",
     "data/background": "The background data are not those of the audit.",
+    "data/groups": "The groups of samples are not those of the audit.",
     "seeds/models": "The models from other seeds are not those of the audit.",
 }
 

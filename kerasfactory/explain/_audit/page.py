@@ -9,10 +9,12 @@ import numpy as np
 
 _DATA = re.compile(r'(?<=<script type="application/json" id="audit">).*?(?=</script>)', re.DOTALL)
 
+_TOO_GOOD = 0.98  # a skill above it is suspicious
+_NEEDED = "needed, not claimed"
 _NOT_TESTED = "<p>Not tested: see the claims.</p>\n"
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --faint: #595959; --line: #d4d4d4; --bar: #5b88c4;
-  --supported: #0b5d2a; --refuted: #a01414; --undetermined: #6a4a00 }
+  --supported: #0b5d2a; --refuted: #a01414; --undetermined: #6a4a00; --needed: #1d4f8f }
 @media (prefers-color-scheme: dark) { :root { --text: #ececec; --page: #151515; --faint: #b0b0b0; --line: #444444;
   --bar: #6f9fe0; --supported: #7fd79c; --refuted: #ff9a9a; --undetermined: #e6c463 } }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
@@ -34,8 +36,9 @@ svg.tall { height: 8rem }
 rect { fill: var(--bar) }
 line { stroke: var(--text); stroke-width: 2; vector-effect: non-scaling-stroke }
 line.zero { stroke: var(--line); stroke-width: 1 }
-.supported, .refuted, .undetermined { font-weight: 700 }
+.supported, .refuted, .undetermined, .needed { font-weight: 700 }
 .supported { color: var(--supported) } .refuted { color: var(--refuted) } .undetermined { color: var(--undetermined) }
+.needed { color: var(--needed) }
 /* On a phone a row of many cells is a block, and each of its cells a line with its heading. */
 @media (max-width: 40rem) {
   .wide, .wide tbody, .wide tr { display: block }
@@ -88,7 +91,8 @@ def page(record: dict[str, Any]) -> str:
 
 def verdict_counts(record: dict[str, Any]) -> str:
     verdicts = [claim["verdict"] for claim in record["claims"]]
-    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("supported", "refuted", "undetermined"))
+    counted = ["supported", "refuted", "undetermined", *(["needed, not claimed"] if _NEEDED in verdicts else [])]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in counted)
 
 
 def escaped(text: str) -> str:
@@ -144,43 +148,94 @@ def _claims(record: dict[str, Any]) -> str:
         for claim in claims
         if claim["feature"] is None
     ]
+    needed = [claim["feature"] for claim in claims if claim["verdict"] == _NEEDED]
+    missed = (
+        f" The model needs features that the attribution does not put first: {', '.join(needed)}." if needed else ""
+    )
     return _section(
         "Claims",
-        f"{len(claims)} claims, of which {len(claims) - len(rows)} are about single features: "
-        f"{verdict_counts(record)}. A claim is supported if its p-value, adjusted for all claims together "
-        f"(Benjamini–Hochberg), is at most {level:g}, and refuted if the data speak against it; what they leave open "
-        f"is undetermined. Intervals cover {1 - level:.0%} (bootstrap over the samples).",
+        f"{len(claims)} claims, of which {len(claims) - len(rows)} are about features: {verdict_counts(record)}.{missed}",
+        f'<p class="note">{html.escape(_skill(record["skill"]))}</p>\n',
         _table("The claims about the model, and the numbers behind them", ["Claim", "Verdict", "Statistic", "p"], rows),
+        _assumptions(record),
     )
+
+
+def _skill(skill: dict[str, Any] | None) -> str:
+    if skill is None or skill["skill"] is None:
+        return "The model's skill is not known: it takes labels, and a loss above 0 that the model is compiled with."
+    said = (
+        f"The model's loss is {_number(skill['loss'])}, and that of the best constant {_number(skill['base_loss'])}: its "
+        f"skill, 1 minus their ratio, is {_number(skill['skill'])} ({_interval(skill['skill_interval'])})."
+    )
+    if skill["skill_interval"] is None or skill["skill_interval"][0] <= 0:
+        return f"{said} It does no better than a constant, so that nothing is refuted about a feature."
+    if skill["skill"] > _TOO_GOOD:
+        return f"{said} So small a loss is often that of rows that the model was trained on. Then no verdict holds."
+    return said
+
+
+def _assumptions(record: dict[str, Any]) -> str:
+    """What the verdicts assume, beside them."""
+    settings, level, features = record["settings"], record["settings"]["level"], record["features"] or {}
+    if record["data"]["groups"]:
+        independent = "The groups of samples that were given are independent of each other."
+    elif settings["block"]:
+        independent = f"Runs of {settings['block']} samples, in their order, are independent of each other."
+    else:
+        independent = (
+            "The samples are independent. Rows of one patient, of one day or of a series are not: give groups."
+        )
+    if copies := features.get("copies"):
+        independent += f" {copies} samples are exact copies of others."
+    assumed = [
+        "The model was not trained on these samples. That cannot be seen from this file, and if it was, no verdict holds.",
+        independent,
+        "A value that is drawn for a feature could have come about with the sample's other values. Where a classifier "
+        "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
+        "What is removed from a ranking gets values from other samples, without regard to those that stay.",
+        f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: p-values "
+        f"are adjusted for all claims together (Focused Benjamini–Hochberg). Intervals cover {1 - level:.0%} each.",
+        "A verdict is about this model and these data. It does not say what causes the outcome.",
+    ]
+    entries = "".join(f"<li>{html.escape(text)}</li>\n" for text in assumed)
+    return f"<h3>What the verdicts assume</h3>\n<ul>\n{entries}</ul>\n"
 
 
 def _features(record: dict[str, Any]) -> str:
     found, claims = record["attribution"]["features"], _by_id(record)
     bars = _bars([(one["feature"], one["attribution"], one["interval"]) for one in found])
+    ranked = sorted(zip(found, bars, strict=True), key=lambda pair: -pair[0]["attribution"])
+    alone = {one["feature"] for one in found}
+    together = [claim for claim in claims.values() if claim["feature"] is not None and claim["feature"] not in alone]
     rows = []
-    for one, bar in sorted(zip(found, bars, strict=True), key=lambda pair: -pair[0]["attribution"]):
-        claim = claims[f"feature/{one['feature']}"]
-        rows.append(
-            [
-                _cell(one["feature"], "long"),
-                _verdict(claim["verdict"], claim["reason"]),
-                bar,
-                _cell(_number(one["attribution"]), "", _interval(one["interval"])),
-                _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"])),
-                _p_values(claim),
-            ]
+    for one, bar in ranked:
+        tested = claims.get(f"feature/{one['feature']}")
+        shown = _cell(_number(one["attribution"]), "", _interval(one["interval"]))
+        rows.append([_cell(one["feature"], "long"), *_tested(tested)[:1], bar, shown, *_tested(tested)[1:]])
+    heads = ["Feature", "Verdict", "Attribution, drawn", "Attribution", "Loss without it", "p"]
+    parts = [_table("The mean attribution to each feature, the test of each, and their intervals", heads, rows)]
+    if together:
+        caption = (
+            "Features that are tested together: the data cannot tell which of them the model needs, or you said so"
         )
-    statistic = claim["statistic"]["name"].capitalize()
+        rows = [[_cell(claim["feature"], "long"), *_tested(claim)] for claim in together]
+        parts.append(_table(caption, ["Features", "Verdict", "Loss without them", "p"], rows))
     return _section(
         "Features",
         f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
-        "claim is that the attribution is high and that the feature tells the model what the others do not.",
-        _table(
-            "The mean attribution to each feature, the test of each, and their intervals",
-            ["Feature", "Verdict", "Attribution, drawn", "Attribution", statistic, "p"],
-            rows,
-        ),
+        "claim is that the attribution is high and that the feature tells the model what the others do not. A feature "
+        "that the model needs and that is not ranked high is needed, not claimed.",
+        *parts,
     )
+
+
+def _tested(claim: dict[str, Any] | None) -> list[str]:
+    """The cells of a claim about a feature: verdict, effect, p-values."""
+    if claim is None:
+        return [_cell("tested together with others"), _cell("–"), _cell("–")]
+    effect = _cell(_number(claim["statistic"]["value"]), "", _interval(claim["interval"]))
+    return [_verdict(claim["verdict"], claim["reason"]), effect, _p_values(claim)]
 
 
 def _controls(record: dict[str, Any]) -> str:
@@ -189,7 +244,8 @@ def _controls(record: dict[str, Any]) -> str:
         "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
         "out at random (permuted), and weights as far from its own as can be found without changing the output "
         "by more than a tolerance (adversarial). That other weights give the same output does not refute "
-        "attention; that none are found proves nothing."
+        "attention; that none are found proves nothing. Whether the output changes is one question; whether the model "
+        "does worse is another, and needs labels."
     )
     controls, claims = record["controls"], _by_id(record)
     if controls is None:
@@ -371,7 +427,7 @@ def _verdict(verdict: str, reason: str = "") -> str:
 
 
 def _span(verdict: str) -> str:
-    return f'<span class="{verdict}">{verdict}</span>'
+    return f'<span class="{verdict.partition(",")[0]}">{verdict}</span>'
 
 
 def _p_values(claim: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kerasfactory.explain._audit.page import page, verdict_counts
 
-_NUMBERS = ["value", "lower", "upper", "p_value", "p_adjusted"]
+_NUMBERS = ["value", "lower", "upper", "p_value", "p_opposite", "p_adjusted"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -24,13 +24,14 @@ class Audit(os.PathLike[str]):
         record: The audit as a dictionary, as in the JSON file; `page` and `checksum` are in the file alone.
         path: The page that was written, a `pathlib.Path`, or `None`.
         claims: A `pandas.DataFrame` with a row for each claim. The index, `id`, is `capture`, `attention-uniform`,
-            `attention-permuted`, `ranking-comprehensiveness`, `ranking-sufficiency`, `randomization`, `seeds`, and
+            `attention-permuted`, `attention-loss`, `ranking-comprehensiveness`, `ranking-sufficiency`, `randomization`, `seeds`, and
             `feature/NAME` for each feature. The columns are `claim` (a sentence), `feature` (missing unless the claim
             is about one), `verdict`, `statistic` (its name), `value`, `lower`, `upper` (its interval), `p_value`,
             `p_adjusted` and `reason`. Numbers that were not computed are NaN.
         features: A `pandas.DataFrame` with a row for each feature. The columns are `attribution` (the mean over the
             samples), `attribution_lower`, `attribution_upper`, `effect` (the increase of the loss without the feature),
-            `effect_lower`, `effect_upper`, `p_value`, `p_adjusted` and `verdict`.
+            `effect_lower`, `effect_upper`, `p_value`, `p_adjusted` and `verdict`. Features that are tested together have a
+            row of their own, without an attribution.
 
     Example:
         ```python
@@ -73,7 +74,9 @@ class Audit(os.PathLike[str]):
         attributions = pd.DataFrame(rows).set_index("feature").drop(columns="interval").astype("float64")
         effects = {"value": "effect", "lower": "effect_lower", "upper": "effect_upper"}
         claims = self.claims.dropna(subset="feature").set_index("feature").rename(columns=effects)
-        return attributions.join(claims[[*effects.values(), "p_value", "p_adjusted", "verdict"]])
+        tested = claims[[*effects.values(), "p_value", "p_adjusted", "verdict"]]
+        order = [*attributions.index, *(name for name in tested.index if name not in attributions.index)]
+        return attributions.join(tested, how="outer").loc[order]
 
     def __fspath__(self) -> str:
         if self.path is None:

@@ -9,14 +9,10 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops, tree
-from scipy import optimize, special
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
 from kerasfactory.explain._engine.observe import build_model, compile_options, kept, state_of, unchanged
-
-_FOR_CONSTANT = 500  # samples on which the best constant is looked for
-_SEARCHED = 3  # outputs: for more, only the constants that minimize common losses are tried
 
 _TASKS = ("classification", "multilabel", "regression")
 # The losses of Keras by what they say of the outputs. One that is not here says nothing, as a function of one's own.
@@ -464,38 +460,3 @@ def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
             f"For the loss {name}, `y` must hold {'integers' if is_sparse else 'numbers'} from 0 to {largest}. "
             f"Received: from {labels.min()} to {labels.max()}"
         )
-
-
-def best_constant_losses(loss: Any, y: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """The loss of each sample, (sample,), under the constant output for which their mean is smallest.
-
-    That constant is found among those that minimize common losses (the labels' mean and median, the shares of classes
-    and their logarithms), and from there by Powell's method, on at most 500 samples.
-    """
-    width = outputs.shape[1]
-    candidates = [outputs.mean(axis=0)]
-    labels = y
-    if y.shape[1] != width and (y == np.floor(y)).all() and y.min() >= 0 and y.max() < width:
-        labels = np.eye(width)[y[:, 0].astype(int)]
-    if labels.shape[1] == width:
-        mean = labels.mean(axis=0)
-        candidates += [mean, np.median(labels, axis=0)]
-        if labels.min() >= 0 and labels.max() <= 1:
-            share = np.clip(mean, 1e-6, 1 - 1e-6)
-            candidates += [np.log(share), special.logit(share)]
-    few = np.linspace(0, len(y) - 1, min(len(y), _FOR_CONSTANT)).astype(int)
-
-    def mean_loss(constant, chosen=few):
-        try:
-            return loss_values(loss, y[chosen], np.broadcast_to(constant, (len(chosen), width))).mean()
-        except ValueError:  # of an output that the loss does not take
-            return np.inf
-
-    best = min(candidates, key=mean_loss)
-    if width <= _SEARCHED:
-        with np.errstate(invalid="ignore"):
-            found = optimize.minimize(mean_loss, best, method="Powell", options={"maxfev": 60, "ftol": 1e-5})
-        candidates.append(np.reshape(found.x, width))
-    everyone = np.arange(len(y))
-    best = min(candidates, key=lambda constant: mean_loss(constant, everyone))
-    return loss_values(loss, y, np.broadcast_to(best, outputs.shape))

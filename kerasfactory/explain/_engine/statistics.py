@@ -40,7 +40,7 @@ def mean_interval(
     r"""The interval of the means over the last axis, (…, bound), and p-values of their being below the threshold, (…,).
 
     The interval is that of the studentized bootstrap (Efron & Tibshirani 1993, section 12.5) over the clusters: skewed
-    values need it. From 2,000 clusters on it is the normal one. It is NaN, and the p-value 1, for fewer than 2 clusters.
+    values need it. From 2,000 clusters on it is the normal one. For fewer than 2 clusters it is NaN, and the p-value 1.
     """
     flat = values.reshape(-1, values.shape[-1])
     count = int(clusters.max()) + 1
@@ -65,7 +65,7 @@ def mean_interval(
 
 
 def _studentized(deviations: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Of resampled clusters, the deviation of their mean from that of all, in its own standard errors: (resample, …)."""
+    """How far the mean of resampled clusters lies from that of all, in its own standard errors: (resample, …)."""
     count = len(sizes)
     parts, step = [], max(1, _WEIGHTS // count)
     for start in range(0, _RESAMPLES, step):
@@ -114,10 +114,11 @@ def sign_tests(values: np.ndarray, threshold: float) -> tuple[float, float]:
 
 
 def focused_bh(p_values: np.ndarray, in_focus: np.ndarray) -> np.ndarray:
-    r"""P-values adjusted so that among the reported rejections, those in focus, the expected share of false ones is kept.
+    r"""P-values adjusted so that the expected share of false ones among the rejections in focus is kept.
 
-    With all \(m\) p-values tested, \(\tilde p_j = \min_{t \ge p_j} m t / \#\{i \text{ in focus}: p_i \le t\}\) (Focused BH,
-    Katsevich, Sabatti & Bogomolov 2023, https://doi.org/10.1080/01621459.2021.1920958). 1 for what is not in focus.
+    With all \(m\) p-values that are tested,
+    \(\tilde p_j = \min_{t \ge p_j} m t / \#\{i \text{ in focus}: p_i \le t\}\) (Focused BH, Katsevich, Sabatti &
+    Bogomolov 2023, https://doi.org/10.1080/01621459.2021.1920958). It is 1 for what is not in focus.
     """
     adjusted = np.ones(len(p_values))
     focus = np.flatnonzero(in_focus)
