@@ -1,14 +1,21 @@
-"""Which keys are in view of a model's attention, sample by sample."""
+"""Which keys are in view of a model's attention, sample by sample, and what is drawn at random within the view."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
+import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.observe import Found
+from kerasfactory.explain._engine.attention import Call, attention_axes, find_attention
+from kerasfactory.explain._engine.data import batch_size_of
+from kerasfactory.explain._engine.observe import Found, observe
+
+_SAMPLES = 256  # at most, in a batch
 
 
 def reached(scores: np.ndarray, masks: str) -> np.ndarray:
@@ -27,6 +34,141 @@ def masks_of(found: Mapping[str, Found]) -> str:
     return ", ".join(masks) or "none"
 
 
+def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> np.ndarray:
+    """The positions of axis 1 that any query attends to in any layer, (sample, position).
+
+    All are in view if the model has no attention over as many keys, or if it cannot be read, or has no mask.
+    """
+    everything = np.ones(x.shape[:2], bool)
+    if not find_attention(model):
+        return everything
+    views = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
+        seen = observe(model, x, None, batch_size or batch_size_of(x, _SAMPLES), 0, _reached_keys, only_scores=True)
+        try:
+            for batch in seen:
+                found = {
+                    name: call
+                    for name, call in batch.found.items()
+                    if tuple(batch.measured[name].shape) == (batch.size, x.shape[1])
+                }
+                if not found or any(call.masks == "none" for call in found.values()):
+                    return everything
+                views.append(np.any([_backend.as_numpy(batch.measured[name]) for name in found], axis=0))
+        except ValueError:  # no layer can be read; what is wrong with `x` shows when the model predicts
+            return everything
+    return np.concatenate(views)
+
+
+def _reached_keys(call: Call) -> Any:
+    """(sample, key), or something else if keys are not the positions of one axis."""
+    if len(call.scores.shape) != 4 or len(attention_axes(call.layer)) != 1:
+        return ops.zeros((0,))
+    return ops.any(ops.not_equal(call.scores, 0), axis=(1, 2))
+
+
+def view_of(attribution: Any, model: keras.Model, x: np.ndarray, special_tokens: Any, batch_size: Any) -> np.ndarray:
+    """Which positions of `x` are in view, (sample, feature): as the attribution says, else as the model's masks do."""
+    coordinates = attribution.coords if isinstance(attribution, xr.DataArray) else {}
+    if "in_view" in coordinates and set(coordinates["in_view"].dims) == {"sample", "feature"}:
+        in_view = coordinates["in_view"].transpose("sample", "feature").values.astype(bool)
+    else:
+        in_view = keys_in_view(model, x, batch_size)
+    return in_view & ~special_keys(special_tokens, x, x.shape[1], _names(attribution))
+
+
+def background_view(
+    attribution: Any, model: keras.Model, background: np.ndarray, special_tokens: Any, batch_size: Any
+) -> np.ndarray:
+    """`view_of` for samples that the attribution is not about."""
+    attributes = getattr(attribution, "attrs", {})
+    if special_tokens is None:
+        special_tokens = attributes.get("special_tokens")
+    special = special_keys(special_tokens, background, background.shape[1], _names(attribution))
+    if attributes.get("masks") == "none":
+        return np.broadcast_to(~special, background.shape[:2])
+    return keys_in_view(model, background, batch_size) & ~special
+
+
+def _names(attribution: Any) -> list[str] | None:
+    coordinate = getattr(attribution, "coords", {}).get("feature")
+    return None if coordinate is None else [str(name) for name in coordinate.values]
+
+
+def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
+    """Where each key gets its value from, (sample, key), if `permutation` relabels all: within the view of each sample.
+
+    A key in view gets the value of the first key in view that the permutation leads to, again and again. For a uniform
+    permutation of all keys this is a uniform one of those in view, and samples with the same view have the same.
+    """
+    if in_view.all():
+        return np.broadcast_to(permutation, in_view.shape)
+    order, first, last = _cycles(permutation)
+    steps = np.arange(len(order))
+    along = in_view[:, order]
+    # The next key in view at or after each step, along all cycles: `len(order)` if there is none.
+    coming = np.minimum.accumulate(np.where(along, steps, len(order))[:, ::-1], axis=1)[:, ::-1]
+    coming = np.pad(coming, ((0, 0), (0, 1)), constant_values=len(order))
+    following = coming[:, steps + 1]
+    following = np.where(following > last, coming[:, first], following)  # around the cycle
+    result = np.empty(in_view.shape, int)
+    result[:, order] = order[np.where(along, following, steps)]
+    return result
+
+
+def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Without end, rankings that know nothing and are else like `ranks`, (sample, key), from 0, in view first.
+
+    All keys are relabeled by one permutation, as if everything were in view, and those in view are ranked again. For
+    this each ranking is completed by keys out of view. In this way a ranking that is the same in all samples gives one
+    that is the same in all samples, which relabeling within the view of each sample does not.
+    """
+    if in_view.all():
+        while True:
+            yield ranks[:, rng.permutation(ranks.shape[1])]
+    complete = _completed(ranks, in_view, rng)
+    somewhere = in_view.any(axis=0, keepdims=True)
+    while True:
+        labels = relabeling(rng.permutation(ranks.shape[1]), somewhere)[0]
+        yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
+
+
+def _completed(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Numbers that order all keys of each sample, (sample, key): those in view as `ranks` does.
+
+    The others stand where they stand in another sample with more keys in view, drawn at random; if there is none, at
+    random.
+    """
+    sizes = in_view.sum(axis=1)
+    by_size = np.argsort(-sizes, kind="stable")
+    complete = rng.random(ranks.shape)
+    for size in np.unique(sizes)[::-1]:
+        samples, larger = np.flatnonzero(sizes == size), by_size[: np.count_nonzero(sizes > size)]
+        if len(larger):
+            complete[samples] = complete[rng.choice(larger, len(samples))]
+        seen = in_view[samples]
+        ascending = np.sort(np.where(seen, complete[samples], np.inf), axis=1)
+        own = np.take_along_axis(ascending, np.where(seen, ranks[samples], 0), axis=1)
+        complete[samples] = np.where(seen, own, complete[samples])
+    return complete
+
+
+def _cycles(permutation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All keys, cycle by cycle, and for each step the first and the last step of its cycle."""
+    order: list[int] = []
+    first, last, visited = [], [], set()
+    for start in range(len(permutation)):
+        begin, key = len(order), start
+        while key not in visited:
+            visited.add(key)
+            order.append(key)
+            key = int(permutation[key])
+        first += [begin] * (len(order) - begin)
+        last += [len(order) - 1] * (len(order) - begin)
+    return np.array(order), np.array(first), np.array(last)
+
+
 def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | None) -> np.ndarray:
     """Where keys stand for no feature: (sample, key), or (1, key) if it is the same in all samples.
 
@@ -41,7 +183,7 @@ def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | 
         if isinstance(token, str) and token not in known:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
-            there_are = f"There are: {', '.join(known)}." if known else "They have no names: give `feature_names`."
+            there_are = f"There are: {', '.join(known)}." if known else "They have no names: give `feature_names` to `attribute`."
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
     named = np.isin(known, tokens)[np.newaxis] if known else np.zeros((1, keys), bool)
     return named | np.isin(_token_ids(x, keys), ids) if ids else named
