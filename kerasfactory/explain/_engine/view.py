@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
@@ -68,13 +67,18 @@ def _reached_keys(call: Call) -> Any:
     return ops.any(ops.not_equal(call.scores, 0), axis=(1, 2))
 
 
+def carried_view(attribution: Any) -> np.ndarray | None:
+    """What the coordinate `in_view` of an attribution says, (sample, feature), if there is one."""
+    coordinate = getattr(attribution, "coords", {}).get("in_view")
+    if coordinate is None or set(coordinate.dims) != {"sample", "feature"}:
+        return None
+    return coordinate.transpose("sample", "feature").values.astype(bool)
+
+
 def view_of(attribution: Any, model: keras.Model, x: np.ndarray, special_tokens: Any, batch_size: Any) -> np.ndarray:
     """Which positions of `x` are in view, (sample, feature): as the attribution says, else as the model's masks do."""
-    coordinates = attribution.coords if isinstance(attribution, xr.DataArray) else {}
-    if "in_view" in coordinates and set(coordinates["in_view"].dims) == {"sample", "feature"}:
-        in_view = coordinates["in_view"].transpose("sample", "feature").values.astype(bool)
-    else:
-        in_view = keys_in_view(model, x, batch_size)
+    in_view = carried_view(attribution)
+    in_view = keys_in_view(model, x, batch_size) if in_view is None else in_view
     return in_view & ~special_keys(special_tokens, x, x.shape[1], _names(attribution))
 
 
