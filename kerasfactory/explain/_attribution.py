@@ -21,6 +21,7 @@ from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, 
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
 from kerasfactory.explain._engine.tokens import as_float, integral, missed, token_scaler
+from kerasfactory.explain._engine.view import masks_of, reached, special_keys
 
 _METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients", "uniform", "random")
 _WITH_GRADIENT = ("attention_gradient", "integrated_gradients")
@@ -44,6 +45,7 @@ def attribute(
     query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
+    special_tokens: Sequence[int] | Sequence[str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
     seed: int = 0,
@@ -91,9 +93,11 @@ def attribute(
     Each is then the mean over the queries, as suits a model that pools them, or that of one `query`, as suits a model
     that decides by one position. Queries without a key in view, such as padding, are left out of the mean.
 
-    Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers, in
-    `"attention_gradient"`, a masked position that attends to others itself passes on what it holds. A sample without
-    any key in view gets zeros.
+    A key is in view of a sample if any query, or the one `query`, attends to it in any of the layers. Without masks all
+    keys are. Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers,
+    in `"attention_gradient"`, a masked position that attends to others itself passes on what it holds. A sample without
+    any key in view gets zeros. `special_tokens` are out of view as well: they keep their attribution, but the controls
+    give them 0, and `faithfulness`, `seed_agreement` and `parameter_randomization` leave them out.
 
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
@@ -117,19 +121,23 @@ def attribute(
         layers: Names of the layers, as for `capture`.
         feature_names: Names of the features, as for `capture`. A class token that stands before the features needs a
             name as well.
+        special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` is
+            one array of integers, (sample, key), or names of features.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
         seed: Of `"random"`.
 
     Returns:
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
-        coordinates, and so are feature names where they are known. The attributes say the `method`, the `target`
-        (a number, `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`), the `layers` in the
-        order in which they are called, the `backend` and the `keras_version`.
+        coordinates, and so are feature names where they are known, and `in_view` (sample, feature), whether a key is in
+        view. The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no
+        gradient), the `query` (or `"mean"`), the `layers` in the order in which they are called, the `masks` in force
+        in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`.
 
     Raises:
-        ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist; if layers attend over
-            several axes, or over sequences of different lengths, or fold another axis into the batch. Of
+        ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
+            `special_tokens`; if ids among them cannot be looked up in `x`; if layers attend over several axes, or over
+            sequences of different lengths, or fold another axis into the batch. Of
             `"attention_gradient"`: if the model has several outputs, no `target` is given and it is not known that they
             are classes; and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not sum
             to 1. Of `"value_norm"`: if an output kernel is quantized.
@@ -181,6 +189,7 @@ def attribute(
 
     rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
+    views: list[np.ndarray] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for batch in seen:
         parts = {name: _mean_of_heads(batch, name) for name in batch.measured}
@@ -190,11 +199,15 @@ def attribute(
             position = None if query is None else _position(query, coordinates, shapes)
         for name, (values, _) in parts.items():
             check_same_lengths(name, values.shape[1:], shapes[name])
-        rows.append(_attributed(method, list(parts.values()), position, rng))
+        rows.append(_attributed(method, list(parts.values()), position))
+        views.append(_in_view(batch, position))
 
     warn_of_difference(model, batch.difference)
-    result = np.concatenate(rows)
     attributes = {"completeness_error": _completeness_error(completeness)} if method == "integrated_gradients" else {}
+    result, in_view = np.concatenate(rows), np.concatenate(views)
+    in_view &= ~special_keys(special_tokens, x, in_view.shape[1], coordinates.get("key"))
+    if method in ("uniform", "random"):
+        result = _control(method, result, in_view, rng)
     bad = np.flatnonzero(np.isnan(result).any(axis=1))
     if len(bad):
         warn(
@@ -205,7 +218,7 @@ def attribute(
     return xr.DataArray(
         result,
         dims=("sample", "feature"),
-        coords={"sample": np.arange(len(result))} | coordinates,
+        coords={"sample": np.arange(len(result)), "in_view": (("sample", "feature"), in_view)} | coordinates,
         name=method,
         attrs={
             "method": method,
@@ -217,6 +230,8 @@ def attribute(
             "query": "any" if method == "integrated_gradients" else "mean" if query is None else query,
             "layers": ", ".join(shapes),
             **attributes,
+            "masks": masks_of(batch.found),
+            **({} if special_tokens is None else {"special_tokens": list(special_tokens)}),
             "backend": keras.config.backend(),
             "keras_version": keras.__version__,
         },
@@ -408,9 +423,31 @@ def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _attributed(
-    method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None, rng: np.random.Generator
-) -> np.ndarray:
+def _in_view(batch: Batch, position: int | None) -> np.ndarray:
+    """The keys that a query attends to in any layer, (sample, key); of one query also those that it sees through others."""
+    reaches = []
+    for name, measured in batch.measured.items():
+        scores = _backend.as_numpy(measured[1] if isinstance(measured, tuple) else measured)
+        reaches.append(reached(scores, batch.found[name].masks))
+    if position is None:
+        return np.any([reach.any(axis=1) for reach in reaches], axis=0)
+    in_view = np.any([reach[:, position] for reach in reaches], axis=0)
+    for reach in reversed(reaches[:-1]):
+        if reach.shape[1] == reach.shape[2]:
+            in_view |= np.einsum("sq,sqk->sk", in_view, reach)
+    return in_view
+
+
+def _control(method: str, values: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An attribution that knows nothing, over the keys in view; NaN where the values are."""
+    shares = np.where(np.isnan(values), values, in_view).astype(values.dtype)
+    if method == "random":
+        shares *= rng.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
+    total = shares.sum(axis=1, keepdims=True)
+    return shares / np.where(total == 0, 1, total)
+
+
+def _attributed(method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None) -> np.ndarray:
     """(sample, feature), of what was measured of each layer: (sample, query, key), and who attends: (sample, query)."""
     if method == "rollout":
         return _pooled(_rolled_out(parts), parts[-1][1], position)
@@ -421,14 +458,7 @@ def _attributed(
         return _pooled(relevance, parts[-1][1], position)
     if method == "integrated_gradients":
         return parts[0][0][:, 0]  # the same for all queries, and in all layers
-    mean = np.mean([_pooled(values, attends, position) for values, attends in parts], axis=0)
-    if method in ("attention", "value_norm"):
-        return mean
-    shares = np.where(np.isnan(mean), mean, mean > 0).astype(mean.dtype)
-    if method == "random":
-        shares *= rng.standard_exponential(shares.shape)  # divided by their sum: a flat Dirichlet distribution
-    total = shares.sum(axis=1, keepdims=True)
-    return shares / np.where(total == 0, 1, total)
+    return np.mean([_pooled(values, attends, position) for values, attends in parts], axis=0)
 
 
 def _pooled(values: np.ndarray, attends: np.ndarray, position: int | None) -> np.ndarray:
@@ -550,7 +580,7 @@ def _integrated(
     for batch, data in zip(seen, batches, strict=False):
         parts = {name: _mean_of_heads(batch, name) for name in batch.measured}  # raises where a key is not a feature
         keys = _number_of_keys({name: values.shape[1:] for name, (values, _) in parts.items()})
-        in_view = np.any([_in_view(batch, name) for name in parts], axis=0)
+        in_view = _in_view(batch, None)
         if scaler is None:
             scaler = token_scaler(model, data, layers, keys)
         integrated = integral(scaler, data, in_view, chosen)
@@ -568,12 +598,6 @@ def _integrated(
     if not any(size for _, size in completeness) and in_view.any():
         completeness.clear()
         warn(_NO_GRADIENT.format("the tokens"))
-
-
-def _in_view(batch: Batch, name: str) -> np.ndarray:
-    """The keys that any query attends to, (sample, key). Without masks a weight of 0 is rounding, and all count."""
-    scores = _backend.as_numpy(batch.measured[name])
-    return np.any(scores, axis=(1, 2)) | (batch.found[name].masks == "none")
 
 
 def _completeness_error(completeness: list[tuple[float, float]]) -> float:

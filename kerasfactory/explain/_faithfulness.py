@@ -1,6 +1,7 @@
 """Whether the features that an attribution puts first are those that a model uses: a test that it could fail."""
 
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
+from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import checked_attribution, chosen_samples, feature_array, progress_bar
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
-from kerasfactory.explain._engine.statistics import bootstrap_interval
+from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
@@ -31,9 +34,12 @@ def faithfulness(
     y: Any = None,
     task: str | None = None,
     target: int | str | tuple[int | str, ...] | None = None,
+    special_tokens: Sequence[int] | Sequence[str] | None = None,
     removal: str = "marginal",
-    mask_value: float = 0,
+    mask_value: float | None = None,
     background: Any = None,
+    groups: Any = None,
+    block: int | None = None,
     fractions: Sequence[float] = (0.1, 0.2, 0.5),
     draws: int = 200,
     level: float = 0.05,
@@ -166,37 +172,75 @@ def faithfulness(
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
     level = checked_level(level)
-    samples, features = importance.shape
+    samples = len(x)
+    clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
-    donors, background_used = _donors(x, removal, background, mask_value)
-    rows = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
+    rows, background_used = _background(x, removal, background, mask_value)
+    in_view = view_of(attribution, model, x, special_tokens, batch_size)
+    rows_in_view = in_view
+    if background is not None:
+        rows_in_view = background_view(attribution, model, rows, special_tokens, batch_size)
+    ranked = _rankable(in_view)
+    donors = _donors(rows, rows_in_view, in_view, removal, rng)
+    donor = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
     changes, own, output_used = _change_function(model, x, donors, y, task, target, batch_size, removal)
-    ranks = np.argsort(np.lexsort((rng.random(importance.shape), -importance)))
-    counts = np.maximum(1, np.floor(shares * features + 0.5).astype(int))
-    both = changes(_removed_sets(ranks, counts), np.arange(samples), rows).reshape(2, len(counts), samples)
+    ranks = np.argsort(np.lexsort((rng.random(importance.shape), np.where(in_view, -importance, np.inf))))
+    counts = _counts(shares, in_view)
+    both = np.full((2, len(counts), samples), np.nan)
+    sets = _removed_sets(ranks[ranked], counts[:, ranked], in_view[ranked])
+    both[..., ranked] = changes(sets, ranked, donor).reshape(2, len(counts), -1)
     progress.update(1)
 
-    chosen = chosen_samples(samples, _NULL_SAMPLES, rng)
-    observed, null = _against_chance(changes, ranks[chosen], counts, chosen, rows, draws, rng, progress)
+    chosen = ranked[chosen_samples(len(ranked), _NULL_SAMPLES, rng)]
+    null_of = (chosen, ranks[chosen], counts[:, chosen], in_view[chosen])
+    observed, null = _against_chance(changes, *null_of, donor[0], draws, rng, progress)
     # A draw that puts the same features first counts as equal, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
     at_least = (1 + np.sum(null >= observed[:, np.newaxis] - rounding, axis=1)) / (1 + draws)
     at_most = (1 + np.sum(null <= observed[:, np.newaxis] + rounding, axis=1)) / (1 + draws)
     results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
     results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
-    for name, suffix, change, of_null in zip(_KINDS, ("", "_sufficiency"), both, null, strict=True):
-        results[name] = (("sample", "fraction"), change.T)
-        results[f"aopc_{name}"] = change.mean()
-        results[f"null{suffix}"] = ("draw", of_null)
-        results[f"interval{suffix}"] = ("bound", bootstrap_interval(change.mean(axis=0), np.mean, level, seed))
-    coordinates = {"sample": np.arange(samples), "fraction": shares, "removed": ("fraction", counts)}
-    attributes = {"removal": removal} | ({"mask_value": mask_value} if removal == "mask" else {})
-    attributes |= {"background": background_used, "background_rows": len(rows), **output_used, "draws": draws}
+    changed = both.take(ranked, axis=2)
+    intervals, _ = mean_interval(changed.mean(axis=1), np.unique(clusters[ranked], return_inverse=True)[1], level, rng)
+    for number, (name, suffix) in enumerate(zip(_KINDS, ("", "_sufficiency"), strict=True)):
+        results[name] = (("sample", "fraction"), both[number].T)
+        results[f"aopc_{name}"] = changed[number].mean()
+        results[f"null{suffix}"] = ("draw", null[number])
+        results[f"interval{suffix}"] = ("bound", intervals[number])
+    alike = (counts[:, ranked] == counts[:, ranked[:1]]).all()
+    removed = ("fraction", counts[:, ranked[0]]) if alike else (("sample", "fraction"), counts.T)
+    coordinates = {"sample": np.arange(samples), "fraction": shares, "removed": removed}
+    attributes = {"removal": removal} | ({"mask_value": mask_value or 0} if removal == "mask" else {})
+    attributes |= {"background": background_used, "background_rows": len(donor), **output_used, "draws": draws}
     attributes |= {"null_samples": len(chosen), "observed": observed[0].item()}
     attributes |= {"observed_sufficiency": observed[1].item(), "level": level, "seed": seed}
     return xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes)
+
+
+def _rankable(in_view: np.ndarray) -> np.ndarray:
+    """The numbers of the samples with something to rank."""
+    ranked = np.flatnonzero(in_view.sum(axis=1) >= 2)
+    left_out = len(in_view) - len(ranked)
+    if not len(ranked):
+        raise ValueError(
+            f"None of the {len(in_view)} samples has 2 features in view: there is nothing to rank. Check the masks of "
+            "the model, and `special_tokens`."
+        )
+    if left_out:
+        warn(
+            f"{left_out} of {len(in_view)} samples have fewer than 2 features in view: there is nothing to rank in "
+            "them. They are NaN in the result, and in no mean and no test."
+        )
+    return ranked
+
+
+def _counts(shares: np.ndarray, in_view: np.ndarray) -> np.ndarray:
+    """How many features are removed first, (fraction, sample): of those in view, and not all unless asked for."""
+    sizes = in_view.sum(axis=1)
+    counts = np.maximum(1, np.floor(shares[:, np.newaxis] * sizes + 0.5).astype(int))
+    return np.where(shares[:, np.newaxis] < 1, np.minimum(counts, sizes - 1), sizes)
 
 
 def _change_function(
@@ -256,9 +300,13 @@ def _change_function(
     return changes, own, {"change": change, "task": found.task or "unknown", "target": target_used}
 
 
-def _removed_sets(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which features go, first for comprehensiveness and then for sufficiency: (set, ..., feature)."""
-    return np.stack([ranks < count for count in counts] + [ranks >= count for count in counts])
+def _removed_sets(ranks: np.ndarray, counts: np.ndarray, in_view: np.ndarray) -> np.ndarray:
+    """Which features go, first for comprehensiveness and then for sufficiency: (set, …, sample, feature).
+
+    Of `ranks` (…, sample, feature), from 0, with what is out of view last, and `counts` (fraction, sample).
+    """
+    first = [ranks < count[:, np.newaxis] for count in counts]
+    return np.stack(first + [~chosen & in_view for chosen in first])
 
 
 def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -273,10 +321,11 @@ def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _against_chance(
     changes: Callable[..., np.ndarray],
+    chosen: np.ndarray,
     ranks: np.ndarray,
     counts: np.ndarray,
-    chosen: np.ndarray,
-    rows: np.ndarray,
+    in_view: np.ndarray,
+    donor: np.ndarray,
     draws: int,
     rng: np.random.Generator,
     progress: Any,
@@ -285,16 +334,17 @@ def _against_chance(
 
     def aopcs(ranks):
         """Of several rankings, (ranking, sample, feature): (kind, ranking)."""
-        removed = _removed_sets(ranks, counts).reshape(-1, *ranks.shape[1:])
+        removed = _removed_sets(ranks, counts, in_view).reshape(-1, *ranks.shape[1:])
         # One row for each sample will do: its chance is the same in the observed and in the null.
-        found = changes(removed, chosen, rows[:1]).reshape(2, len(counts), *ranks.shape[:2])
+        found = changes(removed, chosen, donor[np.newaxis]).reshape(2, len(counts), *ranks.shape[:2])
         return found.swapaxes(1, 2).reshape(2, len(ranks), -1).mean(axis=-1)  # summed in the same order for any number
 
+    relabeled = relabeled_rankings(ranks, in_view, rng)
     null = np.empty((2, draws))
     at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
     for start in range(0, draws, at_once):
         stop = min(start + at_once, draws)
-        null[:, start:stop] = aopcs(np.stack([ranks[:, rng.permutation(ranks.shape[1])] for _ in range(start, stop)]))
+        null[:, start:stop] = aopcs(np.stack(list(itertools.islice(relabeled, stop - start))))
         progress.update(stop + 1)
     return aopcs(ranks[np.newaxis])[:, 0], null
 
@@ -306,8 +356,8 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return values
 
 
-def _donors(x: np.ndarray, removal: Any, background: Any, mask_value: float) -> tuple[np.ndarray, str]:
-    """Rows that removed features take their values from, and what to say of them."""
+def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float | None) -> tuple[np.ndarray, str]:
+    """The rows that removed features take their values from, and what to say of them."""
     if removal not in _REMOVALS:
         near = difflib.get_close_matches(str(removal), _REMOVALS, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -317,12 +367,16 @@ def _donors(x: np.ndarray, removal: Any, background: Any, mask_value: float) -> 
     if removal == "mask":
         if background is not None:
             raise ValueError('`background` is not used with `removal="mask"`. Leave one of them out.')
-        return np.full((1, *x.shape[1:]), mask_value, x.dtype), "none"
+        return np.full((1, *x.shape[1:]), mask_value or 0, x.dtype), "none"
+    if mask_value is not None:
+        raise ValueError(
+            f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
+            f"mask_value={mask_value!r}, removal={removal!r}"
+        )
     if background is None and len(x) < 2:
         raise ValueError(
             f'`x` holds one sample: there is nothing else to take values from for `removal="{removal}"`. Give a '
-            f"`background`, "
-            'such as training data, or `removal="mask"`.'
+            '`background`, such as training data, or `removal="mask"`.'
         )
     rows = x if background is None else feature_array("background", background)
     if rows.shape[1:] != x.shape[1:]:
@@ -330,16 +384,42 @@ def _donors(x: np.ndarray, removal: Any, background: Any, mask_value: float) -> 
             f"`background` must hold samples like those of `x`. Received: background of shape {rows.shape}, x of "
             f"shape {x.shape}"
         )
-    said = f"{'x' if background is None else 'given'}, {len(rows)} samples"
-    if removal == "marginal":
-        return rows, said
-    if x.dtype.kind != "f":
+    if removal == "mean" and x.dtype.kind != "f":
         raise ValueError(
             f'`removal="mean"` needs numbers that have a mean; those of `x` are of dtype {x.dtype}, as token ids are. '
-            f"Use "
-            '"marginal" or "mask", or convert `x` to floats.'
+            'Use "marginal" or "mask", or convert `x` to floats.'
         )
-    return rows.mean(axis=0, keepdims=True, dtype="float64").astype(x.dtype), said
+    return rows, f"{'x' if background is None else 'given'}, {len(rows)} samples"
+
+
+def _donors(
+    rows: np.ndarray, rows_in_view: np.ndarray, in_view: np.ndarray, removal: str, rng: np.random.Generator
+) -> np.ndarray:
+    """What removed features take their values from: nothing that is out of view in `rows` gets into view of a sample."""
+    if removal == "mask":
+        return rows
+    if not rows_in_view.any():
+        raise ValueError(
+            "No feature is in view in any sample of `background`: there is nothing to take values from. Check the "
+            "masks of the model, and `special_tokens`."
+        )
+    donors = rows
+    for feature in np.flatnonzero(in_view.any(axis=0) & ~rows_in_view.all(axis=0)):
+        missing, given = np.flatnonzero(~rows_in_view[:, feature]), np.flatnonzero(rows_in_view[:, feature])
+        if len(given):
+            values = rows[rng.choice(given, len(missing)), feature]
+        else:  # in view in no row: any value in view, of the same row if it has one
+            own = [np.flatnonzero(seen) for seen in rows_in_view]
+            some = np.argwhere(rows_in_view)
+            picked = [(row, rng.choice(own[row])) if len(own[row]) else tuple(rng.choice(some)) for row in missing]
+            values = rows[tuple(np.transpose(picked))]
+        donors = donors.copy() if donors is rows else donors
+        donors[missing, feature] = values
+    if removal == "marginal":
+        return donors
+    averaged = np.where(rows_in_view.any(axis=0), rows_in_view, True).reshape(*rows.shape[:2], *[1] * (rows.ndim - 2))
+    where = True if averaged.all() else averaged
+    return donors.mean(axis=0, keepdims=True, dtype="float64", where=where).astype(rows.dtype)
 
 
 def _columns(found: Outputs, y: Any, target: Any) -> tuple[np.ndarray | None, str | int]:

@@ -13,7 +13,8 @@ from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._engine.attention import find_attention
 from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, progress_bar, sampled
-from kerasfactory.explain._engine.statistics import bootstrap_interval, sign_tests
+from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
+from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
 _SAMPLES = 256
 _RELABELINGS = 100
@@ -30,6 +31,7 @@ def parameter_randomization(
     target: int | str | tuple[int | str, ...] | None = None,
     layers: str | Sequence[str] | None = None,
     parameters: str = "attention",
+    special_tokens: Sequence[int] | Sequence[str] | None = None,
     draws: int = 20,
     tolerance: float = 0.5,
     level: float = 0.05,
@@ -44,8 +46,9 @@ def parameter_randomization(
     the weights again. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
     with it how sharp attention can be. What the weights have learned is gone.
 
-    With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model and
-    \(b_r\), those after shuffle \(r\), the distance is the total variation, averaged over the \(S\) samples,
+    With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model, over
+    the features in view of the sample, and \(b_r\), those after shuffle \(r\), the distance is the total variation,
+    averaged over the \(S\) samples,
 
     $$
     d(a, b) = \frac{1}{S} \sum_s \frac{1}{2} \sum_f |a_{sf} - b_{sf}| , \qquad
@@ -53,12 +56,14 @@ def parameter_randomization(
     $$
 
     The null distribution is made of \(\pi b_r\), attributions of the same shape that know nothing: those of the
-    shuffled model with its features relabeled at random, in the same way for all samples. What is
-    kept is 1 if the attribution does not change, and 0 if it is no nearer to the original than a relabeled one. It may
-    be below 0.
+    shuffled model with its features relabeled at random, in the same way for all samples. Where features are out of
+    view, as padding is, a feature gets the value of the first one in view that the relabeling leads to, again and
+    again. What is kept is 1 if the attribution does not change, and 0 if it is no nearer to the original than a
+    relabeled one. It may be below 0.
 
     Passing is no evidence that an attribution is faithful: that of a model that was never trained passes. Failing is
-    evidence that it is not about the model. Keys that a mask hides are hidden with any weights, and count as kept.
+    evidence that it is not about the model. A mask hides keys with any weights: features out of view count for nothing,
+    on either side.
 
     Args:
         model: A `keras.Model`, as for `attribute`. It keeps its weights.
@@ -69,6 +74,9 @@ def parameter_randomization(
         target: The output, as for `attribute`, if `method` is one of its methods.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
         parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
+        special_tokens: What stands for no feature, as for `attribute`: it is out of view. Masks are in the coordinate
+            `in_view` of what `method` returns, or else read from the model if `x` is one array with the features along
+            axis 1.
         draws: How often shuffled weights are drawn.
         tolerance: The share that may be kept, between 0 and 1.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
@@ -126,13 +134,16 @@ def parameter_randomization(
     chosen, x = sampled(x, _SAMPLES, rng)
     batch_size = batch_size_of(x, _SAMPLES) if batch_size is None else positive_integer("batch_size", batch_size)
 
-    def shares():
+    def attributed():
         if callable(method):
-            return _shares(method(model, x))
+            return method(model, x)
         running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
-        return _shares(attribute(model, x, method=method, task=task, target=target, layers=layers, **running))
+        of_outputs = {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
+        return attribute(model, x, method=method, **of_outputs, **running)
 
-    own = shares()
+    trained_attribution = attributed()
+    in_view = _checked_view(trained_attribution, model, x, special_tokens, batch_size)
+    own = _shares(trained_attribution, in_view)
     owners = find_attention(model).values() if parameters == "attention" else [model]
     variables = {id(variable): variable for owner in owners for variable in owner.weights}.values()  # each once
     trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables]
@@ -140,8 +151,8 @@ def parameter_randomization(
     progress = progress_bar(draws, verbose, "draw")
     for draw in range(draws):
         with keras.StatelessScope([(variable, _shuffled(variable, values, rng)) for variable, values in trained]):
-            other = shares()
-        distance[draw], null[draw] = _distances(own, other, rng)
+            other = attributed()
+        distance[draw], null[draw] = _distances(own, other, in_view, rng)
         progress.add(1)
 
     by_chance = null.mean(axis=1)
@@ -168,21 +179,38 @@ def _shuffled(variable: Any, values: np.ndarray, rng: np.random.Generator) -> An
     return ops.convert_to_tensor(rng.permutation(values.reshape(-1)).reshape(values.shape), dtype=variable.dtype)
 
 
-def _distances(own: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[float, list[float]]:
-    """The distance of two arrays of shares, and those after relabeling the features of the second."""
-    if other.shape != own.shape:
+def _checked_view(attribution: Any, model: keras.Model, x: Any, special_tokens: Any, batch_size: Any) -> np.ndarray:
+    """Which features are in view, (sample, feature)."""
+    values = _values(attribution)
+    shape = getattr(x, "shape", ())[:2]
+    if shape == values.shape:
+        return view_of(attribution, model, x, special_tokens, batch_size)
+    in_view = carried_view(attribution)
+    return np.ones(values.shape, bool) if in_view is None else in_view
+
+
+def _distances(
+    own: np.ndarray, attribution: Any, in_view: np.ndarray, rng: np.random.Generator
+) -> tuple[float, list[float]]:
+    """The distance of an attribution from shares, and those after relabeling its features."""
+    values = _values(attribution)
+    if values.shape != own.shape:
         raise ValueError(
             "`method(model, x)` must return an attribution of one shape, whatever the weights. Received shapes: "
-            f"{own.shape} and {other.shape}"
+            f"{own.shape} and {values.shape}"
         )
-    relabelings = (other[:, rng.permutation(other.shape[1])] for _ in range(_RELABELINGS))
-    distance, *null = (np.abs(own - shares).sum(axis=1).mean() / 2 for shares in (other, *relabelings))
+    other = _shares(values, in_view)
+    labels = (relabeling(rng.permutation(own.shape[1]), in_view) for _ in range(_RELABELINGS))
+    relabeled = (np.take_along_axis(other, label, axis=1) for label in labels)
+    distance, *null = (np.abs(own - shares).sum(axis=1).mean() / 2 for shares in (other, *relabeled))
     return distance, null
 
 
 def seed_agreement(
     attributions: Sequence[Any],
     *,
+    groups: Any = None,
+    block: int | None = None,
     top_k: int | None = None,
     draws: int = 1000,
     level: float = 0.05,
@@ -190,17 +218,22 @@ def seed_agreement(
 ) -> xr.Dataset:
     r"""Whether models that differ only in the seed of their training attribute to the same features.
 
-    The attributions are of the same samples by several models. Each is turned into shares,
-    \(|a_f| / \sum_f |a_f|\), and averaged over the samples. With \(T_i\), the \(k\) features with the largest mean
-    share in model \(i\) of \(M\),
+    The attributions are of the same samples by several models. Each is turned into shares of the features in view of
+    the sample, \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\). Where \(n_s\) features are in
+    view, a share of \(1 / n_s\) is the uniform one: features are compared by the mean of \(a_{sf}\, n_s / \bar n\) over
+    the samples in which they are in view, with the mean \(\bar n\) of \(n_s\). If all features are always in view, that
+    is the mean share. With \(T_i\), the \(k\) features with the largest mean in model \(i\) of \(M\),
 
     $$
     \operatorname{overlap} = \frac{2}{M (M - 1)} \sum_{i < j} \frac{|T_i \cap T_j|}{k} .
     $$
 
-    The null distribution is the overlap of as many rankings drawn at random. Rankings are compared by what they put
-    first, as a reader does. A rank correlation over all features would reward agreement on the order of what does
-    not matter.
+    The null distribution is the overlap of as many rankings drawn at random. Where features are out of view, such as
+    padding, the means of rarely seen features vary more, and models that know nothing agree on them. There the null is
+    the overlap after the features of each model were relabeled at random, within the view of each sample: a feature
+    gets the value of the first one in view that the relabeling leads to, again and again. Rankings are compared by what
+    they put first, as a reader does. A rank correlation over all features would reward agreement on the order of what
+    does not matter.
 
     Agreement is no evidence of faithfulness: models may agree on what is wrong. Disagreement is a reason not to say
     anything about the task from the map of one of them (Wiegreffe & Pinter 2019, [*Attention is not not
@@ -208,18 +241,24 @@ def seed_agreement(
     Challenges for Credibility in Modern Machine Learning*](https://arxiv.org/abs/2011.03395)).
 
     Args:
-        attributions: Those of at least 2 models, (sample, feature) each, as from `attribute`.
-        top_k: How many features to compare, at least 1 and fewer than there are; a quarter of all if not given.
-        draws: How often random rankings are drawn for the null distribution.
+        attributions: Those of at least 2 models, (sample, feature) each, as from `attribute`. What is out of view is
+            said by their coordinate `in_view`. Of arrays without it, a feature is out of view of a sample if it is
+            exactly 0 in all of them.
+        groups: Labels of samples that belong together, (sample,), such as patients: the bootstrap draws these.
+        block: For a series: the length of the runs of samples that the bootstrap draws. Not with `groups`.
+        top_k: How many features to compare, at least 1 and fewer than are ever in view; a quarter of these if not
+            given.
+        draws: How often the null distribution is drawn from.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         seed: The seed of all that is drawn: rankings, the order among equals and the bootstrap.
 
     Returns:
         xr.Dataset: With these variables, all from 0 to 1, without unit.
 
-        - `mean`, `spread` (feature): of the models' mean shares, and their standard deviation over the models.
-        - `overlap`, and its `interval` (bound: `lower`, `upper`): a percentile bootstrap over the samples. The models
-          stay as they are in it; NaN for a single sample.
+        - `mean`, `spread` (feature): of the models' means as above, and their standard deviation over the models. NaN
+          for a feature that is never in view.
+        - `overlap`, and its `interval` (bound: `lower`, `upper`): a percentile bootstrap over the samples, `groups` or
+          blocks. The models stay as they are in it; NaN for a single one of these.
         - `null` (draw), and one-sided p-values: `p_value` that models agree more than by chance,
           \((1 + \#\{\text{null} \ge \text{overlap}\}) / (1 + \text{draws})\), and `p_opposite` that they agree less.
           Few features or models cannot give a small one: two models and three features, of which one is compared,
@@ -261,27 +300,34 @@ def seed_agreement(
         )
     checked_level(level)
     draws = positive_integer("draws", draws)
-    shares = np.stack([_shares(attribution) for attribution in attributions])
-    models, samples, features = shares.shape
-    count = max(1, features // 4) if top_k is None else positive_integer("top_k", top_k)
-    if count >= features:
-        raise ValueError(f"`top_k` must be smaller than the number of features, {features}. Received: top_k={top_k!r}")
+    in_view = _common_view(attributions)
+    seen = int(in_view.any(axis=0).sum())
+    count = max(1, seen // 4) if top_k is None else positive_integer("top_k", top_k)
+    if count >= seen:
+        raise ValueError(f"`top_k` must be smaller than the number of features, {seen}. Received: top_k={top_k!r}")
+    sizes = in_view.sum(axis=1, keepdims=True)
+    shares = np.stack([_shares(attribution, in_view) for attribution in attributions]) * (sizes / sizes.mean())
+    models, samples, _ = shares.shape
+    clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "seed_agreement")
 
     def overlap(scores):
-        """Of (…, model, feature). Chance decides among equals."""
+        """Of (…, model, feature), NaN for a feature that is not in view. Chance decides among equals."""
+        scores = np.where(np.isnan(scores), -np.inf, scores)
         ranks = np.argsort(np.lexsort((rng.random(scores.shape), -scores)))
         is_first = (ranks < count).astype(float)
         common = np.einsum("...if,...jf->...ij", is_first, is_first)[..., *np.triu_indices(models, 1)]
         return common.mean(axis=-1) / count
 
-    means = shares.mean(axis=1)
+    means = _mean_where(shares.sum(axis=1), in_view.sum(axis=0))
     observed = float(overlap(means))
-    null = overlap(rng.random((draws, models, features)))
+    null = overlap(_null_scores(shares, in_view, draws, rng))
     interval = np.full(2, np.nan)
-    if samples > 1:
+    number = int(clusters.max()) + 1
+    if number > 1:
         # Not `scipy.stats.bootstrap`: with resamples as weights of the samples, products of matrices do for all models.
-        resampled = rng.multinomial(samples, np.full(samples, 1 / samples), _RESAMPLES) / samples @ shares
+        weights = rng.multinomial(number, np.full(number, 1 / number), _RESAMPLES)[:, clusters]
+        resampled = _mean_where(weights @ shares, weights @ in_view)
         interval = np.quantile(overlap(resampled.swapaxes(0, 1)), [level / 2, 1 - level / 2])
     return xr.Dataset(
         {
@@ -298,12 +344,50 @@ def seed_agreement(
     )
 
 
-def _shares(attribution: Any) -> np.ndarray:
-    """Absolute values that sum to 1 in each sample; uniform where all are 0."""
+def _common_view(attributions: Sequence[Any]) -> np.ndarray:
+    """Which features are in view of all models, (sample, feature)."""
+    values = [_values(attribution) for attribution in attributions]
+    carried = [view for view in map(carried_view, attributions) if view is not None]
+    in_view = np.all(carried, axis=0) if carried else np.any(values, axis=0)
+    return in_view if in_view.any() else np.ones_like(in_view)
+
+
+def _null_scores(shares: np.ndarray, in_view: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """What models are compared by if they know nothing, (draw, model, feature), of shares (model, sample, feature)."""
+    models, _, features = shares.shape
+    if in_view.all():
+        return rng.random((draws, models, features))
+    views, number = np.unique(in_view, axis=0, return_inverse=True)  # samples with one view are relabeled alike
+    sums = np.zeros((models, *views.shape))
+    for of_model, summed in zip(shares, sums, strict=True):
+        np.add.at(summed, number.reshape(-1), of_model)
+    scores = np.empty((draws, models, features))
+    for draw, model in np.ndindex(draws, models):
+        labels = relabeling(rng.permutation(features), views)
+        scores[draw, model] = np.take_along_axis(sums[model], labels, axis=1).sum(axis=0)
+    return _mean_where(scores, in_view.sum(axis=0))
+
+
+def _mean_where(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums divided by counts; NaN where nothing is counted."""
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _values(attribution: Any) -> np.ndarray:
+    """The absolute values of an attribution, (sample, feature)."""
+    if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
+        attribution = attribution.transpose("sample", "feature")
     attribution = _backend.as_numpy(attribution) if ops.is_tensor(attribution) else attribution
     values = np.abs(np.asarray(attribution, "float64"))
     if values.ndim != 2:
         raise ValueError(f"An attribution must be (sample, feature). Received: shape {values.shape}")
     check_rows_finite(values, "An attribution")
+    return values
+
+
+def _shares(attribution: Any, in_view: np.ndarray) -> np.ndarray:
+    """Absolute values that sum to 1 over what is in view of each sample; uniform where all are 0."""
+    values = np.where(in_view, _values(attribution), 0)
     sums = values.sum(axis=1, keepdims=True)
-    return np.where(sums > 0, values / np.where(sums > 0, sums, 1), 1 / values.shape[1])
+    uniform = in_view / np.maximum(in_view.sum(axis=1, keepdims=True), 1)
+    return np.where(sums > 0, values / np.where(sums > 0, sums, 1), uniform)

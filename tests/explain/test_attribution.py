@@ -74,6 +74,7 @@ def test_every_method_on_every_attention(kind, method):
     np.testing.assert_array_equal(TABLE, x)
     assert (result.dims, result.shape, result.name) == (("sample", "feature"), (7, 5), method)
     assert list(result.coords["feature"].values) == NAMES
+    assert result.coords["in_view"].values.all()
     assert result.dtype == "float32"
     assert (result >= 0).all()
     assert (result.values.max(axis=1) > 0).all()
@@ -85,6 +86,7 @@ def test_every_method_on_every_attention(kind, method):
         "target": "predicted" if method == "attention_gradient" else "any",
         "query": "mean",
         "layers": ", ".join(f"{name}/attention" if kind == "nested" else name for name in names),
+        "masks": "none",
         "backend": keras.config.backend(),
         "keras_version": keras.__version__,
     }
@@ -331,6 +333,7 @@ def on_words():
 def test_masked_keys_get_nothing(method):
     model = on_words()
     result = attribute(model, WORDS, method=method)
+    np.testing.assert_array_equal(result.coords["in_view"], WORDS != 0)
     assert (result.values[WORDS == 0] == 0).all()
     if method in DISTRIBUTIONS:
         np.testing.assert_allclose(result.sum("feature"), 1, atol=1e-6)
@@ -356,6 +359,72 @@ def test_a_query_under_a_causal_mask_sees_what_is_before_it():
             assert (result == 0).all()
             assert (attribute(model, SEQUENCE, method=method, query=-1) > 0).any()
     np.testing.assert_allclose(attribute(model, SEQUENCE, method="uniform", query=1)[0], [0.5, 0.5, 0, 0, 0])
+
+
+def test_what_is_in_view_of_a_query_that_sees_through_other_positions():
+    """A chain: each position attends to itself and the one before."""
+    inputs = keras.Input((5, 8))
+    chain = (np.eye(5) + np.eye(5, k=-1)).astype(bool)[np.newaxis]
+    x = layers.MultiHeadAttention(2, 4, name="first")(inputs, inputs, attention_mask=chain)
+    x = layers.MultiHeadAttention(2, 4, name="second")(x, x, attention_mask=chain)
+    model = keras.Model(inputs, layers.Dense(1)(x[:, -1]))
+    result = attribute(model, SEQUENCE, method="uniform", query=-1)
+    np.testing.assert_array_equal(result.coords["in_view"][0], [False, False, True, True, True])
+    np.testing.assert_allclose(result[0], [0, 0, 1 / 3, 1 / 3, 1 / 3], atol=1e-6)
+    assert (attribute(model, SEQUENCE, method="rollout", query=-1).values > 0)[0].tolist() == [0, 0, 1, 1, 1]
+    only = attribute(model, SEQUENCE, query=-1, layers="first").coords["in_view"]
+    np.testing.assert_array_equal(only[0], [False, False, False, True, True])
+    assert attribute(model, SEQUENCE).coords["in_view"].values.all()
+
+
+@pytest.mark.backend_independent
+def test_a_weight_that_is_rounded_to_0_is_no_mask():
+    inputs = keras.Input((5, 8))
+    layer = layers.MultiHeadAttention(1, 8, name="attention")
+    model = keras.Model(inputs, layers.Dense(1)(layer(inputs, inputs)[:, 0]))
+    layer._query_dense.kernel.assign(1e4 * layer._query_dense.kernel)
+    result = attribute(model, SEQUENCE)
+    assert (result == 0).any()
+    assert result.coords["in_view"].values.all()
+
+
+@pytest.mark.backend_independent
+def test_special_tokens_are_out_of_view_and_keep_what_was_measured():
+    model = on_words()
+    in_view = (WORDS != 0) & (WORDS != 1)
+    plain, special = attribute(model, WORDS), attribute(model, WORDS, special_tokens=[0, 1])
+    np.testing.assert_array_equal(special.coords["in_view"], in_view)
+    np.testing.assert_array_equal(special, plain)
+    assert special.attrs["special_tokens"] == [0, 1]
+    uniform = attribute(model, WORDS, method="uniform", special_tokens=(np.int64(1),))
+    np.testing.assert_allclose(uniform, in_view / in_view.sum(axis=1, keepdims=True), atol=1e-6)
+    random = attribute(model, WORDS, method="random", special_tokens=np.array([1, 7]), batch_size=2)
+    np.testing.assert_array_equal(random > 0, in_view)
+
+    listed = attribute(keras.Model([model.input], model.output), [WORDS], special_tokens=[1])
+    np.testing.assert_array_equal(listed.coords["in_view"], in_view)
+    result = attribute(on_table("ours"), TABLE, method="uniform", special_tokens=["dose", "age"])
+    assert result.coords["in_view"].all("sample").values.tolist() == [False, True, True, True, False]
+    np.testing.assert_allclose(result[0], [0, 1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("special_tokens", "x", "message"),
+    [
+        ("age", TABLE, r"must be a list of token ids.*Received: special_tokens='age'"),
+        (0, TABLE, r"must be a list of token ids.*special_tokens=0"),
+        ([], TABLE, "must be a list"),
+        ([1.5], TABLE, r"must be a list.*special_tokens=\[1\.5\]"),
+        (["ages"], TABLE, r"names no feature: 'ages'\. Did you mean 'age'\? There are: age, pulse"),
+        ([0], TABLE, r"integers, \(sample, 5\).*`x\.astype\(int\)`.*Received x: float32 of shape \(7, 5\)"),
+        ([0], iter([TABLE]), "Received x: list_iterator"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_special_tokens_that_cannot_be_found(special_tokens, x, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(on_table("ours"), x, special_tokens=special_tokens)
 
 
 @pytest.mark.backend_independent

@@ -236,7 +236,8 @@ def _ranking(subject: Subject) -> Result:
         draws=subject.draws,
         batch_size=subject.batch_size,
         verbose=0,
-        **subject.chosen("task", "target", "level", "seed"),
+        **subject.chosen("task", "target", "special_tokens", "level", "seed"),
+        **subject.clusters,
     )
     tests, claims, counts = [], [], result["removed"].values
     for name, suffix, removed in (("comprehensiveness", "", counts), ("sufficiency", "_sufficiency", count - counts)):
@@ -270,7 +271,7 @@ def _randomization(subject: Subject) -> Result:
     )
     if subject.untestable:
         return None, [_claim("randomization", sentence, statistic, subject.untestable)]
-    settings = subject.chosen("method", "layers", "level", "seed")
+    settings = subject.chosen("method", "task", "target", "layers", "special_tokens", "level", "seed")
     result = parameter_randomization(subject.model, subject.x, verbose=0, **settings)
     found: dict[str, Any] = {
         **{key: result.attrs[key] for key in ("tolerance", "draws", "samples")},
@@ -300,7 +301,7 @@ def _seeds(subject: Subject) -> Result:
     given = "" if subject.models else "No models from other seeds were given, `models=[...]`."
     if untestable := subject.untestable or _one_feature(subject) or given:
         return None, [_claim("seeds", sentence, statistic, untestable)]
-    settings = subject.chosen("method", "feature_names", "seed")
+    settings = subject.chosen("method", "task", "target", "feature_names", "special_tokens", "seed")
     others = [attribute(other, subject.x, **settings, **subject.running) for other in subject.models]
     result = seed_agreement([subject.attribution, *others], draws=subject.draws, **subject.chosen("level", "seed"))
     statistics = zip(subject.features, result["mean"].values, result["spread"].values, strict=True)
