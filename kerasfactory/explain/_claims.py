@@ -54,7 +54,7 @@ def feature_claims(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Tests for each feature of a table whether an attribution that ranks it high can be relied on.
+    r"""Tests for each feature of a table whether the model needs it, and whether an attribution says so.
 
     With the loss \(\ell\), the model \(f\) and \(K\) draws \(\tilde x_{ij}^{(k)}\) of feature \(j\) of sample \(i\)
     given the sample's other features \(x_{i,-j}\),
@@ -64,68 +64,99 @@ def feature_claims(
     \qquad \operatorname{effect}_j = \frac{1}{n} \sum_i d_{ij} .
     $$
 
-    If feature \(j\) says nothing about the outcome that the others do not, a sample's own value and the \(K\) draws are
-    exchangeable. The p-value therefore comes from exchanging, at random and in each sample separately, the own loss
-    with one of the \(K + 1\) losses: it is the share of such exchanges whose mean is at most the observed one. For one
-    draw this is the sign-flip test. It makes no assumption on the shape of \(d_{ij}\), which is skewed, so that a
-    t-test would not keep its level. For \(K > 1\) it is not symmetric, so sign flips and signed ranks would not either.
+    The effect is what the feature tells the model that the other features do not, in the unit of the loss. If that is
+    nothing, a sample's own value and the \(K\) draws are exchangeable. The p-value therefore comes from exchanging, at
+    random and in each cluster of samples separately, the own loss with one of the \(K + 1\) losses: it is the share of
+    such exchanges whose mean is at most the observed one. It makes no assumption on the shape of \(d_{ij}\).
 
-    A draw is the prediction of a regression of the feature on the others, plus a residual from a sample with a nearby
-    fitted value. The regression is linear, has piecewise-linear terms, or has products too, with a ridge penalty. The
-    one with the smallest leave-one-out error is used. It may spend at most half of the data's degrees of freedom, so
-    that no regression with many terms makes every feature look redundant. A column of few distinct values, or of
-    integers, gets another sample's value instead.
+    **What the verdicts assume:**
 
-    Where this misleads: categories are regressed as numbers, so a draw knows only what moves that number. What the
-    other features determine in a way that is not smooth, or that few samples do not show, is taken for the feature's
-    own. The draws then lie off the data, and the model's loss there may be larger. Data that contain a shortcut support
-    the claim about it.
+    - The model was not trained on `x`. If it was, every feature that it has learned by heart seems to matter.
+    - Samples are independent, or `groups` or `block` says which are not. Then whole clusters are exchanged and
+      resampled, and draws come from one other cluster. Samples that are exact copies are one cluster.
+    - The draws could have come about with the sample's other values. A draw is the prediction of a regression of the
+      feature on the others, plus a residual of a sample with a nearby fitted value. The regression is linear, has
+      piecewise-linear terms, or has products too, in the columns' own units or in normal scores, with a ridge penalty;
+      the one with the smallest leave-one-out error is used. Integers are rounded, and nothing is drawn outside the
+      range of the data. A column of at most 20 values takes that of another sample in the same leaf of a decision tree
+      or with a nearby fitted value. Before a feature is called needed, a classifier tries to tell its draws from the
+      true values. If it can, the verdict is `undetermined`. It cannot find every fault: no test of conditional
+      independence is valid for all distributions (Shah & Peters 2020, [*The Hardness of Conditional Independence
+      Testing*](https://doi.org/10.1214/19-AOS1857)).
+
+    Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
+    noticed, and tested together as well: the result has a row for the group, named `a + b`. Of its members the data
+    cannot tell which the model needs.
 
     Args:
         model: A `keras.Model` with one input, (sample, feature), and one output.
-        x: Held-out data, (sample, feature): an array. The model must not have been trained on them, and the samples are
-            taken to be independent of each other.
+        x: Held-out data, (sample, feature): an array. The model must not have been trained on them.
         y: Labels in the form that the loss takes, one for each sample.
-        attribution: (sample, feature), as from `attribute`.
+        attribution: (sample, feature), as from `attribute`: a number for each column of `x`, or for each feature of
+            `feature_mask`.
         loss: What `model.compile` takes as `loss` for one output: a name, a `keras.losses.Loss`, a function of labels
             and outputs that gives one number for each sample, or a list or dictionary of one of these. The loss that
             the model was compiled with, if not given.
+        feature_mask: The number of the feature that each column of `x` belongs to, integers (column,); -1 for a column
+            that is never removed. The columns of a feature are removed and claimed together. Each column is a feature
+            of its own if not given.
         background: Data to learn the distribution of the features from, (row, feature), distributed as `x`. `x` itself
             if not given.
+        groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
+            on each other.
+        block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
         draws: How often values are drawn for each feature of each sample. For each feature the model runs on
             `draws` times as many samples as `x` has.
-        margin: The largest effect that counts as none, as a share of the base loss: that of the model's mean output,
-            which says nothing about a sample.
-        level: The error level of the test, after the adjustment by Benjamini and Hochberg for all features. The
-            intervals cover \(1 - \text{level}\). Between 0 and 0.5.
+        margin: The largest effect that counts as none, as a share of the base loss: that of the constant output that is
+            best for `y`.
+        level: The error level of the tests, after the adjustment. The intervals cover \(1 - \text{level}\). Between 0
+            and 0.5.
         batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
         verbose: As for `capture`. The steps are the features.
         seed: The seed of all that is drawn: values, exchanges and the bootstrap.
 
     Returns:
-        xr.Dataset: Over `feature`, with the names in `attribution` if it has any. `plot.features` draws it.
+        xr.Dataset: Over `feature`, with the names in `attribution` if it has any, and then the groups that were found.
+        `plot.features` draws it.
 
-        - `attribution`: the mean over the samples.
+        - `attribution`: the mean over the samples, the sum over the columns of a feature.
+        - `claimed`: whether the attribution lies above the mean of all features, that is, above what `uniform` would
+          give. Only then is a claim made.
         - `effect`: in the unit of the loss; above 0 if the model does worse without the feature.
-        - `interval` (feature, bound: `lower`, `upper`) of the effect: a percentile bootstrap over the samples.
-        - `p_value`, one-sided, and `p_adjusted`, after Benjamini and Hochberg.
-        - `verdict`: a claim is made where the attribution lies above the mean of all features, that is, above
-          what `uniform` would give. It is `refuted` if the interval's upper bound is at most `margin` of the base loss,
-          whatever the p-value: a negligible effect stays negligible, however certain it is that it is not 0. It is
-          `supported` if `p_adjusted` is at most `level` and the interval lies above 0. Everything else is
-          `undetermined`.
+        - `interval` (feature, bound: `lower`, `upper`) of the effect: a studentized bootstrap over the samples, each
+          with what it adds as a donor of values; from 2,000 clusters on a normal interval.
+        - `p_value`, one-sided, that the model does no worse without the feature; `p_opposite`, that it does worse by
+          more than the margin.
+        - `p_adjusted`: of `p_value`, so that among the claims that are supported the expected share of false ones is at
+          most `level` (Focused BH, Katsevich, Sabatti & Bogomolov 2023, [*Filtering the Rejection
+          Set*](https://doi.org/10.1080/01621459.2021.1920958)). Features without a claim are a family of their own.
+        - `verdict`, and the `reason` for it, a sentence:
 
-        A constant feature cannot be tested. With fewer than 20 samples, or fewer samples than features, none can. The
-        effects are NaN then, the p-values 1, and the verdicts `undetermined`.
+            - `supported`: a claim is made, `p_adjusted` is at most `level`, and the interval lies above 0 and not
+              below the margin.
+            - `refuted`: a claim is made, and the model does no worse without the feature: the interval ends below the
+              margin, and `p_opposite`, adjusted likewise, is at most `level`. Never if the model does no better than a
+              constant, and never of one column of a group that may matter.
+            - `needed, not claimed`: no claim is made, and the model does worse without the feature.
+            - `undetermined`: everything else.
 
-        The attributes are `base_loss`, `loss` (of the model), `level`, `margin`, `draws`, `samples` and `seed`.
+        A constant feature cannot be tested. With fewer than 20 samples or clusters, or fewer samples than features,
+        none can. The effects are NaN then, the p-values 1, and the verdicts `undetermined`.
+
+        The attributes are `loss` (of the model), `base_loss`, `skill` (1 minus their ratio; 0 is no better than a
+        constant, 1 is perfect) and its `skill_interval`, `samples`, `clusters`, `copies` (exact copies of other
+        samples), `level`, `margin`, `draws` and `seed`.
 
     Raises:
         ValueError: If `x`, `background` or `attribution` is not (sample, feature), or they do not fit each other, or
-            there are fewer than 2 features; if `y` is missing, does not hold one label for each sample, or does not
+            there are fewer than 2 features; if `x` holds token ids, which are no columns of a table; if `feature_mask`
+            or `groups` does not fit `x`; if `y` is missing, does not hold one label for each sample, or does not
             hold what the loss takes; if any of them holds NaN or infinite numbers; if the model has several outputs, or
             they are not finite; if there is no loss, there are several, or it does not give a finite number for each
             sample; or if another argument is out of range.
+
+    Warns:
+        UserWarning: If samples are exact copies of others, where chance does not make them so.
 
     Example:
         ```python
@@ -148,8 +179,13 @@ def feature_claims(
         attribution = xr.DataArray(np.tile([0.4, 0.3, 0.3, 0.0], (200, 1)), names, ("sample", "feature"))
 
         claims = explain.feature_claims(model, x, y, attribution, verbose=0)
-        print(claims["verdict"].values.tolist())
-        #> ['supported', 'refuted', 'refuted', 'undetermined']
+        for feature in claims["feature"].values:
+            print(feature, "|", claims["verdict"].sel(feature=feature).item())
+            #> age | supported
+            #> weight in kg | undetermined
+            #> weight in lb | undetermined
+            #> shoe size | undetermined
+            #> weight in kg + weight in lb | supported
         ```
     """
     checked_level(level)

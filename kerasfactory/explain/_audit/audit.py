@@ -68,6 +68,10 @@ def audit(
 ) -> Audit:
     r"""Tests what a model attends to, and says which claims about it hold, in a form that others can check.
 
+    **The first assumption is yours: the model was not trained on `x`.** On rows that it was trained on, everything that
+    it has learned by heart seems to matter, and no verdict below holds. That cannot be seen from the file. A skill near
+    1 makes it plausible, and the page says so.
+
     The result gives the claims as a table and as a page. Each claim has a verdict, `supported`, `refuted` or
     `undetermined`, and the numbers behind it. With `path`, two files are written: the page, which opens in any browser
     without a network, and beside it the same data as JSON. They also say what the model is, and on what data and with
@@ -75,34 +79,42 @@ def audit(
 
     - **The capture is exact** (`capture`): the `recomposition_error` of each layer, and the outputs with and without
       observation, differ by rounding.
-    - **Attention matters** (`attention-uniform`, `attention-permuted`): the output changes if all keys get the same
-      weight, and if the weights are dealt out to the keys at random. Two sign tests of the median change against a
-      tolerance of 0.02 (total variation of probabilities; else standard deviations of the output).
+    - **Its attention changes its output** (`attention-uniform`, `attention-permuted`): in more than 2 % of the rows the
+      output changes by more than `tolerance` times its spread if all keys get the same weight, and if the weights are
+      dealt out to the keys at random, as in `attention_controls`.
+    - **It does worse without its attention** (`attention-loss`): the loss is larger if all keys get the same weight.
     - **The ranking is faithful** (`ranking-comprehensiveness`, `ranking-sufficiency`): the two tests of `faithfulness`,
-      against the same ranking with its features relabeled at random.
+      against the same ranking with the features in view of each sample relabeled at random.
     - **The attribution is in the weights** (`randomization`): at most half of it is left when the weights of the
       attention layers are shuffled, as in `parameter_randomization`.
     - **It would come out again** (`seeds`): the models in `models`, trained alike from other seeds, rank the same
       features first, more than by chance, as in `seed_agreement`.
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
-      not. Its values are resampled given the other features, and the model's loss is compared with that on the true
-      values (conditional permutation importance, Strobl et al. 2008,
-      [*Conditional Variable Importance for Random Forests*](https://doi.org/10.1186/1471-2105-9-307)). A copy of
-      another feature, and a shortcut that does not hold in `x`, do not pass. This needs a table, `y` and a compiled
-      loss.
+      not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
+      is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
+      a table, `y` and a compiled loss. Positions of a text are no columns of a table.
 
-    The p-values \(p_{(1)} \le \dots \le p_{(m)}\) of all but the first claim are adjusted together,
+    With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
+    model without skill has nothing to lose, so nothing is refuted about its features.
+
+    All p-values but the first claim's are adjusted together, by Focused Benjamini–Hochberg (Katsevich, Sabatti &
+    Bogomolov 2023, [*Filtering the Rejection Set*](https://doi.org/10.1080/01621459.2021.1920958)): with the \(m\) of
+    all that is tested, and in focus what is claimed,
 
     $$
-    \tilde p_{(i)} = \min_{j \ge i} \min\!\left(\frac{m}{j}\, p_{(j)},\, 1\right)
+    \tilde p_j = \min_{t \ge p_j} \frac{m \, t}{\#\{i \text{ in focus}: p_i \le t\}} .
     $$
 
-    (Benjamini & Hochberg 1995, [*Controlling the False Discovery
-    Rate*](https://doi.org/10.1111/j.2517-6161.1995.tb02031.x)). A claim is supported only if its adjusted p-value is at
-    most `level`. It is refuted if the data speak against it: an interval that ends below the tolerance or the margin,
-    or a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim that the data
-    leave open, or that cannot be tested, is undetermined, and the reason is given. With fewer samples than claims, no
-    test is made.
+    A claim is supported only if its adjusted p-value is at most `level`. It is refuted if the data speak against it,
+    and that is adjusted likewise: an effect, a share of rows or a rest that lies below the tolerance or the margin, or
+    a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim that the data leave
+    open, or that cannot be tested, is undetermined, and the reason is given. With fewer samples than claims, no test is
+    made.
+
+    **What the verdicts assume** besides: samples are independent, or `groups` or `block` says which are not; values
+    that are drawn for a feature could have come about with the sample's other values, which a classifier tries to
+    disprove; a ranking is tested by removal, which shows the model inputs that it may never have seen. The page says
+    all this beside the verdicts.
 
     The same call writes the same files. They contain no time, host or path, and not the data either. Weights,
     configuration, data and labels are there as SHA-256. A checksum makes changes noticeable. It is no signature: a
@@ -118,11 +130,21 @@ def audit(
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
             are not. Without it, nothing is written.
         method: Of the attribution, as for `attribute`.
+        task: What the outputs mean: `"classification"`, `"multilabel"` or `"regression"`. The compiled loss says so if
+            it is one of Keras and this is not given. Nothing is guessed from values.
+        target: Which of several outputs is meant, as for `attribute` and `faithfulness`.
         layers: Names of the layers, as for `capture`.
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
         feature_names: Names of the features, as for `capture`.
+        feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
+        special_tokens: Token ids or names of what is no feature, as for `attribute`.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
+        groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
+            on each other. The file holds a hash of them.
+        block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
+        tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
+            increase of the loss without attention, relative to the loss. Above 0.
         level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5.
         batch_size: Samples in a batch.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
@@ -132,9 +154,10 @@ def audit(
     Returns:
         Audit: The tables `claims` and `features`, the `path` of the page, and the page itself in a notebook. The JSON
             file has the keys `schema`, `settings`, `model`, `data`, `environment`, `capture`, `attribution`,
-            `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `claims`, `page` and `checksum`. Each
-            claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`),
-            `p_value`, `p_adjusted`, `interval` (two bounds) and `reason`. What was not tested is null.
+            `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `claims`, `page` and `checksum`.
+            Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`),
+            `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made` (false for a feature that is not
+            ranked high), `interval` (two bounds) and `reason`. What was not tested is null.
 
     Raises:
         ValueError: If `x`, `y` or `background` hold NaN or no numbers or do not fit each other; if `path` does not end
@@ -227,8 +250,7 @@ def verify(
             is not checked, and a warning says so.
         background: The background data, if the audit was made with such.
         groups: The labels of what belongs together, if the audit was made with such.
-        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding. The controls of
-            attention use that of the audit in any case, because their random draws depend on it.
+        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding.
         verbose: As for `audit`.
 
     Returns:
@@ -271,8 +293,8 @@ def verify(
         return findings
     if record["schema"] != SCHEMA:
         raise ValueError(
-            f"{Path(path)} was made by an older kerasfactory, {record['environment']['kerasfactory']}, which came to its "
-            "verdicts in other ways. Verify it with that version, or make a new audit."
+            f"{Path(path)} was made by an older kerasfactory, {record['environment']['kerasfactory']}, which came "
+            "to its verdicts in other ways. Verify it with that version, or make a new audit."
         )
     x = _array("x", x)
     if list(x.shape[1:]) != record["data"]["shape"][1:]:

@@ -133,7 +133,7 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def _claims(record: dict[str, Any]) -> str:
-    claims, level = record["claims"], record["settings"]["level"]
+    claims = record["claims"]
     rows = [
         [
             _cell(claim["claim"], "long", claim["reason"]),
@@ -154,7 +154,7 @@ def _claims(record: dict[str, Any]) -> str:
     )
     return _section(
         "Claims",
-        f"{len(claims)} claims, of which {len(claims) - len(rows)} are about features: {verdict_counts(record)}.{missed}",
+        f"{len(claims)} claims, {len(claims) - len(rows)} of them about features: {verdict_counts(record)}.{missed}",
         f'<p class="note">{html.escape(_skill(record["skill"]))}</p>\n',
         _table("The claims about the model, and the numbers behind them", ["Claim", "Verdict", "Statistic", "p"], rows),
         _assumptions(record),
@@ -163,10 +163,10 @@ def _claims(record: dict[str, Any]) -> str:
 
 def _skill(skill: dict[str, Any] | None) -> str:
     if skill is None or skill["skill"] is None:
-        return "The model's skill is not known: it takes labels, and a loss above 0 that the model is compiled with."
+        return "The model's skill is not known: that takes labels, and a loss above 0 that it is compiled with."
     said = (
-        f"The model's loss is {_number(skill['loss'])}, and that of the best constant {_number(skill['base_loss'])}: its "
-        f"skill, 1 minus their ratio, is {_number(skill['skill'])} ({_interval(skill['skill_interval'])})."
+        f"The model's loss is {_number(skill['loss'])}, and that of the best constant {_number(skill['base_loss'])}: "
+        f"its skill, 1 minus their ratio, is {_number(skill['skill'])} ({_interval(skill['skill_interval'])})."
     )
     if skill["skill_interval"] is None or skill["skill_interval"][0] <= 0:
         return f"{said} It does no better than a constant, so that nothing is refuted about a feature."
@@ -189,13 +189,13 @@ def _assumptions(record: dict[str, Any]) -> str:
     if copies := features.get("copies"):
         independent += f" {copies} samples are exact copies of others."
     assumed = [
-        "The model was not trained on these samples. That cannot be seen from this file, and if it was, no verdict holds.",
+        "The model was not trained on these samples. If it was, no verdict holds, and this file cannot show it.",
         independent,
         "A value that is drawn for a feature could have come about with the sample's other values. Where a classifier "
         "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
         "What is removed from a ranking gets values from other samples, without regard to those that stay.",
-        f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: p-values "
-        f"are adjusted for all claims together (Focused Benjamini–Hochberg). Intervals cover {1 - level:.0%} each.",
+        f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: "
+        f"p-values are adjusted for all claims together (Focused Benjamini–Hochberg). Intervals cover {1 - level:.0%} each.",
         "A verdict is about this model and these data. It does not say what causes the outcome.",
     ]
     entries = "".join(f"<li>{html.escape(text)}</li>\n" for text in assumed)

@@ -187,7 +187,11 @@ def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | 
         if isinstance(token, str) and token not in known:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
-            there_are = f"There are: {', '.join(known)}." if known else "They have no names: give `feature_names` to `attribute`."
+            there_are = (
+                f"There are: {', '.join(known)}."
+                if known
+                else "They have no names: give `feature_names` to `attribute`."
+            )
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
     named = np.isin(known, tokens)[np.newaxis] if known else np.zeros((1, keys), bool)
     return named | np.isin(_token_ids(x, keys), ids) if ids else named
