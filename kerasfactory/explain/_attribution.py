@@ -161,11 +161,11 @@ def attribute(
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
             `special_tokens`; if ids among them cannot be looked up in `x`; if layers attend over several axes, or over
-            sequences of different lengths, or fold another axis into the batch. Of the two methods with
-            gradients: if the model has several outputs, no `target` is given and it is not known that they
-            are classes. Of `"attention_gradient"`: if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not sum
-            to 1. Of `"value_norm"`: if an output kernel is quantized. Of `"integrated_gradients"`: if the model has no
-            tokens of which each becomes a key.
+            sequences of different lengths, or fold another axis into the batch. Of the two methods with gradients: if
+            the model has several outputs, no `target` is given and it is not known that they are classes. Of
+            `"attention_gradient"`: if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do
+            not sum to 1. Of `"value_norm"`: if an output kernel is quantized. Of `"integrated_gradients"`: if the model
+            has no tokens of which each becomes a key.
         RuntimeError: As `capture`.
 
     Warns:
