@@ -86,6 +86,18 @@ def attribute(
         vectors themselves, summed over the keys, with the output's bias, are that output. (Kobayashi et al. 2020,
         [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).)
 
+    - `"integrated_gradients"`: a reading of the whole model, not of its attention, to set beside the others. The
+      tokens \(x_j\) become the keys. They share out the change of the output \(y\) of the `target` along the
+      straight path from \(x = 0\),
+
+        $$
+        \sum_c x_{jc} \int_0^1 \frac{\partial y(\alpha x)}{\partial x_{jc}} \, d\alpha .
+        $$
+
+        Entries are signed, in the unit of the output, and rows sum to \(y(x) - y(0)\) but for the error of the
+        integral, which the attribute `completeness_error` tells. (Sundararajan et al. 2017, [*Axiomatic Attribution
+        for Deep Networks*](https://arxiv.org/abs/1703.01365).)
+
     - `"uniform"`: a control that knows nothing, 1 divided by the number of features in view. **Rows sum to 1.**
 
     - `"random"`: another, drawn uniformly from all distributions over the features in view. **Rows sum to 1.**
@@ -101,6 +113,15 @@ def attribute(
 
     The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
     sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
+
+    Integrated gradients start from the tokens: what a `FeatureTokenizer` or a `keras.layers.Embedding` returns, or else
+    an input of floats, (sample, position, channel). The whole model sees the scaled tokens, and so do residual
+    connections. All embeddings (sample, position, channel) that become keys count together; those without an axis of
+    samples, as of positions, stay as they are, and so do tokens that are not in view and a class token, which get 0.
+    The class is the one predicted for the sample, all along the path. `query` and `layers` change nothing, but the keys
+    of the first of the `layers` are the features. The integral is taken by Gauss–Legendre quadrature with 32 nodes, and
+    with 256 for a sample whose row misses \(y(x) - y(0)\) by more than 1 % of the sum of its absolute values.
+    `faithfulness` ranks signed values as they are, largest first; `seed_agreement` ranks absolute values.
 
     It runs batch by batch, and keeps nothing but the result.
 
@@ -131,20 +152,24 @@ def attribute(
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
         coordinates, and so are feature names where they are known, and `in_view` (sample, feature), whether a key is in
         view. The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no
-        gradient), the `query` (or `"mean"`), the `layers` in the order in which they are called, the `masks` in force
-        in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`.
+        gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the
+        `masks` in force in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the
+        `keras_version`. Integrated gradients have a `completeness_error`: the largest difference, over the samples,
+        between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if
+        all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
             `special_tokens`; if ids among them cannot be looked up in `x`; if layers attend over several axes, or over
-            sequences of different lengths, or fold another axis into the batch. Of
-            `"attention_gradient"`: if the model has several outputs, no `target` is given and it is not known that they
-            are classes; and if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do not sum
-            to 1. Of `"value_norm"`: if an output kernel is quantized.
+            sequences of different lengths, or fold another axis into the batch. Of the two methods with gradients: if
+            the model has several outputs, no `target` is given and it is not known that they are classes. Of
+            `"attention_gradient"`: if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do
+            not sum to 1. Of `"value_norm"`: if an output kernel is quantized. Of `"integrated_gradients"`: if the model
+            has no tokens of which each becomes a key.
         RuntimeError: As `capture`.
 
     Warns:
-        UserWarning: As `capture`.
+        UserWarning: As `capture`; if the gradients are 0 in all samples; and if the completeness error is above 0.05.
 
     Example:
         ```python
@@ -168,6 +193,10 @@ def attribute(
         relevance = explain.attribute(model, x, method="attention_gradient", target=1, verbose=0)
         print(relevance.coords["feature"].values, bool((relevance >= 0).all()))
         #> ['age' 'pulse' 'weight'] True
+
+        shares = explain.attribute(model, x, method="integrated_gradients", target=1, verbose=0)
+        print(bool((shares < 0).any()), shares.attrs["completeness_error"] < 1e-3)
+        #> True True
         ```
     """
     if method not in _METHODS:
@@ -565,29 +594,33 @@ def _integrated(
 ) -> Iterator[Batch]:
     """Batches in which the measured is, for each call, integrated gradients, (sample, query, key), and the scores.
 
-    To `completeness` is added, for each batch, the largest difference from the change of the output that the values of
-    a sample should sum to, and the largest sum of their absolute values.
+    To `completeness` is added, for each batch, the largest difference between the sum of a sample's values and the
+    change of its output, and the largest sum of absolute values.
     """
     batches, expected = batches_of(x, batch_size)
     progress = progress_bar(expected, verbose)
     watched, batches = itertools.tee(batches)
-    scaler, done = None, 0
+    scaler: Any = None
+    first, done = {}, 0
 
     def chosen(outputs):
         return ops.sum(asked_output(model, outputs, task, target))
 
     seen = observe(model, watched, layers, None, 0, float_scores, only_scores=True)
     for batch, data in zip(seen, batches, strict=False):
-        parts = {name: _mean_of_heads(batch, name) for name in batch.measured}  # raises where a key is not a feature
-        keys = _number_of_keys({name: values.shape[1:] for name, (values, _) in parts.items()})
-        in_view = _in_view(batch, None)
+        parts = {name: _mean_of_heads(batch, name)[0] for name in batch.measured}  # raises where a key is no feature
+        shapes = {name: values.shape[1:] for name, values in parts.items()}
         if scaler is None:
-            scaler = token_scaler(model, data, layers, keys)
+            scaler, first = token_scaler(model, data, layers, _number_of_keys(shapes)), shapes
+        for name, shape in shapes.items():
+            check_same_lengths(name, shape, first[name])
+        in_view = _in_view(batch, None)
         integrated = integral(scaler, data, in_view, chosen)
-        sizes = np.abs(integrated.values).sum(axis=1)
-        completeness.append((np.nanmax(missed(integrated)), np.nanmax(sizes)))
+        if in_view.any():
+            sizes = np.abs(integrated.values).sum(axis=1)
+            completeness.append((np.fmax.reduce(missed(integrated)), np.fmax.reduce(sizes)))  # but for NaN
         measured = {}
-        for name, (values, _) in parts.items():
+        for name, values in parts.items():
             of_queries = np.broadcast_to(integrated.values[:, None].astype(values.dtype), values.shape)
             measured[name] = ops.convert_to_tensor(of_queries), batch.measured[name]
         yield batch._replace(expected=expected, measured=measured)
@@ -595,21 +628,18 @@ def _integrated(
         progress.update(done)
     if expected is None:
         progress.update(done, finalize=True)
-    if not any(size for _, size in completeness) and in_view.any():
-        completeness.clear()
+    if completeness and not any(size for _, size in completeness):
         warn(_NO_GRADIENT.format("the tokens"))
 
 
 def _completeness_error(completeness: list[tuple[float, float]]) -> float:
-    if not completeness:  # no gradient arrives
-        return float("nan")
-    largest_difference, largest_sum = np.nanmax(completeness, axis=0)
-    error = float(largest_difference / largest_sum)
+    difference, size = np.fmax.reduce(np.reshape(completeness, (-1, 2)), axis=0, initial=0)
+    error = float(difference / size) if size else float("nan")
     if error > _INCOMPLETE:
         warn(
             f"The integrated gradients miss the change of the output that they should sum to by up to {error:.0%} of "
-            "the largest attribution of a sample: along the path the gradient changes too fast, or not all of the "
-            "output passes a gradient on. Use the ranking with care, or compare with another method."
+            "the largest attribution of a sample: along the path the gradient changes too fast, or some of the output "
+            "passes no gradient on. Compare with another method before you use the ranking."
         )
     return error
 

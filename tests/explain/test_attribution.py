@@ -15,7 +15,7 @@ from kerasfactory.explain._attribution import _projected
 from kerasfactory.explain._engine.observe import observe
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
-METHODS = ["attention", "rollout", "attention_gradient", "value_norm", "uniform", "random"]
+METHODS = ["attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients", "uniform", "random"]
 DISTRIBUTIONS = ["attention", "rollout", "uniform", "random"]
 NAMES = ["age", "pulse", "weight", "height", "dose"]
 RNG = np.random.default_rng(3)
@@ -76,15 +76,18 @@ def test_every_method_on_every_attention(kind, method):
     assert list(result.coords["feature"].values) == NAMES
     assert result.coords["in_view"].values.all()
     assert result.dtype == "float32"
-    assert (result >= 0).all()
-    assert (result.values.max(axis=1) > 0).all()
+    assert (result < 0).any() if method == "integrated_gradients" else (result >= 0).all()
+    assert (np.abs(result.values).max(axis=1) > 0).all()
     if method in DISTRIBUTIONS:
         np.testing.assert_allclose(result.sum("feature"), 1, atol=1e-6)
     names = [f"attention_{number}" for number in range(2)]
+    has_gradient = method in ("attention_gradient", "integrated_gradients")
+    assert ("completeness_error" in result.attrs) == (method == "integrated_gradients")
+    assert result.attrs.pop("completeness_error", 0) < 1e-3
     assert result.attrs == {
         "method": method,
-        "target": "predicted" if method == "attention_gradient" else "any",
-        "query": "mean",
+        "target": "predicted" if has_gradient else "any",
+        "query": "any" if method == "integrated_gradients" else "mean",
         "layers": ", ".join(f"{name}/attention" if kind == "nested" else name for name in names),
         "masks": "none",
         "backend": keras.config.backend(),
@@ -180,10 +183,10 @@ class ByHand:
         self.attentions = [values(model.get_layer(f"attention_{number}")) for number in range(depth)]
         self.head = [values(layer) for layer in model.layers if isinstance(layer, layers.Dense)]
 
-    def __call__(self, x, changes=None):
-        """The outputs, and the scores, if these are changed by `changes`."""
+    def __call__(self, x, changes=None, scale=1.0):
+        """The outputs, and the scores, if these are changed by `changes`, and the tokens scaled."""
         kernel, bias = self.tokenizer
-        tokens = x[:, :, None] * kernel + bias
+        tokens = (x[:, :, None] * kernel + bias) * np.expand_dims(scale, -1)
         seen = []
         for number, (wq, bq, wk, bk, wv, bv, wo, bo) in enumerate(self.attentions):
             query, key, value = (
@@ -228,6 +231,28 @@ def test_gradient_attention_is_that_of_finite_differences(depth, target):
     assert result.attrs["target"] == ("predicted" if target is None else 0)
     of_one = attribute(model, TABLE, method="attention_gradient", target=target, query="pulse")
     np.testing.assert_allclose(of_one, expected[:, 1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [None, 0])
+def test_integrated_gradients_are_the_integral_of_finite_differences(target):
+    by_hand = ByHand(on_table("ours"), 2)
+    x = TABLE.astype("float64")
+    outputs, _ = by_hand(x)
+    chosen = outputs.argmax(1) if target is None else np.full(len(x), target)
+
+    def value(scale):
+        return by_hand(x, scale=scale)[0][np.arange(len(x)), chosen]
+
+    steps, expected = 200, np.zeros((7, 5))
+    for node in (np.arange(steps) + 0.5) / steps:
+        for feature in range(5):
+            scale = np.full(5, node)
+            move = 1e-4 * np.eye(5)[feature]
+            expected[:, feature] += (value(scale + move) - value(scale - move)) / 2e-4 / steps
+    result = attribute(on_table("ours"), TABLE, method="integrated_gradients", target=target, batch_size=4)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(result.sum("feature"), value(1.0) - value(0.0), rtol=1e-3, atol=1e-5)
+    assert np.abs(expected).mean() > 0.01
 
 
 def test_gradients_are_compiled_once_for_all_sizes_of_batches(monkeypatch):
@@ -352,7 +377,7 @@ def test_a_query_under_a_causal_mask_sees_what_is_before_it():
     inputs = keras.Input((5, 8))
     x = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs, use_causal_mask=True)
     model = keras.Model(inputs, layers.Dense(1)(x[:, -1]))
-    for method in METHODS:
+    for method in set(METHODS) - {"integrated_gradients"}:  # which are not about one query
         result = attribute(model, SEQUENCE, method=method, query=1)
         assert (result.values[:, 2:] == 0).all()
         if method == "attention_gradient":  # the model reads the last position only

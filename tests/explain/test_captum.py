@@ -10,7 +10,7 @@ from kerasfactory.layers import InterpretableMultiHeadAttention
 
 if keras.config.backend() == "torch":
     import torch
-    from captum.attr import FeatureAblation, InputXGradient
+    from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, LayerIntegratedGradients
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "torch", reason="Captum explains PyTorch's models")
 
@@ -102,6 +102,39 @@ def test_attention_gradient_is_input_x_gradient_of_the_scores(names, target, mod
         model, X, method="attention_gradient", target=target, layers=names, batch_size=5, verbose=0
     )
     close(ours, (relevance - identity).mean(1))
+
+
+@pytest.mark.parametrize("target", [None, 1])
+def test_integrated_gradients_are_captums(target, model):
+    explainer = IntegratedGradients(lambda x: by_hand(model, x)[0])
+    captums = explainer.attribute(
+        tensor(X), target=predicted(model) if target is None else target, n_steps=100, method="gausslegendre"
+    )
+    ours = explain.attribute(model, X, method="integrated_gradients", target=target, batch_size=5, verbose=0)
+    assert (ours < -0.01).any()
+    close(ours, captums.sum(2))
+
+
+def test_integrated_gradients_of_words_are_captums_of_the_layer_of_their_embeddings():
+    keras.utils.set_random_seed(0)
+    words = RNG.integers(1, 30, (12, 7))
+    words[:6, 4:] = 0
+    inputs = keras.Input((7,), dtype="int32")
+    embedding = layers.Embedding(30, 8, mask_zero=True, embeddings_initializer="normal")
+    x = embedding(inputs)
+    for name in HEADS:
+        x = layers.LayerNormalization()(
+            layers.Add()([x, InterpretableMultiHeadAttention(4, HEADS[name], name=name)(x)])
+        )
+    model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+    # Captum's baseline is the embedding of the number 0. Ours is 0.
+    embedding.embeddings.assign(embedding.get_weights()[0] * (np.arange(30) > 0)[:, None])
+    explainer = LayerIntegratedGradients(lambda words: model(words), embedding)
+    captums = explainer.attribute(tensor(words), target=2, n_steps=256, method="gausslegendre").sum(2)
+    ours = explain.attribute(model, words, method="integrated_gradients", target=2, verbose=0)
+    assert (ours.values[words == 0] == 0).all()
+    np.testing.assert_allclose(ours, captums.detach().cpu().numpy(), atol=2e-4)  # with other nodes
+    assert (np.abs(ours) > 0.1).mean() > 0.5
 
 
 @pytest.mark.parametrize("labels", [None, Y])

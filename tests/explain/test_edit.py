@@ -1,6 +1,7 @@
 """A model run with other scores than its own."""
 
 import contextlib
+import operator
 import warnings
 
 import keras
@@ -162,12 +163,12 @@ WORDS = np.random.default_rng(1).integers(1, 20, (12, 6))
 WORDS[:, 4:] = 0
 
 
-def leaking(kind):
+def leaking(kind, add=operator.add):
     """Padded queries attend to no key, and `+` drops their mask: what Keras gives them reaches the pooling."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,), dtype="int32")
     tokens = layers.Embedding(20, 8, mask_zero=True)(inputs)
-    pooled = layers.GlobalAveragePooling1D()(tokens + ATTENTIONS[kind]("attention")(tokens, tokens))
+    pooled = layers.GlobalAveragePooling1D()(add(tokens, ATTENTIONS[kind]("attention")(tokens, tokens)))
     model = keras.Model(inputs, layers.Dense(1, name="output")(pooled))
     for variable in model.trainable_variables:  # biases are not to be 0
         variable.assign(np.random.default_rng(2).normal(scale=0.5, size=variable.shape))
@@ -214,6 +215,21 @@ def test_queries_without_a_key_keep_what_keras_gives_them(kind):
         rise = (model.predict(WORDS, verbose=0) ** 2).mean() - (intact**2).mean()
         np.testing.assert_allclose(importance["ablation"][head], rise, rtol=1e-3, atol=1e-5)
     assert np.abs(importance["ablation"]).max() > 1e-3
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="rounding of PyTorch's fused kernel")
+def test_in_half_precision_queries_without_a_key_are_refused_and_the_advice_works():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = leaking("keras")
+        mended = leaking("keras", add=lambda tokens, attended: layers.Add()([tokens, attended]))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with pytest.raises(ValueError, match=r"padding in half precision.*`keras.layers.Add\(\)\(\[tokens, attended\]\)`"):
+        editor(model, batch(WORDS), None)
+    edit = editor(mended, batch(WORDS), None)
+    outputs = edit.predict(batch(WORDS), lambda name, scores, given: scores, {})
+    np.testing.assert_allclose(numbers(outputs), mended.predict(WORDS, verbose=0), rtol=2e-2, atol=1e-2)
 
 
 class Twisted(layers.MultiHeadAttention):

@@ -3,6 +3,7 @@
 Nothing of the model is changed, as with `observe`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -230,12 +231,13 @@ def _run(
 
 def _change_output(layer: Any, change: Callable[[_Place, Any], Any]) -> None:
     numbers = itertools.count(1)
+
+    def changed(call, *args, **kwargs):
+        return change(_Place(layer, next(numbers)), call(*args, **kwargs))
+
     for name in {"call", "quantized_call"} & set(dir(layer)):
-
-        def changed(*args, call=getattr(layer, name), **kwargs):
-            return change(_Place(layer, next(numbers)), call(*args, **kwargs))
-
-        layer.__dict__[name] = changed  # Keras and PyTorch would take note of an attribute that is set
+        # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
+        layer.__dict__[name] = functools.partial(changed, getattr(layer, name))
 
 
 def as_float(tensor: Any) -> Any:
