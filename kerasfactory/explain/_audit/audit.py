@@ -67,9 +67,11 @@ def audit(
 
     - **The capture is exact** (`capture`): the `recomposition_error` of each layer, and the outputs with and without
       observation, differ by rounding.
-    - **Attention matters** (`attention-uniform`, `attention-permuted`): the output changes if all keys get the same
-      weight, and if the weights are dealt out to the keys at random. Two sign tests of the median change against a
-      tolerance of 0.02 (total variation of probabilities; else standard deviations of the output).
+    - **Attention matters** (`attention-uniform`, `attention-permuted`, `attention-loss`): the output changes if all
+      keys get the same weight, and if the weights are dealt out to the keys at random. The tests are those of
+      `attention_controls`: of the share of rows that change by more than a tolerance of 0.02, relative to the spread of
+      the output, being above 2 %. That it is below is said only if the mean change is small as well. With labels and a
+      compiled loss, the loss is tested too: it is larger if all keys get the same weight.
     - **The ranking is faithful** (`ranking-comprehensiveness`, `ranking-sufficiency`): the two tests of `faithfulness`,
       against the same ranking with its features relabeled at random.
     - **The attribution is in the weights** (`randomization`): at most half of it is left when the weights of the
@@ -206,13 +208,13 @@ def verify(
         path: What `audit` returned, or the path of its page or of its JSON file. The other is looked for beside it.
         model: The model that is to be the one that was audited.
         x: The data that are to be those of the audit, as for `audit`.
-        y: The labels, if the audit was made with labels. Without them the claims about single features are not
-            checked, and a warning says so.
+        y: The labels, if the audit was made with labels. Without them the claims about single features and about the
+            loss are not checked, and a warning says so.
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
             is not checked, and a warning says so.
         background: The background data, if the audit was made with such.
-        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding. The controls of
-            attention use that of the audit in any case, because their random draws depend on it.
+        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding: what is drawn at
+            random does not depend on it.
         verbose: As for `audit`.
 
     Returns:
@@ -269,8 +271,10 @@ def verify(
     unchecked = set()
     if record["data"]["labels"] and y is None:
         now["data"]["labels"], now["features"] = record["data"]["labels"], record["features"]
-        unchecked |= {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        warn("Without labels, `y`, the claims about single features were not checked.")
+        unchecked |= {claim["id"] for claim in record["claims"] if claim["feature"] is not None} | {"attention-loss"}
+        if now["controls"] and record["controls"]:
+            now["controls"]["loss"] = record["controls"]["loss"]
+        warn("Without labels, `y`, the claims about single features and about the loss were not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
