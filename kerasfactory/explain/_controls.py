@@ -144,10 +144,11 @@ def attention_controls(
           Survey Methodology 24:193–201, for groups of copies).
         - `p_value` (control): of the exact binomial test that the share is above 2 %; and `p_opposite`, that it is
           below. They say nothing of the adversary, which keeps to the tolerance.
-        - With `y`: `loss_increase`, the mean of the loss with uniform attention minus that with the model's own; its
-          `mean_interval` (bound), a studentized bootstrap over samples or groups; `p_value_loss`, that it is above 0
-          (by more than rounding); and `p_opposite_loss`, that it is below `tolerance` times the model's loss. The
-          latter is at least \(0.98^n\): \(n\) samples or groups do not show what 2 % of them do.
+        - With `y`: `loss_increase`, the mean of the loss with uniform attention minus that with the model's own, which
+          is taken to be 0 in samples that change by at most `tolerance`; its `mean_interval` (bound), a studentized
+          bootstrap over samples or groups; `p_value_loss`, that it is above 0; and `p_opposite_loss`, that it is below
+          `tolerance` times the model's loss. The latter is at least \(0.98^n\): \(n\) samples or groups do not show
+          what 2 % of them do.
 
         The coordinate `sample` says which samples were used. The attributes are `layers`, `task` (or `"unknown"`),
         `target`, `change` (its unit: `"relative to the spread of the logits"` or `"… of the output"`), `tolerance`,
@@ -220,7 +221,7 @@ def attention_controls(
     attributes |= {"tolerance": tolerance, "smallest_share": _SHARE, "draws": draws, "steps": steps}
     attributes |= {"level": level, "seed": seed}
     if loss is not None:
-        variables |= _loss_tests(losses, tolerance, rounding_of(model), clusters, level, rng)
+        variables |= _loss_tests(losses, changes[0], tolerance, clusters, level, rng)
         attributes |= {"loss": loss_name(loss), "loss_value": losses[0].mean().item()}
     coordinates = {"control": ["uniform", "permuted", "adversarial"], "sample": chosen, "bound": ["lower", "upper"]}
     return xr.Dataset(variables, coordinates, attributes)
@@ -261,12 +262,19 @@ def _share_tests(changes: np.ndarray, tolerance: float, clusters: np.ndarray, le
 
 
 def _loss_tests(
-    losses: np.ndarray, tolerance: float, rounding: float, clusters: np.ndarray, level: float, rng: np.random.Generator
+    losses: np.ndarray,
+    changes: np.ndarray,
+    tolerance: float,
+    clusters: np.ndarray,
+    level: float,
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """How much larger the loss is with uniform attention, from (own and with it, sample)."""
-    increase, own = losses[1] - losses[0], abs(losses[0].mean())
-    bounds, below = mean_interval(increase, clusters, level, rng, tolerance * own)
-    _, above = mean_interval(-increase, clusters, level, rng, -rounding * own)
+    """How much larger the loss is with uniform attention, from (own and with it, sample) and changes of the output."""
+    # The loss of a model that fits its data is near 0, where rounding of the outputs would count.
+    increase = np.where(changes > tolerance, losses[1] - losses[0], 0)
+    most = max(tolerance * abs(losses[0].mean()), np.finfo("float32").tiny)
+    bounds, below = mean_interval(increase, clusters, level, rng, most)
+    _, above = mean_interval(-increase, clusters, level, rng)
     # What few rows decide, a resampling of rows without them cannot show.
     unseen = (1 - _SHARE) ** (len(clusters) ** 2 / (np.bincount(clusters) ** 2).sum())
     return {

@@ -25,7 +25,7 @@ WORDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 0, 0, 0, 0]])
 
 
 def attribute(model, x, **kwargs):
-    return explain.attribute(model, x, verbose=0, **kwargs)
+    return explain.attribute(model, x, **{"task": "classification", "verbose": 0, **kwargs})
 
 
 @functools.cache  # compiling is what takes time here
@@ -256,13 +256,13 @@ def test_integrated_gradients_are_the_integral_of_finite_differences(target):
 
 
 def test_gradients_are_compiled_once_for_all_sizes_of_batches(monkeypatch):
-    model, runs, chosen_output = on_table("ours"), [], _attribution._chosen_output
+    model, runs, asked_output = on_table("ours"), [], _attribution.asked_output
 
-    def counted(outputs, target):
-        runs.append(outputs)
-        return chosen_output(outputs, target)
+    def counted(*args):
+        runs.append(args)
+        return asked_output(*args)
 
-    monkeypatch.setattr(_attribution, "_chosen_output", counted)
+    monkeypatch.setattr(_attribution, "asked_output", counted)
     result = attribute(model, TABLE, method="attention_gradient", batch_size=3)  # 3, 3 and 1 samples
     assert len(runs) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 3)  # `jax.jit` is for one size
     np.testing.assert_allclose(result, attribute(model, TABLE, method="attention_gradient"), rtol=1e-4, atol=1e-7)
@@ -525,8 +525,12 @@ WRONG = [
     ({"method": "lime"}, r"no method 'lime'\. There are: attention"),
     ({"target": 3, "method": "attention_gradient"}, r"from 0 to 2: the model has 3.*target=3"),
     ({"target": -1, "method": "attention_gradient"}, r"from 0 to 2.*target=-1"),
-    ({"target": "cat"}, r"`target` must be an integer.*'cat'"),
-    ({"target": True}, r"`target` must be an integer.*True"),
+    ({"target": 3}, r"from 0 to 2: the model has 3.*target=3"),
+    ({"target": "cat"}, r"`target` must be the number of an output.*'cat'"),
+    ({"target": True}, r"`target` must be the number of an output.*True"),
+    ({"task": "clasification"}, r"`task` must be one of 'classification', .*'clasification'"),
+    ({"method": "attention_gradient"}, r"the model has 3 outputs. It is not known to tell classes apart.*`target=0`"),
+    ({"method": "attention_gradient", "task": "regression"}, r"Its task is regression: say which.*`target=0`\."),
     ({"query": 5}, r"from 0 to 4.*'attention_0' has 5 queries.*query=5"),
     ({"query": -6}, r"from 0 to 4.*query=-6"),
     ({"query": 1.5}, r"`query` must be an integer.*1\.5"),
@@ -583,12 +587,18 @@ def test_batches_of_different_lengths_are_refused():
 def test_gradients_need_one_output_a_class():
     model = on_table("ours")
     two = keras.Model(model.inputs, [model.outputs[0], layers.Softmax()(model.outputs[0])])
-    with pytest.raises(ValueError, match=r"Gradients need one output.*\(7, 3\), \(7, 3\)"):
+    with pytest.raises(ValueError, match=r"has 2 outputs: 0 of shape \(7, 3\), 1 of shape \(7, 3\).*`target=0`"):
         attribute(two, TABLE, method="attention_gradient")
+    of_first = attribute(two, TABLE, method="attention_gradient", target=0)
+    np.testing.assert_allclose(of_first, attribute(model, TABLE, method="attention_gradient"), rtol=1e-5)
     inputs = keras.Input((5, 8))
     tagger = keras.Model(inputs, layers.MultiHeadAttention(2, 4)(inputs, inputs))
-    with pytest.raises(ValueError, match=r"Gradients need one output.*\(7, 5, 8\)"):
+    with pytest.raises(ValueError, match=r"classes apart for each of several positions.*`target=\(0, 0\)`"):
         attribute(tagger, SEQUENCE, method="attention_gradient")
+    of_position = attribute(tagger, SEQUENCE, method="attention_gradient", target=(2, 1))
+    one = keras.Model(tagger.inputs, tagger.outputs[0][:, 2, 1])
+    np.testing.assert_allclose(of_position, attribute(one, SEQUENCE, method="attention_gradient"), rtol=1e-4, atol=1e-7)
+    assert of_position.attrs["target"] == "2, 1"
 
 
 @pytest.mark.backend_independent

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import xarray as xr
 from keras import layers, ops
+from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from kerasfactory import _backend, explain
 from kerasfactory.explain import _controls
-from kerasfactory.explain._controls import _distance, _permuted
+from kerasfactory.explain._controls import _distance, _permuted, _share_tests
 
 RNG = np.random.default_rng(3)
 SEQUENCE = RNG.normal(size=(12, 5, 8)).astype("float32")
@@ -30,18 +31,24 @@ def attentive(sharpness=1.0, activation=None, outputs=1, **call):
     return model
 
 
+def spread(outputs):
+    """Their mean distance from the median; of normal numbers, it is their standard deviation."""
+    return np.abs(outputs - np.median(outputs, axis=0)).mean(axis=0) / np.sqrt(2 / np.pi)
+
+
 def test_uniform_attention_is_that_of_a_query_that_asks_nothing():
     model = attentive(sharpness=20)
     result = controls_of(model, SEQUENCE, draws=2, steps=1)
     own = model.predict(SEQUENCE, verbose=0)
     attention = model.get_layer("attention")
     attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / own.std()
+    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / spread(own)
     np.testing.assert_allclose(result["change"].sel(control="uniform"), expected, rtol=1e-3, atol=1e-5)
-    assert result.attrs["change"] == "relative to the standard deviation"
-    assert result["median_change"].sel(control="uniform").item() == pytest.approx(np.median(expected), rel=1e-3)
-    lower, upper = result["interval"].sel(control="uniform").values
-    assert lower <= np.median(expected) <= upper
+    assert result.attrs["change"] == "relative to the spread of the output"
+    uniform = result.sel(control="uniform")
+    assert uniform["median_change"].item() == pytest.approx(np.median(expected), rel=1e-3)
+    assert uniform["mean_change"].item() == pytest.approx(expected.mean(), rel=1e-3)
+    assert uniform["share"].item() == (expected > 0.02).mean()
 
 
 def test_uniform_keeps_to_the_keys_in_view():
@@ -50,22 +57,161 @@ def test_uniform_keeps_to_the_keys_in_view():
     result = controls_of(model, SEQUENCE, draws=1, steps=1)
     attention = model.get_layer("attention")
     attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / own.std()
+    expected = np.abs(model.predict(SEQUENCE, verbose=0) - own)[:, 0] / spread(own)
     np.testing.assert_allclose(result["change"].sel(control="uniform"), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_changes_of_probabilities_are_total_variation():
+def without_attention(model):
+    """What the model predicts if its queries ask nothing."""
+    kernel = model.get_layer("attention")._query_dense.kernel
+    before = ops.convert_to_numpy(kernel)
+    kernel.assign(0 * before)
+    outputs = model.predict(SEQUENCE, verbose=0)
+    kernel.assign(before)
+    return outputs
+
+
+def test_changes_of_probabilities_are_those_of_their_logits():
     model = attentive(sharpness=20, activation="softmax", outputs=3)
-    own = model.predict(SEQUENCE, verbose=0)
-    whole = controls_of(model, SEQUENCE, draws=1, steps=1)
-    one = controls_of(model, SEQUENCE, target=1, draws=1, steps=1)
-    attention = model.get_layer("attention")
-    attention._query_dense.kernel.assign(0 * attention._query_dense.kernel)
-    difference = np.abs(model.predict(SEQUENCE, verbose=0) - own)
-    uniform = {"control": "uniform"}
-    np.testing.assert_allclose(whole["change"].sel(uniform), difference.sum(axis=1) / 2, atol=1e-5)
-    np.testing.assert_allclose(one["change"].sel(uniform), difference[:, 1], atol=1e-5)
-    assert whole.attrs["change"] == "total variation"
+    logits = keras.Model(model.inputs, layers.Dense(3)(model.layers[-1].input))
+    logits.layers[-1].set_weights(model.layers[-1].get_weights())
+    own, changed = (
+        values - values.mean(axis=1, keepdims=True)
+        for values in (logits.predict(SEQUENCE, verbose=0), without_attention(logits))
+    )
+    expected = np.abs(changed - own) / spread(own)
+    model.compile(loss="sparse_categorical_crossentropy")
+    logits.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for one in (model, logits):
+        whole, of_class = (controls_of(one, SEQUENCE, target=target, draws=1, steps=1) for target in (None, 1))
+        np.testing.assert_allclose(whole["change"].sel(control="uniform"), expected.max(axis=1), rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(of_class["change"].sel(control="uniform"), expected[:, 1], rtol=2e-3, atol=1e-4)
+        assert whole.attrs["change"] == "relative to the spread of the logits"
+        assert whole.attrs["task"] == "classification"
+
+
+def test_a_shift_and_a_unit_change_nothing():
+    model = attentive(sharpness=20)
+    moved = keras.Model(model.inputs, model.outputs[0] * 0.01 + 1.5)
+    one, other = (controls_of(each, SEQUENCE, draws=2, steps=3) for each in (model, moved))
+    xr.testing.assert_allclose(one.drop_sel(control="adversarial"), other.drop_sel(control="adversarial"), rtol=2e-3)
+
+
+def test_what_is_drawn_does_not_depend_on_the_batches():
+    model = attentive(sharpness=2)
+    one, other = (controls_of(model, SEQUENCE, draws=2, steps=3, batch_size=size) for size in (5, 12))
+    xr.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def decides(read=lambda value: value, loss="mse"):
+    """A model whose one query attends to the marked key, and whose output is made of that key's value."""
+    inputs = keras.Input((5, 2))
+    attended = layers.MultiHeadAttention(1, 2, name="attention", use_bias=False)(ops.ones_like(inputs[:, :1]), inputs)
+    model = keras.Model(inputs, read(layers.Flatten()(attended)[:, 1:]))
+    kernels = [np.ones((2, 2)), [[9, 9], [0, 0]], [[0, 0], [0, 1]], np.eye(2)]
+    shapes = [weight.shape for weight in model.get_weights()]
+    model.set_weights([np.reshape(kernel, shape) for kernel, shape in zip(kernels, shapes, strict=True)])
+    model.compile(loss=loss)
+    return model
+
+
+def marked(values, rng):
+    mark = np.eye(5)[rng.integers(5, size=len(values))]
+    return np.stack([mark, values], axis=-1).astype("float32"), (mark * values).sum(axis=1)
+
+
+def rows_of(kind, rng, samples=400):
+    """Values of five keys. Those of the marked one are the output, and what others would give differs in some rows."""
+    values = rng.normal(size=(samples, 5))
+    if kind == "heavy tails":
+        values = rng.standard_cauchy((samples, 5))
+    if kind == "40 % of rows":
+        same = rng.random(samples) > 0.4
+        values[same] = values[same][:, :1]
+    if kind == "2 % of rows":
+        values[rng.random(samples) > 0.02] = 0
+    if kind == "identical values":
+        values = np.tile(values[:, :1], 5)
+    return marked(values, rng)
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("kind", "matters"),
+    [("heavy tails", True), ("40 % of rows", True), ("2 % of rows", None), ("identical values", False)],
+)
+def test_attention_that_decides_is_found_wherever_it_does(kind, matters):
+    model, rng = decides(), np.random.default_rng(0)
+    for seed in range(5):
+        x, y = rows_of(kind, rng)
+        result = controls_of(model, x, y, draws=3, steps=1, seed=seed)
+        both = result.sel(control=["uniform", "permuted"])
+        if matters:
+            assert (both["p_value"] < 0.001).all()
+        elif matters is None:  # too few rows for the share, but what they change is much: this refutes nothing
+            assert (both["mean_change"] > 0.2).all()
+        else:
+            assert (both["p_opposite"] < 0.001).all()
+            assert (both["change"] < 1e-4).all()
+            assert result["p_opposite_loss"] < 0.001
+        assert (result["p_opposite_loss"] > 0.05) == (matters is not False)
+
+
+@pytest.mark.backend_independent
+def test_attention_that_decides_a_rare_class_is_found():
+    model = decides(lambda value: ops.sigmoid(8 * (value - 2.3)), "binary_crossentropy")
+    rng = np.random.default_rng(1)
+    x, values = marked(rng.normal(size=(400, 5)), rng)
+    y = (values > 2.3).astype(int)
+    assert 0.005 < y.mean() < 0.02
+    result = controls_of(model, x, y, draws=3, steps=1)
+    assert (result.sel(control=["uniform", "permuted"])["p_value"] < 0.001).all()
+    assert result["p_value_loss"] < 0.05
+    assert result["mean_interval"][0] > 0
+
+
+@pytest.mark.backend_independent
+def test_the_loss_without_attention_is_that_of_other_weights():
+    model = attentive(sharpness=20)
+    model.compile(loss="mae")
+    y = RNG.normal(size=12)
+    result = controls_of(model, SEQUENCE, y, draws=1, steps=1)
+    own, changed = (
+        np.abs(outputs[:, 0] - y) for outputs in (model.predict(SEQUENCE, verbose=0), without_attention(model))
+    )
+    assert result["loss_increase"].item() == pytest.approx((changed - own).mean(), abs=1e-5)
+    assert result.attrs["loss_value"] == pytest.approx(own.mean(), abs=1e-5)
+    assert result.attrs["loss"] == "mae"
+    lower, upper = result["mean_interval"].values
+    assert lower < result["loss_increase"] < upper
+    assert result["p_opposite_loss"] >= 0.98**12  # 12 rows do not show what 2 % of them do
+
+
+@pytest.mark.backend_independent
+def test_shares_have_the_interval_of_clopper_and_pearson():
+    changes = np.array([np.r_[np.ones(30), np.zeros(170)], np.zeros(200), np.r_[np.ones(100), np.full(100, np.nan)]])
+    one, groups = (_share_tests(changes, 0.5, clusters, 0.05) for clusters in (np.arange(200), np.arange(200) // 4))
+    assert one["share"][1] == [0.15, 0, 1]
+    for tests, sizes in ((one, [200, 200, 100]), (groups, [50, 50, 25])):
+        for number, (share, size) in enumerate(zip([0.15, 0, 1], sizes, strict=True)):
+            if (share * size) % 1:
+                continue  # 7.5 of 50
+            expected = stats.binomtest(int(share * size), size, 0.02, alternative="two-sided").proportion_ci(0.95)
+            np.testing.assert_allclose(tests["interval"][1][number], [expected.low, expected.high], atol=1e-9)
+            for name, side in (("p_value", "greater"), ("p_opposite", "less")):
+                p_value = stats.binomtest(int(share * size), size, 0.02, alternative=side).pvalue
+                assert tests[name][1][number] == pytest.approx(p_value, abs=1e-12)
+    assert one["interval"][1][0][1] < groups["interval"][1][0][1]
+
+
+@pytest.mark.backend_independent
+def test_the_adversary_runs_on_some_of_the_samples(monkeypatch):
+    monkeypatch.setattr(_controls, "_ADVERSARIAL_SAMPLES", 7)
+    result = controls_of(attentive(), SEQUENCE, draws=1, steps=1, batch_size=4)
+    ran = ~np.isnan(result["change"].values)
+    assert ran.sum(axis=1).tolist() == [12, 12, 7]
+    assert not np.isnan(result["median_change"]).any()
+    np.testing.assert_array_equal(result["sample"], np.arange(12))
 
 
 def looks_once(keys):
@@ -122,19 +268,14 @@ def test_more_steps_take_the_adversary_further():
 
 
 def test_the_adversarys_steps_are_compiled_once_for_all_batches(monkeypatch):
-    traced, output_change = [], _controls.output_change
+    traced, on_linear_scale = [], _controls.on_linear_scale
 
-    def counted(*args):
-        change, unit = output_change(*args)
+    def counted(found, values, rounding):
+        if _backend.concrete(values) is None:
+            traced.append(values)
+        return on_linear_scale(found, values, rounding)
 
-        def count(one, other):
-            if _backend.concrete(one) is None:
-                traced.append(one)
-            return change(one, other)
-
-        return count, unit
-
-    monkeypatch.setattr(_controls, "output_change", counted)
+    monkeypatch.setattr(_controls, "on_linear_scale", counted)
     model = attentive(sharpness=2)
     compiled = controls_of(model, SEQUENCE, draws=1, steps=3, batch_size=5)  # 5, 5 and 2 samples
     assert len(traced) == {"tensorflow": 1, "jax": 2}.get(keras.config.backend(), 0)  # `jax.jit` is for one size
@@ -147,7 +288,7 @@ def test_permuted_weights_stay_in_view():
     scores = RNG.random((3, 2, 4, 6)).astype("float32")
     scores[:, :, :, 4:] = 0
     scores[0, 0, 0] = 0
-    permuted = _permuted(scores, scores > 0, np.random.default_rng(0))
+    permuted = _permuted(scores, scores > 0, np.random.default_rng(0).spawn(3))
     np.testing.assert_array_equal(np.sort(permuted), np.sort(scores))
     np.testing.assert_array_equal(permuted > 0, scores > 0)
     assert (permuted != scores)[scores > 0].mean() > 0.5
@@ -171,6 +312,12 @@ def test_the_distance_is_scipys():
         ({"tolerance": 0}, "`tolerance` must be above 0"),
         ({"draws": 0}, "`draws` must be"),
         ({"target": 4}, "from 0 to 0"),
+        ({"task": "classify"}, "`task` must be one of 'classification'"),
+        ({"y": np.zeros(12)}, "The model has no loss"),
+        ({"y": np.zeros(5)}, "one label for each of the 12 samples"),
+        ({"groups": np.zeros(5)}, "one label for each of the 12 samples"),
+        ({"groups": np.zeros(12), "block": 2}, "Leave one of them out"),
+        ({"x": 0 * SEQUENCE}, "the same for all samples"),
         ({"x": SEQUENCE[:1]}, "at least 2 samples"),
         ({"x": SEQUENCE * np.nan}, "NaN or infinite"),
         ({"layers": "atention"}, "Did you mean 'attention'"),

@@ -84,7 +84,7 @@ def test_the_size_of_batches_changes_nothing_but_the_memory(monkeypatch):
 
 @pytest.mark.parametrize("method", ["rollout", "attention_gradient", "value_norm"])
 def test_each_method_runs_with_other_weights(method):
-    result = explain.parameter_randomization(tabular(), X, method=method, draws=2, verbose=0)
+    result = explain.parameter_randomization(tabular(), X, method=method, task="classification", draws=2, verbose=0)
     assert (result["distance"] > 0).all()
     assert np.isfinite(result["kept"]).all()
 

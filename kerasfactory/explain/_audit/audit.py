@@ -244,13 +244,14 @@ def verify(
         path: What `audit` returned, or the path of its page or of its JSON file. The other is looked for beside it.
         model: The model that is to be the one that was audited.
         x: The data that are to be those of the audit, as for `audit`.
-        y: The labels, if the audit was made with labels. Without them the claims about single features are not
-            checked, and a warning says so.
+        y: The labels, if the audit was made with labels. Without them the claims about single features and about the
+            loss are not checked, and a warning says so.
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
             is not checked, and a warning says so.
         background: The background data, if the audit was made with such.
         groups: The labels of what belongs together, if the audit was made with such.
-        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding.
+        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding: what is drawn at
+            random does not depend on it.
         verbose: As for `audit`.
 
     Returns:
@@ -315,7 +316,8 @@ def verify(
     if record["data"]["labels"] and y is None:
         now["data"]["labels"] = record["data"]["labels"]
         now |= {section: record[section] for section in ("features", "skill")}
-        now["controls"] = now["controls"] and {**now["controls"], "loss": record["controls"]["loss"]}
+        if now["controls"] and record["controls"]:
+            now["controls"]["loss"] = record["controls"]["loss"]
         unchecked |= {"attention-loss"} | {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
         now["claims"] = [claim for claim in now["claims"] if claim["id"] not in unchecked]
         now["claims"] += [claim for claim in record["claims"] if claim["id"] in unchecked]
