@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import time
 from pathlib import Path
 
 import keras
