@@ -348,13 +348,13 @@ def audited(loss, tmp_path, monkeypatch, y=None):
     record = json.loads((tmp_path / "audit.json").read_text())
     name = "increase of the loss without it"
     outputs = model.predict(TABLE.astype("float32"), verbose=0).astype("float64")
-    return record["features"], [claim for claim in record["claims"] if claim["statistic"]["name"] == name], outputs, y
+    return record["skill"], [claim for claim in record["claims"] if claim["statistic"]["name"] == name], outputs, y
 
 
 @pytest.mark.parametrize("loss", ["crossentropy", ["sparse_categorical_crossentropy"]])
 def test_an_audit_takes_the_loss_that_the_model_is_compiled_with(loss, tmp_path, monkeypatch):
-    features, claims, outputs, y = audited(loss, tmp_path, monkeypatch)
-    np.testing.assert_allclose(features["loss"], -np.log(outputs[np.arange(60), y]).mean(), rtol=1e-5)
+    skill, claims, outputs, y = audited(loss, tmp_path, monkeypatch)
+    np.testing.assert_allclose(skill["loss"], -np.log(outputs[np.arange(60), y]).mean(), rtol=1e-5)
     assert all(claim["p_value"] is not None for claim in claims)
 
 
@@ -382,8 +382,8 @@ def fails(y, outputs):
     ],
 )
 def test_an_audit_says_why_a_loss_decides_nothing_before_it_computes_anything_long(loss, reason, tmp_path, monkeypatch):
-    features, claims, _, _ = audited(loss, tmp_path, monkeypatch)
-    assert features is None
+    skill, claims, _, _ = audited(loss, tmp_path, monkeypatch)
+    assert skill is None
     assert {claim["verdict"] for claim in claims} == {"undetermined"}
     assert all(re.search(reason, claim["reason"]) for claim in claims)
     assert len(claims) == 3

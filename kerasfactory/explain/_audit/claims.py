@@ -348,7 +348,7 @@ def _features(subject: Subject) -> Result:
             **settings,
         )
     claims = []
-    for number, name in enumerate(result["feature"].values.tolist()):
+    for number, name in enumerate(map(str, result["feature"].values)):
         found = result.isel(feature=number)
         verdict, reason, is_made = (found[key].item() for key in ("verdict", "reason", "claimed"))
         effect, p_value = as_float(found["effect"].item()), found["p_value"].item()

@@ -195,7 +195,8 @@ def _assumptions(record: dict[str, Any]) -> str:
         "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
         "What is removed from a ranking gets values from other samples, without regard to those that stay.",
         f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: "
-        f"p-values are adjusted for all claims together (Focused Benjamini–Hochberg). Intervals cover {1 - level:.0%} each.",
+        "p-values are adjusted for all claims together (Focused Benjamini–Hochberg). "
+        f"Intervals cover {1 - level:.0%} each.",
         "A verdict is about this model and these data. It does not say what causes the outcome.",
     ]
     entries = "".join(f"<li>{html.escape(text)}</li>\n" for text in assumed)

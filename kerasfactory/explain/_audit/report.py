@@ -25,9 +25,9 @@ class Audit(os.PathLike[str]):
         path: The page that was written, a `pathlib.Path`, or `None`.
         claims: A `pandas.DataFrame` with a row for each claim. The index, `id`, is `capture`, `attention-uniform`,
             `attention-permuted`, `attention-loss`, `ranking-comprehensiveness`, `ranking-sufficiency`, `randomization`,
-            `seeds`, and `feature/NAME` for each feature. The columns are `claim` (a sentence), `feature` (missing unless the claim
-            is about one), `verdict`, `statistic` (its name), `value`, `lower`, `upper` (its interval), `p_value`,
-            `p_opposite`, `p_adjusted` and `reason`. Numbers that were not computed are NaN.
+            `seeds`, and `feature/NAME` for each feature. The columns are `claim` (a sentence), `feature` (missing unless
+            the claim is about one), `verdict`, `statistic` (its name), `value`, `lower`, `upper` (its interval),
+            `p_value`, `p_opposite`, `p_adjusted` and `reason`. Numbers that were not computed are NaN.
         features: A `pandas.DataFrame` with a row for each feature. The columns are `attribution` (the mean over the
             samples), `attribution_lower`, `attribution_upper`, `effect` (the increase of the loss without the feature),
             `effect_lower`, `effect_upper`, `p_value`, `p_adjusted` and `verdict`. Features that are tested together
