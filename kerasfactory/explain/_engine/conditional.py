@@ -95,7 +95,7 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
         smallest *= _PREFERENCE if in_scores else 1.0
         target = to_scores(column) if in_scores and not is_graded else column
         for design in _designs(rows[chosen], transforms if in_scores else [None] * rows.shape[1]):
-            for ridge, _, left_out in _ridge_fits(design(rows[chosen]), target[chosen]):
+            for ridge, left_out in _ridge_fits(design(rows[chosen]), target[chosen]):
                 error = left_out if in_scores or is_graded else _in_scores(to_scores, target[chosen], left_out)
                 if error @ error < smallest * (1 - 1e-9):
                     best, smallest = (in_scores, design, ridge, target), error @ error
@@ -111,7 +111,7 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
         fitted = target - residuals
     total = column if is_graded else to_scores(column)
     low, high = column.min(), column.max()
-    scale = _scale(rows, residuals, design) if not is_graded else lambda given: 1.0
+    scale = _scale(rows, residuals) if not is_graded else lambda given: 1.0
     return Regression(
         fitted,
         residuals / scale(rows),
@@ -133,16 +133,17 @@ def _leaning(rows: np.ndarray, transforms: Sequence[Callable | None], target: np
     return result
 
 
-def _scale(rows: np.ndarray, residuals: np.ndarray, design: Callable) -> Callable:
+def _scale(rows: np.ndarray, residuals: np.ndarray) -> Callable:
     """How the spread of residuals depends on the rows: a regression of their size; 1 if that finds nothing."""
     size = np.abs(residuals)
     if size.max() == 0:
         return lambda given: 1.0
-    best, smallest = None, _SAME_SPREAD * size.var()
-    for terms in itertools.islice(_designs(rows, [None] * rows.shape[1]), 2):
-        for ridge, _, left_out in _ridge_fits(terms(rows), size):
-            if left_out @ left_out < smallest * len(size):
-                best, smallest = (terms, ridge), left_out @ left_out / len(size)
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SELECTION)).astype(int)
+    best, smallest = None, _SAME_SPREAD * size[chosen].var() * len(chosen)
+    for terms in itertools.islice(_designs(rows[chosen], [None] * rows.shape[1]), 2):
+        for ridge, left_out in _ridge_fits(terms(rows[chosen]), size[chosen]):
+            if left_out @ left_out < smallest:
+                best, smallest = (terms, ridge), left_out @ left_out
     if best is None:
         return lambda given: 1.0
     terms, center = best[0], best[0](rows).mean(axis=0)
@@ -206,19 +207,18 @@ def _hinges(table: np.ndarray, levels: int) -> list[tuple[int, float]]:
     return hinges
 
 
-def _ridge_fits(terms: np.ndarray, target: np.ndarray) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
-    """For each penalty the fitted values and the leave-one-out residuals, (row,)."""
+def _ridge_fits(terms: np.ndarray, target: np.ndarray) -> Iterator[tuple[float, np.ndarray]]:
+    """For each penalty the leave-one-out residuals, (row,)."""
     terms, center = terms - terms.mean(axis=0), target.mean()
     # With the eigenvectors of the normal equations all penalties together cost one decomposition.
     values, vectors = np.linalg.eigh(terms.T @ terms)
     scores, values = terms @ vectors, np.maximum(values, 0)
-    squares, projected = scores**2, scores.T @ (target - center)
-    for share in _RIDGES:
-        ridge = share * (values[-1] or 1.0)
-        leverage = 1 / len(terms) + squares @ (1 / (values + ridge))
+    shrunk = 1 / (values[:, None] + _RIDGES * (values[-1] or 1.0))  # (term, penalty)
+    leverages = 1 / len(terms) + scores**2 @ shrunk
+    fits = center + scores @ ((scores.T @ (target - center))[:, None] * shrunk)
+    for share, leverage, fitted in zip(_RIDGES, leverages.T, fits.T, strict=True):
         if leverage.mean() - 1 / len(terms) <= _LEVERAGE:
-            fitted = center + scores @ (projected / (values + ridge))
-            yield share, fitted, (target - fitted) / np.maximum(1 - leverage, 1e-9)
+            yield share, (target - fitted) / np.maximum(1 - leverage, 1e-9)
 
 
 def _solved(terms: np.ndarray, target: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
