@@ -179,7 +179,8 @@ def test_the_loss_without_attention_is_that_of_other_weights():
     own, changed = (
         np.abs(outputs[:, 0] - y) for outputs in (model.predict(SEQUENCE, verbose=0), without_attention(model))
     )
-    assert result["loss_increase"].item() == pytest.approx((changed - own).mean(), abs=1e-5)
+    counts = result["change"].sel(control="uniform").values > 0.02  # a smaller change is none
+    assert result["loss_increase"].item() == pytest.approx(((changed - own) * counts).mean(), abs=1e-5)
     assert result.attrs["loss_value"] == pytest.approx(own.mean(), abs=1e-5)
     assert result.attrs["loss"] == "mae"
     lower, upper = result["mean_interval"].values
