@@ -96,8 +96,8 @@ def background_view(
 
 
 def _names(attribution: Any) -> list[str] | None:
-    coordinate = getattr(attribution, "coords", {}).get("feature")
-    return None if coordinate is None else [str(name) for name in coordinate.values]
+    coordinates = getattr(attribution, "coords", {})
+    return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
 
 
 def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
