@@ -132,9 +132,9 @@ def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Ge
         while True:
             yield ranks[:, rng.permutation(ranks.shape[1])]
     complete = _completed(ranks, in_view, rng)
-    somewhere = in_view.any(axis=0, keepdims=True)
+    somewhere = np.any(in_view, axis=0, keepdims=True)
     while True:
-        labels = relabeling(rng.permutation(ranks.shape[1]), somewhere)[0]
+        labels = relabeling(rng.permutation(ranks.shape[1]), np.asarray(somewhere))[0]
         yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
 
 
