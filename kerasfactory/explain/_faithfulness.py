@@ -58,10 +58,16 @@ def faithfulness(
     \operatorname{sufficiency}_k = f(x) - f(T_k) ,
     $$
 
-    \(k\) being a fraction of the features, rounded, and at least 1. AOPC (area over the perturbation curve) is the mean
+    \(k\) being a fraction of the \(n\) features in view of the sample, rounded: \(\min(\max(1, \lfloor \text{fraction}
+    \cdot n + ½ \rfloor), n - 1)\), and \(n\) for the fraction 1. AOPC (area over the perturbation curve) is the mean
     over the fractions, and over the samples. A faithful attribution has a large comprehensiveness and a sufficiency
     near 0. With fine `fractions`, such as `numpy.linspace(0.05, 1, 20)`, the two are the curves known as deletion and
     insertion, subtracted from \(f(x)\).
+
+    A feature is in view if the coordinate `in_view` of the attribution says so, as that of `attribute` does. Of an
+    array without it, a feature is in view if any query of any attention layer attends to it, with all of them in view
+    if the model has no masks, or no attention over as many keys. `special_tokens` are not in view. What is out of view,
+    such as padding, is never changed and never counted. Samples with fewer than 2 features in view are left out.
 
     What \(f\) is depends on what the outputs mean, which the compiled loss or `task` says:
 
@@ -75,8 +81,11 @@ def faithfulness(
 
     By itself an AOPC tells little: removing any features moves an output. The null distribution is the AOPC
     comprehensiveness of attributions that know nothing of the features and are like the given one in all else: in each
-    draw the features of the attribution are relabeled, at random, in the same way for all samples. The p-value is
-    one-sided,
+    draw the features of the attribution are relabeled, at random, in the same way for all samples. Where features are
+    out of view of a sample, its ranking is first completed by them, with their ranks in other samples that have more in
+    view. Then all are relabeled, and those in view are ranked again: a ranking that is the same for all samples stays
+    one. This is on the safe side for attributions that differ by sample: with much padding, those that know nothing
+    have a p-value of 0.05 or less in fewer than 5 % of cases. The p-value is one-sided,
 
     $$
     p = \frac{1 + \#\{\text{null} \ge \text{observed}\}}{1 + \text{draws}} .
@@ -109,13 +118,20 @@ def faithfulness(
             of which nothing is known.
         target: The number of the output that is \(f\). For a dictionary or list of several outputs a key, or a tuple
             that starts with it; for outputs of more axes a tuple of numbers, such as (step, quantile).
+        special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` holds
+            integers, or names of features in the coordinate `feature` of the attribution.
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
-            features removed from a sample come from one row, and the output is the mean over three rows. `"mean"`:
-            its mean in `background`; not for token ids or categories. `"mask"`: `mask_value`, for models that are
-            trained to ignore it.
-        mask_value: For `removal="mask"`.
-        background: Samples like `x`, to draw from; `x` itself if not given.
-        fractions: Of the features, each above 0 and at most 1. They come back sorted, without repetition.
+            features removed from a sample come from one row, and the output is the mean over three rows. Where a
+            feature is out of view of that row, its value is that of another row in which it is in view; if it is in
+            none, another value in view of the row. `"mean"`: its mean over the rows of `background` in which it is in
+            view; not for token ids or categories. `"mask"`: `mask_value`, for models that are trained to ignore it.
+        mask_value: For `removal="mask"`; 0 if not given.
+        background: Samples like `x`, to draw from; `x` itself if not given. What is in view of them is read from the
+            model, unless the attribution says that there are no masks.
+        groups: Labels of samples that depend on each other, (sample,), such as patients. The intervals are those of the
+            mean over such groups drawn again. The tests do not need them: they compare rankings on the same samples.
+        block: For a series: the length of the runs of samples that the intervals draw again. Not with `groups`.
+        fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
@@ -125,8 +141,9 @@ def faithfulness(
     Returns:
         xr.Dataset: With these variables.
 
-        - `comprehensiveness`, `sufficiency` (sample, fraction), in the unit of the output. The coordinate `removed`
-          (fraction) is the number \(k\) of features.
+        - `comprehensiveness`, `sufficiency` (sample, fraction), in the unit of the output, NaN for a sample that is
+          left out. The coordinate `removed` is the number \(k\) of features: (fraction), or (sample, fraction) where
+          samples differ.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
         - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
           random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
@@ -135,8 +152,9 @@ def faithfulness(
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
-          `aopc_sufficiency`: a percentile bootstrap over the samples. The model, the attribution and the background
-          stay as they are in it. NaN for a single sample.
+          `aopc_sufficiency`: a studentized bootstrap (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*,
+          section 12.5) over the samples, `groups` or blocks. The model, the attribution and the background stay as they
+          are in it. NaN for a single one of these.
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
@@ -144,9 +162,13 @@ def faithfulness(
         `observed_sufficiency`, `level` and `seed`.
 
     Raises:
-        ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features; if an
-            argument is out of range or unknown; if `background` has other features than `x`, or `x` has one sample and
-            no background to draw from; if the model has other outputs, or they are NaN.
+        ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features, or no sample
+            has 2 in view; if `mask_value` is given for another removal; if `special_tokens` are not found; if an
+            argument is out of range or unknown; if `background` has other features than `x`, or none in view, or `x`
+            has one sample and no background to draw from; if the model has other outputs, or they are NaN.
+
+    Warns:
+        UserWarning: If samples are left out because they have fewer than 2 features in view.
 
     Example:
         ```python
@@ -395,7 +417,7 @@ def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float 
 def _donors(
     rows: np.ndarray, rows_in_view: np.ndarray, in_view: np.ndarray, removal: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """What removed features take their values from: nothing that is out of view in `rows` gets into view of a sample."""
+    """What removed features take their values from: nothing out of view in `rows` gets into view of a sample."""
     if removal == "mask":
         return rows
     if not rows_in_view.any():

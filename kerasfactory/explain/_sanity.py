@@ -312,8 +312,8 @@ def seed_agreement(
     rng = generator(seed, "seed_agreement")
 
     def overlap(scores):
-        """Of (…, model, feature), NaN for a feature that is not in view. Chance decides among equals."""
-        scores = np.where(np.isnan(scores), -np.inf, scores)
+        """Of (…, model, feature), NaN if never in view. Among equals, up to rounding, chance decides."""
+        scores = np.where(np.isnan(scores), -np.inf, np.round(scores, 12))
         ranks = np.argsort(np.lexsort((rng.random(scores.shape), -scores)))
         is_first = (ranks < count).astype(float)
         common = np.einsum("...if,...jf->...ij", is_first, is_first)[..., *np.triu_indices(models, 1)]

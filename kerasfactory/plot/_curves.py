@@ -158,13 +158,13 @@ def faithfulness(result: xr.Dataset) -> Figure:
             )
         check_finite(f"`{name}`", result[name].values)
     level = float(result.attrs.get("level", 0.05))
-    samples = result.sizes["sample"]
+    samples = int(result["comprehensiveness"].notnull().all("fraction").sum())  # NaN: fewer than 2 features in view
     fractions = result["fraction"].values
     labels = {"comprehensiveness": "comprehensiveness (top removed)", "sufficiency": "sufficiency (only top kept)"}
 
     figure, (curves, chance) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for (name, label), color, marker, line_style in zip(labels.items(), COLORS, MARKERS, _LINE_STYLES, strict=False):
-        values = result[name].transpose("sample", "fraction").values
+        values = result[name].transpose("sample", "fraction").dropna("sample").values
         curves.plot(fractions, values.mean(axis=0), color=color, marker=marker, ls=line_style, label=label)
         if samples > 1:
             curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=color, alpha=0.2, lw=0)

@@ -13,6 +13,7 @@ from scipy import stats
 from kerasfactory import explain
 from kerasfactory.explain import _faithfulness, feature_claims
 from kerasfactory.explain._engine.outputs import predictions
+from kerasfactory.explain._engine.view import relabeling
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RNG = np.random.default_rng(3)
@@ -293,6 +294,11 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
         ({"removal": "mask", "background": X}, "`background` is not used"),
         ({"removal": "mean", "x": X.astype(int)}, "as token ids are"),
         ({"background": X[:, :5]}, r"samples like those of `x`. Received: background of shape \(40, 5\)"),
+        ({"mask_value": 0}, "with `removal=\"mask\"` only. .*mask_value=0, removal='marginal'"),
+        ({"special_tokens": [0]}, r"integers, \(sample, 8\)"),
+        ({"special_tokens": ["age"]}, "names no feature: 'age'. They have no names: give `feature_names` to"),
+        ({"groups": [1, 2]}, "one label for each of the 40 samples"),
+        ({"groups": np.zeros(40), "block": 2}, "`groups` and `block` both"),
         ({"fractions": [0, 0.5]}, "must lie above 0 and at most at 1"),
         ({"fractions": [1.5]}, "must lie above 0"),
         ({"fractions": []}, "must lie above 0"),
@@ -321,6 +327,177 @@ def test_progress_is_shown_when_asked_for(capsys):
     assert "5/5" in capsys.readouterr().out
     explain.faithfulness(linear(WEIGHTS), X, X, draws=4, verbose=0)
     assert capsys.readouterr().out == ""
+
+
+LENGTHS = np.array([6, 2, 5, 3, 6, 4, 1, 5, 2, 3])
+PADDED = np.where(np.arange(6) < LENGTHS[:, None], RNG.integers(1, 9, (10, 6)), 0)
+
+
+def bag_of_words(words):
+    """A model whose logit is the sum of the numbers of the words in view, times that of the position."""
+    inputs = keras.Input((6,), dtype="int32")
+    embedded = layers.Embedding(9, 4, mask_zero=True)(inputs)
+    attended = layers.MultiHeadAttention(1, 4)(embedded, embedded)
+    numbers = layers.Embedding(9, 1, name="words")
+    bag = ops.sum(numbers(inputs) * ops.cast(inputs > 0, "float32")[..., None], axis=1)
+    model = keras.Model(inputs, ops.concatenate([bag, -bag], -1) + 0 * ops.mean(attended))
+    numbers.embeddings.assign(np.reshape(words, (9, 1)))
+    return model
+
+
+def in_view(values, view, **attributes):
+    coordinates = {"in_view": (("sample", "feature"), view)}
+    return xr.DataArray(values, coordinates, ("sample", "feature"), attrs=attributes)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 10 samples")
+def test_padding_is_not_ranked_not_removed_and_not_counted(monkeypatch):
+    words, view = RNG.normal(size=9), PADDED != 0
+    model, attribution = bag_of_words(words), RNG.random(PADDED.shape)
+    given = {"removal": "mask", "target": 0, "fractions": [0.1, 0.5, 0.9, 1], "draws": 20, "verbose": 0}
+    result = explain.faithfulness(model, PADDED, attribution, **given)
+    counts = [[1, 3, 5, 6], [1, 1, 1, 2], [1, 3, 4, 5], [1, 2, 2, 3]]  # of 6, 2, 5 and 3 words
+    assert result["removed"].dims == ("sample", "fraction")
+    assert result["removed"][:4].values.tolist() == counts
+    ranked = LENGTHS > 1
+    for number in range(4):
+        top = largest(np.where(view, attribution, -1), result["removed"].values[:, number, None]) & view
+        expected = np.where(ranked, (words[PADDED] * top).sum(axis=1), np.nan)
+        np.testing.assert_allclose(result["comprehensiveness"][:, number], expected, atol=1e-5)
+        expected = np.where(ranked, (words[PADDED] * (view & ~top)).sum(axis=1), np.nan)
+        np.testing.assert_allclose(result["sufficiency"][:, number], expected, atol=1e-5)
+    assert result["aopc_comprehensiveness"] == pytest.approx(np.nanmean(result["comprehensiveness"]), rel=1e-5)
+    assert (result.attrs["null_samples"], np.isfinite(result["null"]).all()) == (9, True)
+
+    # What the attribution says of its view is what is read from the model otherwise.
+    xr.testing.assert_equal(result, explain.faithfulness(model, PADDED, in_view(attribution, view), **given))
+    monkeypatch.setattr(_faithfulness, "view_of", lambda *_: np.ones_like(view))
+    everything = explain.faithfulness(model, PADDED, attribution, **given)
+    assert everything["removed"].values.tolist() == [1, 3, 5, 6]
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("background", ["x", "given"])
+def test_padding_is_put_nowhere_and_stays_where_it_is(monkeypatch, background):
+    changed = []
+
+    def noted(model, x, batch_size):
+        changed.append(np.array(x))
+        return np.stack([x.sum(axis=1), -x.sum(axis=1)], axis=1).astype("float64")
+
+    monkeypatch.setattr(_faithfulness, "predictions", noted)
+    x = PADDED[LENGTHS > 1]
+    # In no row of the background the last word is in view, and in one there is nothing.
+    rows = np.where(np.arange(6) < np.array([[5], [2], [0], [4]]), 20 + np.arange(6), 0)
+    given = {} if background == "x" else {"background": rows}
+    explain.faithfulness(
+        bag_of_words(np.ones(9)), x, in_view(RNG.random(x.shape), x != 0), draws=30, verbose=0, **given
+    )
+    patterns = {tuple(row != 0) for row in x}
+    assert {tuple(row != 0) for row in np.concatenate(changed)} == patterns
+    if background == "given":
+        values = np.concatenate(changed[1:])
+        for position in range(6):
+            drawn = set(values[:, position][values[:, position] >= 20].tolist())
+            assert drawn == {20 + position} or (position == 5 and drawn and drawn <= set(range(20, 25)))
+        with pytest.raises(ValueError, match="No feature is in view in any sample of `background`"):
+            explain.faithfulness(bag_of_words(np.ones(9)), x, in_view(x, x != 0), background=0 * x, verbose=0)
+
+
+@pytest.mark.backend_independent
+def test_the_mean_is_over_rows_in_view():
+    view = RNG.random((40, 8)) < 0.6
+    view[:, :2], view[:, 7] = True, False
+    x = np.where(view, X, 9).astype("float32")
+    result = explain.faithfulness(
+        linear(np.ones(8)), x, in_view(X, view), removal="mean", fractions=[1], draws=1, verbose=0
+    )
+    mean = np.nan_to_num(np.where(view, X, 0).sum(axis=0) / view.sum(axis=0).clip(1))
+    np.testing.assert_allclose(result["comprehensiveness"][:, 0], np.abs(((x - mean) * view).sum(axis=1)), atol=1e-4)
+
+
+@pytest.mark.backend_independent
+def test_special_tokens_and_samples_without_a_ranking():
+    model = bag_of_words(RNG.normal(size=9))
+    x = np.where(PADDED == 0, 0, PADDED % 7 + 2)
+    x[:, 0] = 1  # a class token
+    view = (x != 0) & (x != 1)
+    given = {"removal": "mask", "fractions": [0.5], "draws": 5, "verbose": 0}
+    with pytest.warns(UserWarning, match=r"3 of 10 samples have fewer than 2 features in view.*NaN"):
+        result = explain.faithfulness(model, x, x, special_tokens=[1], **given)
+    np.testing.assert_array_equal(np.isnan(result["comprehensiveness"][:, 0]), LENGTHS < 3)
+    with pytest.warns(UserWarning, match="3 of 10 samples"):
+        xr.testing.assert_identical(result, explain.faithfulness(model, x, in_view(x, view), **given))
+    with pytest.raises(ValueError, match="None of the 10 samples has 2 features in view"):
+        explain.faithfulness(model, x, x, special_tokens=list(range(9)), **given)
+    named = in_view(x, x != 0).assign_coords(feature=list("abcdef"))
+    with pytest.warns(UserWarning, match="3 of 10 samples"):
+        by_name = explain.faithfulness(model, x, named, special_tokens=["a"], **given)
+    np.testing.assert_array_equal(by_name["comprehensiveness"], result["comprehensiveness"])
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("removal", ["mask", "marginal"])
+def test_controls_on_padded_data_pass_by_chance_and_the_truth_is_found(monkeypatch, removal):
+    """Before, controls that know nothing had the smallest possible p-value in most runs."""
+    runs, p_values = 40, {"random": [], "uniform": [], "fixed": [], "truth": []}
+    model = bag_of_words(np.zeros(9))
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        words = rng.normal(size=9)
+        view = np.arange(6) < rng.integers(2, 7, (40, 1))
+        x = np.where(view, rng.integers(1, 9, (40, 6)), 0)
+
+        def logits(model, x, batch_size, words=words):
+            bag = (words[x] * (x > 0)).sum(axis=1)
+            return np.tanh(np.stack([bag, -bag], axis=1) / 3)
+
+        monkeypatch.setattr(_faithfulness, "predictions", logits)
+        toward = np.sign(logits(model, x, None)[:, :1])
+        given = {"random": rng.random(x.shape), "uniform": np.ones(x.shape), "truth": 9 + words[x] * toward}
+        given["fixed"] = np.broadcast_to(rng.random(6), x.shape)
+        for name, values in given.items():
+            attribution = in_view(values * view, view)
+            result = explain.faithfulness(model, x, attribution, removal=removal, draws=19, verbose=0, seed=seed)
+            p_values[name].append(result["p_value"].item())
+    assert np.mean(np.array(p_values.pop("truth")) <= 0.1) > 0.9
+    for found in map(np.array, p_values.values()):
+        for level in (0.05, 0.2, 0.5):
+            assert np.sum(found <= level) <= stats.binom.ppf(0.999, runs, level)
+        assert np.sum(found <= 0.5) >= stats.binom.ppf(0.001, runs, 0.5)
+
+
+@pytest.mark.backend_independent
+def test_rows_that_belong_together_are_drawn_together():
+    given = {"removal": "mask", "fractions": [0.5], "draws": 1, "verbose": 0}
+    once = explain.faithfulness(linear(WEIGHTS), X, X, **given)["interval"].values
+    x, patients = np.repeat(X, 4, axis=0), np.repeat(np.arange(40), 4)
+    for said in ({"groups": patients}, {"block": 4}):
+        grouped = explain.faithfulness(linear(WEIGHTS), x, x, **said, **given)["interval"].values
+        np.testing.assert_allclose(grouped, once, rtol=0.1)
+    apart = explain.faithfulness(linear(WEIGHTS), x, x, **given)["interval"].values
+    assert np.ptp(apart) == pytest.approx(np.ptp(once) / 2, rel=0.2)
+
+
+@pytest.mark.backend_independent
+def test_relabeling_is_uniform_within_the_view_and_alike_for_like_views():
+    rng = np.random.default_rng(0)
+    view = np.array([[True, False, True, True, False], [True] * 5, [False, True, False, False, False]])
+    found = {}
+    for _ in range(600):
+        permutation = rng.permutation(5)
+        labels = relabeling(permutation, view)
+        np.testing.assert_array_equal(labels[1], permutation)
+        np.testing.assert_array_equal(labels[2], np.arange(5))
+        assert labels[0, [1, 4]].tolist() == [1, 4]
+        for key in (0, 2, 3):
+            label = permutation[key]
+            while not view[0, label]:
+                label = permutation[label]
+            assert labels[0, key] == label
+        found[tuple(labels[0])] = found.get(tuple(labels[0]), 0) + 1
+    assert stats.chisquare(list(found.values())).pvalue > 1e-3
+    assert len(found) == 6
 
 
 def test_predictions_are_those_of_predict():

@@ -174,6 +174,83 @@ def test_models_that_agree_and_models_that_do_not():
         explain.seed_agreement([truth, truth], top_k=8)
 
 
+def padded(values, view):
+    shares = values * view / (values * view).sum(axis=1, keepdims=True)
+    return xr.DataArray(shares, {"in_view": (("sample", "feature"), view)}, ("sample", "feature"))
+
+
+@pytest.mark.backend_independent
+def test_models_that_know_nothing_agree_by_chance_on_padded_data():
+    """Before, they agreed in all runs: what is seldom padding came first."""
+    runs, p_values = 40, {"random": [], "uniform": [], "fixed": [], "truth": []}
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        view = np.arange(10) < rng.integers(2, 11, (40, 1))
+        shape, truth = view.shape, np.exp(rng.normal(size=10))
+        models = {
+            "random": [rng.exponential(size=shape) for _ in range(3)],
+            "uniform": [np.ones(shape) for _ in range(3)],
+            "fixed": [np.exp(rng.normal(size=10)) for _ in range(3)],
+            "truth": [truth * rng.uniform(0.8, 1.2, size=shape) for _ in range(3)],
+        }
+        for name, values in models.items():
+            given = [padded(of_model, view) for of_model in values]
+            result = explain.seed_agreement(given, draws=39, seed=seed)
+            p_values[name].append(result["p_value"].item())
+    raw = explain.seed_agreement([attribution.values for attribution in given], draws=39, seed=seed)
+    xr.testing.assert_identical(raw, result.drop_vars("feature"))  # what is 0 in all of them is out of view
+    assert np.mean(np.array(p_values.pop("truth")) <= 0.1) > 0.8
+    for found in map(np.array, p_values.values()):
+        for level in (0.05, 0.2, 0.5):
+            assert np.sum(found <= level) <= stats.binom.ppf(0.999, runs, level)
+
+
+@pytest.mark.backend_independent
+def test_means_over_what_is_in_view():
+    view = np.array([[True, True, True, True, False], [True, True, False, False, False]])
+    uniform = padded(np.ones(view.shape), view)
+    result = explain.seed_agreement([uniform, uniform], draws=9)
+    np.testing.assert_allclose(result["mean"], [1 / 3, 1 / 3, 1 / 3, 1 / 3, np.nan])  # 3 are in view on average
+    assert result.attrs["top_k"] == 1
+    one = padded(np.array([[1.0, 2, 3, 4, 0], [4, 1, 0, 0, 0]]), view)
+    other = explain.seed_agreement([one, one], draws=9)
+    np.testing.assert_allclose(other["mean"] * 3, [(0.4 + 1.6) / 2, (0.8 + 0.4) / 2, 1.2, 1.6, np.nan])
+    with pytest.raises(ValueError, match="smaller than the number of features, 4"):
+        explain.seed_agreement([one, one], top_k=4)
+
+
+@pytest.mark.backend_independent
+def test_an_overlap_has_an_interval_by_groups():
+    rng = np.random.default_rng(0)
+    common = rng.random((50, 8)) ** 4
+    attributions = [common + 0.2 * rng.random((50, 8)) for _ in range(3)]
+    once = explain.seed_agreement(attributions)["interval"].values
+    repeated = [np.repeat(attribution, 4, axis=0) for attribution in attributions]
+    for said in ({"groups": np.repeat(np.arange(50), 4)}, {"block": 4}):
+        np.testing.assert_allclose(explain.seed_agreement(repeated, **said)["interval"], once, atol=0.17)
+    assert np.isnan(explain.seed_agreement(repeated, groups=np.zeros(200))["interval"]).all()
+
+
+@pytest.mark.backend_independent
+def test_what_is_out_of_view_is_not_kept():
+    """Padding to twice the length changes nothing."""
+    model, view = tabular(), np.arange(8) < 4
+    shuffled = iter(np.random.default_rng(0).random((100, 60, 4)))
+
+    def attributed(model, x):
+        values = next(shuffled)
+        return padded(np.concatenate([values, values], axis=1), np.tile(view, (60, 1))) if wide else values
+
+    wide = False
+    cropped = explain.parameter_randomization(model, X, method=attributed, draws=20, verbose=0)
+    shuffled, wide = iter(np.random.default_rng(0).random((100, 60, 4))), True
+    result = explain.parameter_randomization(model, X, method=attributed, draws=20, verbose=0)
+    np.testing.assert_allclose(result["distance"], cropped["distance"])
+    np.testing.assert_allclose(result["null"].mean("relabeling"), cropped["null"].mean("relabeling"), rtol=0.04)
+    named = explain.parameter_randomization(tabular(), X, special_tokens=["feature_0"], draws=1, verbose=0)
+    assert named["distance"].item() > 0
+
+
 @pytest.mark.backend_independent
 def test_the_interval_of_an_overlap_is_that_of_other_samples():
     """In half of the samples the models agree: which features come first depends on the samples that are drawn."""

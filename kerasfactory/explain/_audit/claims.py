@@ -221,7 +221,7 @@ def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level:
 
 
 def _ranking(subject: Subject) -> Result:
-    method, count = subject.settings["method"], len(subject.features)
+    method = subject.settings["method"]
     sentences = {
         "comprehensiveness": f"The output needs the features that “{method}” ranks first, more than others.",
         "sufficiency": f"The features that “{method}” ranks first are enough for the output, more than others.",
@@ -239,8 +239,9 @@ def _ranking(subject: Subject) -> Result:
         **subject.chosen("task", "target", "special_tokens", "level", "seed"),
         **subject.clusters,
     )
-    tests, claims, counts = [], [], result["removed"].values
-    for name, suffix, removed in (("comprehensiveness", "", counts), ("sufficiency", "_sufficiency", count - counts)):
+    first, others = _removed(result, subject.attribution)
+    tests, claims = [], []
+    for name, suffix, removed in (("comprehensiveness", "", first), ("sufficiency", "_sufficiency", others)):
         found: dict[str, Any] = {
             "name": name,
             "removed": removed.tolist(),
@@ -261,6 +262,16 @@ def _ranking(subject: Subject) -> Result:
         claims.append(_claim(f"ranking-{name}", sentence, statistic, reason, verdict, *numbers, found["p_opposite"]))
     keys = ("removal", "background", "change", "target", "draws", "null_samples")
     return {**{key: result.attrs[key] for key in keys}, "tests": tests}, claims
+
+
+def _removed(result: xr.Dataset, attribution: xr.DataArray) -> tuple[np.ndarray, ...]:
+    """How many features were removed, first and instead the others, (fraction,): means where samples differ."""
+    ranked = result["comprehensiveness"].notnull().all("fraction")
+    first = result["removed"].where(ranked).mean("sample") if "sample" in result["removed"].dims else result["removed"]
+    others = attribution.coords["in_view"].values[ranked.values].sum(axis=1).mean() - first
+    rounded = [counts.values.round(1) for counts in (first, others)]
+    whole = all((counts == np.floor(counts)).all() for counts in rounded)
+    return tuple(counts.astype(int) if whole else counts for counts in rounded)
 
 
 def _randomization(subject: Subject) -> Result:
@@ -314,7 +325,8 @@ def _seeds(subject: Subject) -> Result:
         "p_value": result["p_value"].item(),
         "p_opposite": result["p_opposite"].item(),
         "features": [
-            {"feature": feature, "mean": float(mean), "spread": float(spread)} for feature, mean, spread in statistics
+            {"feature": feature, "mean": as_float(mean), "spread": as_float(spread)}
+            for feature, mean, spread in statistics
         ],
     }
     reason = (

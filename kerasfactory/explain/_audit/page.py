@@ -342,7 +342,8 @@ def _seeds(record: dict[str, Any]) -> str:
         f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
         f"{_number(found['overlap'])}, that of the models"
     )
-    ranked = sorted(found["features"], key=lambda one: -one["mean"])
+    in_view = [one for one in found["features"] if one["mean"] is not None]
+    ranked = sorted(in_view, key=lambda one: -one["mean"])
     ends = [(one["feature"], one["mean"], [one["mean"] - one["spread"], one["mean"] + one["spread"]]) for one in ranked]
     table = _table(
         f"The share of the attribution to each feature, mean and standard deviation over {models} models",

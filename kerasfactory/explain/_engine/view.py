@@ -96,8 +96,8 @@ def background_view(
 
 
 def _names(attribution: Any) -> list[str] | None:
-    coordinate = getattr(attribution, "coords", {}).get("feature")
-    return None if coordinate is None else [str(name) for name in coordinate.values]
+    coordinates = getattr(attribution, "coords", {})
+    return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
 
 
 def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
@@ -132,9 +132,9 @@ def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Ge
         while True:
             yield ranks[:, rng.permutation(ranks.shape[1])]
     complete = _completed(ranks, in_view, rng)
-    somewhere = in_view.any(axis=0, keepdims=True)
+    somewhere = np.any(in_view, axis=0, keepdims=True)
     while True:
-        labels = relabeling(rng.permutation(ranks.shape[1]), somewhere)[0]
+        labels = relabeling(rng.permutation(ranks.shape[1]), np.asarray(somewhere))[0]
         yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
 
 
