@@ -38,7 +38,7 @@ MODELS = 30
 TRAINING, HELD_OUT = 400, 200  # samples
 NOISE = 0.5  # its standard deviation in the outcome
 EPOCHS = 30
-WORDS, LENGTH = 60, 12  # in the vocabulary, where 0 is padding; in a text
+WORDS, LENGTH = 40, 12  # in the vocabulary, where 0 is padding; in a text
 BACKGROUND = 10  # samples from which SHAP takes the values of what it removes
 SHAP_SAMPLES = 50  # that SHAP explains, since it takes the longest by far
 STEPS = 32  # of integrated gradients
@@ -104,14 +104,14 @@ def thirty_columns(generator, samples):
 
 
 def correlated_blocks(generator, samples):
-    """Two blocks of four columns, correlated by 0.95 within a block. Of each block one column matters."""
-    x = 0.05**0.5 * generator.normal(size=(samples, 8))
-    x += 0.95**0.5 * np.repeat(generator.normal(size=(samples, 2)), 4, axis=1)
+    """Two blocks of four columns, correlated by 0.98 within a block. Of each block one column matters."""
+    x = 0.02**0.5 * generator.normal(size=(samples, 8))
+    x += 0.98**0.5 * np.repeat(generator.normal(size=(samples, 2)), 4, axis=1)
     return x, x[:, 0] + 0.7 * x[:, 5], np.isin(np.arange(8), [0, 5])
 
 
 def text(generator, samples, shortest=LENGTH):
-    """Of 59 words, three are good and three bad. The outcome is what they add up to, relative to the length."""
+    """Of 39 words, three are good and three bad. The outcome is what they add up to, relative to the length."""
     x = generator.integers(7, WORDS, size=(samples, LENGTH))
     lengths = generator.integers(shortest, LENGTH + 1, size=samples)
     planted = generator.random((samples, LENGTH)) < 0.25
@@ -139,6 +139,9 @@ PROCESSES = {
     "text": text,
     "padded text": padded_text,
 }
+
+
+HARD = ("weak effects", "30 columns", "correlated blocks", "text", "padded text")
 
 
 class Case(NamedTuple):
@@ -311,6 +314,7 @@ def measured(name, models=MODELS, epochs=EPOCHS):
         "process": name,
         "what": PROCESSES[name].__doc__,
         "text": case.is_text,
+        "hard": name in HARD,
         "features": case.x.shape[1],
         "true": None if case.is_text else int(case.truth.sum()),
         "models": models,
