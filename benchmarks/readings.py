@@ -28,7 +28,6 @@ from scipy import stats
 from sklearn.inspection import permutation_importance
 
 from kerasfactory import explain
-from kerasfactory.explain import _attribution
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -43,11 +42,7 @@ BACKGROUND = 10  # samples from which SHAP takes the values of what it removes
 SHAP_SAMPLES = 50  # that SHAP explains, since it takes the longest by far
 STEPS = 32  # of integrated gradients
 LEVEL = 0.05
-METHODS = [
-    method
-    for method in ("random", "attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients")
-    if method in _attribution._METHODS
-]
+METHODS = ("random", "attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients")
 
 
 # Each process takes a generator and a number of samples. It returns x, the outcome without noise, and which features
