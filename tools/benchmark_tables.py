@@ -288,6 +288,124 @@ def _claims_maps(result):
     return _rows(["claim", "of", "the claim is", "p at most 5 %"], *rows)
 
 
+_READINGS = {
+    "attention": "attention, mean",
+    "rollout": "rollout",
+    "attention_gradient": "attention × gradient",
+    "value_norm": "value norms",
+    "integrated_gradients": "integrated gradients",
+    "integrated gradients, Captum": "the same by Captum",
+    "SHAP": "SHAP",
+    "permutation importance": "permutation importance",
+    "conditional effect": "conditional effect",
+    "random": "random control",
+}
+
+
+def _readings_of(result):
+    """The readings that were measured, in the order of the page."""
+    return [reading for reading in _READINGS if any(reading in row["readings"] for row in result["rows"])]
+
+
+def _readings_answer(result):
+    """In words and as a picture: how far each reading goes."""
+
+    def between(reading, text=None):
+        found = {
+            row["process"]: row["readings"][reading]["auc"]
+            for row in result["rows"]
+            if reading in row["readings"] and text in (None, row["text"])
+        }
+        worst, best = min(found, key=found.get), max(found, key=found.get)
+        return f"{found[worst]:.2f} (*{worst}*) to {found[best]:.2f} (*{best}*)"
+
+    rows = result["rows"]
+    tables = [row for row in rows if not row["text"]]
+    exact = {
+        reading: sum(row["readings"][reading]["exact"] * row["models"] for row in tables)
+        for reading in ("attention", "permutation importance", "conditional effect")
+    }
+    of = sum(row["models"] for row in tables)
+    return [
+        f"**Mean attention often does not.** We trained {sum(row['models'] for row in rows)} small models on "
+        f"{len(rows)} kinds of data for which we know what matters. Mean attention ranks the features that matter "
+        f"above the others with an AUC from {between('attention')}, where 1 is perfect and 0.5 is guessing. SHAP gets "
+        f"from {between('SHAP')}. On tables, permutation importance gets from "
+        f"{between('permutation importance', False)}, and our conditional effect from "
+        f"{between('conditional effect', False)}. Attention puts exactly the columns that matter on top in "
+        f"{exact['attention']:.0f} of {of} models of tables, permutation importance in "
+        f"{exact['permutation importance']:.0f}, and the conditional effect in {exact['conditional effect']:.0f}.",
+        "",
+        _readings_picture(result),
+    ]
+
+
+def _readings_picture(result):
+    """A line for each reading, a dot for each kind of data."""
+    left, right, low, step = 160, 340, 0.3, 24  # pixels: before and after the axis; its start; between two lines
+    readings = _readings_of(result)
+    bottom = 10 + step * len(readings)
+    marks = []
+    for auc in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1):
+        x, kind = left + (auc - low) / (1 - low) * (right - left), "one" if auc == 0.5 else "grid"
+        marks.append(f'<path class="{kind}" d="M{x:.0f} 4V{bottom}"/>')
+        if round(10 * auc) % 2 or auc == 1:
+            marks.append(f'<text class="tick" x="{x:.0f}" y="{bottom + 15}">{auc:g}</text>')
+    for number, reading in enumerate(readings):
+        y = 20 + step * number
+        marks.append(f'<text x="0" y="{y + 4}">{_READINGS[reading]}</text>')
+        for place, row in enumerate(row for row in result["rows"] if reading in row["readings"]):
+            auc = max(low, row["readings"][reading]["auc"])
+            x, shift = left + (auc - low) / (1 - low) * (right - left), (-6, -2, 2, 6)[place % 4]
+            kind, radius = ("original", 3) if row["text"] else ("ours", 3.5)
+            marks.append(f'<circle class="{kind}" cx="{x:.0f}" cy="{y + shift}" r="{radius}"/>')
+    axis = "AUC: one dot, one kind of data"
+    marks.append(f'<text class="tick" x="{(left + right) // 2}" y="{bottom + 34}">{axis}</text>')
+    y, text = bottom + 52, bottom + 56
+    marks.append(f'<circle class="ours" cx="6" cy="{y}" r="3.5"/><text x="16" y="{text}">columns of a table</text>')
+    marks.append(f'<circle class="original" cx="150" cy="{y}" r="3"/><text x="160" y="{text}">words of texts</text>')
+    marks.append(f'<path class="one" d="M274 {y - 7}V{y + 7}"/><text x="282" y="{text}">guessing</text>')
+    label = "AUC of each reading in each kind of data, as in the tables."
+    size = f'viewBox="0 0 350 {bottom + 62}"'
+    return f'<svg class="chart" {size} role="img" aria-label="{label}">{"".join(marks)}</svg>'
+
+
+def _readings_table(hard, number):
+    """The AUCs, or the shares in which exactly the true features are on top, of the easy or the hard data."""
+
+    def lines(result):
+        chosen = [row for row in result["rows"] if row["hard"] == hard]
+        rows = []
+        for reading in _readings_of(result):
+            cells = []
+            for row in chosen:
+                found = row["readings"].get(reading)
+                if found is None:
+                    cells.append("–")
+                    continue
+                ends = "–&NoBreak;".join(f"{end:.2f}" for end in found[f"{number}_interval"])
+                cells.append(f"**{found[number]:.2f}** <small>({ends})</small>")
+            rows.append([_READINGS[reading], *cells])
+        return _rows(["reading", *(row["process"] for row in chosen)], *rows)
+
+    return lines
+
+
+def _readings_models(result):
+    rows = [
+        [
+            f"**{row['process']}**",
+            row["what"],
+            str(row["models"]),
+            f"{row['skill']['median']:.2f} <small>({row['skill']['lowest']:.2f})</small>",
+            f"{row['skill']['attainable']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["data", "what was planted", "models", "variance explained: median (lowest)", "attainable"]
+    return _rows(header, *rows)
+
+
 TABLES = {
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
@@ -301,4 +419,10 @@ TABLES = {
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
     "claims.json maps": _claims_maps,
+    "readings.json answer": _readings_answer,
+    "readings.json easy": _readings_table(False, "auc"),
+    "readings.json hard": _readings_table(True, "auc"),
+    "readings.json easy exact": _readings_table(False, "exact"),
+    "readings.json hard exact": _readings_table(True, "exact"),
+    "readings.json models": _readings_models,
 }
