@@ -453,7 +453,7 @@ def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
 
 
 def _in_view(batch: Batch, position: int | None) -> np.ndarray:
-    """The keys that queries attend to in any layer, (sample, key); of one query also those that it sees through others."""
+    """The keys that queries attend to in any layer, (sample, key); of one query also those it sees through others."""
     reaches = []
     for name, measured in batch.measured.items():
         scores = _backend.as_numpy(measured[1] if isinstance(measured, tuple) else measured)
