@@ -66,6 +66,10 @@ def gradient_times_scores(model, name, function, target=None):
     return explainer.attribute(scores, target=target, additional_forward_args=tensor(X)).detach()
 
 
+def attribute(model, method, **arguments):
+    return explain.attribute(model, X, method=method, task="classification", **arguments, batch_size=5, verbose=0)
+
+
 def predicted(model):
     outputs, _ = by_hand(model, tensor(X))
     return outputs.argmax(1)
@@ -98,9 +102,7 @@ def test_attention_gradient_is_input_x_gradient_of_the_scores(names, target, mod
         )
         assert (products < -0.001).any()
         relevance = relevance + products.clamp(min=0).mean(1) @ relevance
-    ours = explain.attribute(
-        model, X, method="attention_gradient", target=target, layers=names, batch_size=5, verbose=0
-    )
+    ours = attribute(model, "attention_gradient", target=target, layers=names)
     close(ours, (relevance - identity).mean(1))
 
 
@@ -110,7 +112,7 @@ def test_integrated_gradients_are_captums(target, model):
     captums = explainer.attribute(
         tensor(X), target=predicted(model) if target is None else target, n_steps=100, method="gausslegendre"
     )
-    ours = explain.attribute(model, X, method="integrated_gradients", target=target, batch_size=5, verbose=0)
+    ours = attribute(model, "integrated_gradients", target=target)
     assert (ours < -0.01).any()
     close(ours, captums.sum(2))
 
@@ -147,6 +149,7 @@ def test_comprehensiveness_and_sufficiency_of_one_feature_are_feature_ablation(l
             X,
             np.tile(np.eye(5)[feature], (len(X), 1)),
             y=labels,
+            task="classification",
             removal="mean",
             background=background,
             fractions=[1 / 5],

@@ -13,7 +13,7 @@ TABLE = RNG.normal(size=(9, 5)).astype("float32")
 SEQUENCE = RNG.normal(size=(9, 5, 8)).astype("float32")
 WORDS = RNG.integers(1, 20, (9, 5))
 WORDS[:5, 3:] = 0
-METHOD = {"method": "integrated_gradients", "verbose": 0}
+METHOD = {"method": "integrated_gradients", "task": "classification", "verbose": 0}
 
 
 def randomized(model):
@@ -180,7 +180,7 @@ def test_where_no_gradient_arrives_it_says_so_and_the_advice_works(without_gradi
     attended = layers.Flatten()(InterpretableMultiHeadAttention(4, 2)(inputs))
     model = randomized(keras.Model(inputs, layers.Dense(3, name="classes")(attended)))
     with pytest.warns(UserWarning, match=r"No gradient arrives at the .*rounded and labels.*Explain a model that"):
-        result = explain.attribute(without_gradient(model), SEQUENCE, method=method, verbose=0)
+        result = explain.attribute(without_gradient(model), SEQUENCE, method=method, task="classification", verbose=0)
     assert (result == 0).all()
     right = explain.attribute(model, SEQUENCE, method=method, target=0, verbose=0)
     silent = without_gradient(model)

@@ -25,7 +25,7 @@ class Audit(os.PathLike[str]):
         path: The page that was written, a `pathlib.Path`, or `None`.
         claims: A `pandas.DataFrame` with a row for each claim. The index, `id`, is `capture`, `attention-uniform`,
             `attention-permuted`, `attention-loss`, `ranking-comprehensiveness`, `ranking-sufficiency`, `randomization`,
-            `seeds`, and `feature/NAME` for each feature. The columns are `claim` (a sentence), `feature` (missing unless
+            `seeds`, and `feature/NAME` for each. The columns are `claim` (a sentence), `feature` (missing unless
             the claim is about one), `verdict`, `statistic` (its name), `value`, `lower`, `upper` (its interval),
             `p_value`, `p_opposite`, `p_adjusted` and `reason`. Numbers that were not computed are NaN.
         features: A `pandas.DataFrame` with a row for each feature. The columns are `attribution` (the mean over the
