@@ -20,7 +20,13 @@ from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.conditional import Draws, Sampler, told_apart
-from kerasfactory.explain._engine.data import check_rows_finite, checked_attribution, feature_array, progress_bar
+from kerasfactory.explain._engine.data import (
+    check_rows_finite,
+    checked_attribution,
+    checked_feature_mask,
+    feature_array,
+    progress_bar,
+)
 from kerasfactory.explain._engine.outputs import (
     check_labels,
     checked_outputs,
@@ -97,8 +103,8 @@ def feature_claims(
         loss: What `model.compile` takes as `loss` for one output: a name, a `keras.losses.Loss`, a function of labels
             and outputs that gives one number for each sample, or a list or dictionary of one of these. The loss that
             the model was compiled with, if not given.
-        feature_mask: The number of the feature that each column of `x` belongs to, integers (column,); -1 for a column
-            that is never removed. The columns of a feature are removed and claimed together. Each column is a feature
+        feature_mask: The number of the feature that each column of `x` belongs to, integers (column,) from 0; -1 for
+            a column that is never removed. The columns of a feature are removed and claimed together. Each column is a feature
             of its own if not given.
         background: Data to learn the distribution of the features from, (row, feature), distributed as `x`. `x` itself
             if not given.
@@ -265,14 +271,8 @@ def _units(x: np.ndarray, attribution: Any, feature_mask: Any) -> list[_Unit]:
     """The features that are tested, with what the attribution says of them."""
     columns = [[column] for column in range(x.shape[1])]
     if feature_mask is not None:
-        mask = np.asarray(feature_mask)
-        if mask.shape != x.shape[1:] or mask.dtype.kind not in "iu" or mask.max() < 0:
-            raise ValueError(
-                f"`feature_mask` must hold an integer for each column of `x`, {x.shape[1]}: the number of the feature "
-                "that it belongs to, or -1 for a column that is never removed. Received: feature_mask="
-                f"{feature_mask!r}"
-            )
-        columns = [np.flatnonzero(mask == number).tolist() for number in np.unique(mask[mask >= 0])]
+        mask = checked_feature_mask(feature_mask, x)
+        columns = [np.flatnonzero(mask == number).tolist() for number in range(mask.max() + 1)]
     is_by_unit = np.ndim(attribution) == 2 and np.shape(attribution)[1] == len(columns)
     shares = checked_attribution(attribution, x[:, : len(columns)] if is_by_unit else x).mean(axis=0)
     names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(len(shares))))
@@ -414,9 +414,9 @@ def _judged(
 
 
 def _is_off_data(test: _Test, sampler: Sampler) -> bool:
-    columns, drawn = test.unit.columns, test.drawn
-    fitted = drawn.fitted if len(columns) == 1 else None
-    return told_apart(sampler.x, drawn.values[0], columns, fitted, sampler.rng)
+    assert test.drawn is not None  # of what is needed
+    columns, fitted = test.unit.columns, test.drawn.fitted if len(test.unit.columns) == 1 else None
+    return told_apart(sampler.x, test.drawn.values[0], columns, fitted, sampler.rng)
 
 
 def _verdict(

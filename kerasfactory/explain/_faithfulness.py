@@ -11,7 +11,13 @@ import xarray as xr
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
-from kerasfactory.explain._engine.data import checked_attribution, chosen_samples, feature_array, progress_bar
+from kerasfactory.explain._engine.data import (
+    checked_attribution,
+    checked_feature_mask,
+    chosen_samples,
+    feature_array,
+    progress_bar,
+)
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
@@ -34,6 +40,7 @@ def faithfulness(
     y: Any = None,
     task: str | None = None,
     target: int | str | tuple[int | str, ...] | None = None,
+    feature_mask: Any = None,
     special_tokens: Sequence[int] | Sequence[str] | None = None,
     removal: str = "marginal",
     mask_value: float | None = None,
@@ -109,7 +116,7 @@ def faithfulness(
     Args:
         model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
         x: An array with the features along axis 1: `(sample, feature)`, `(sample, position, channel)`, or token ids,
-            `(sample, position)`.
+            `(sample, position)`; with `feature_mask`, of any shape.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
             to the sign; among equals, chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.
@@ -118,6 +125,9 @@ def faithfulness(
             of which nothing is known.
         target: The number of the output that is \(f\). For a dictionary or list of several outputs a key, or a tuple
             that starts with it; for outputs of more axes a tuple of numbers, such as (step, quantile).
+        feature_mask: Which feature each entry of a sample belongs to: integers shaped like one sample, from 0, or -1
+            for what is never removed. It makes features of the patches of a picture or of the variables of a series.
+            Without it, features are the entries of axis 1, and pictures are refused. All features are in view then.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` holds
             integers, or names of features in the coordinate `feature` of the attribution.
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
@@ -190,7 +200,8 @@ def faithfulness(
         ```
     """
     x = feature_array("x", x)
-    importance = checked_attribution(attribution, x)
+    where, features = _places(x, feature_mask)
+    importance = checked_attribution(attribution, features)
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
     level = checked_level(level)
@@ -198,16 +209,19 @@ def faithfulness(
     clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
     rows, background_used = _background(x, removal, background, mask_value)
-    in_view = view_of(attribution, model, x, special_tokens, batch_size)
-    rows_in_view = in_view
-    if background is not None:
-        rows_in_view = background_view(attribution, model, rows, special_tokens, batch_size)
+    if feature_mask is None:
+        in_view = view_of(attribution, model, x, special_tokens, batch_size)
+        rows_in_view = in_view
+        if background is not None:
+            rows_in_view = background_view(attribution, model, rows, special_tokens, batch_size)
+    else:  # which of its entries are padding is for the mask to say
+        in_view, rows_in_view = np.ones(importance.shape, bool), np.ones(rows.shape[:2], bool)
     ranked = _rankable(in_view)
-    donors = _donors(rows, rows_in_view, in_view, removal, rng)
+    donors = _donors(rows, rows_in_view, in_view if feature_mask is None else rows_in_view[:1], removal, rng)
     donor = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    changes, own, output_used = _change_function(model, x, donors, y, task, target, batch_size, removal)
+    changes, own, output_used = _change_function(model, x, where, donors, y, task, target, batch_size, removal)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), np.where(in_view, -importance, np.inf))))
     counts = _counts(shares, in_view)
     both = np.full((2, len(counts), samples), np.nan)
@@ -241,6 +255,21 @@ def faithfulness(
     return xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes)
 
 
+def _places(x: np.ndarray, feature_mask: Any) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """A function from removed features, (row, feature), to the entries of samples; and an array with their shape."""
+    if feature_mask is None:
+        if x.ndim > 3:
+            raise ValueError(
+                f"`x` has the axes of pictures, {x.shape}: a key of the attention is no entry of axis 1. Say which feature "
+                "each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the numbers of the "
+                "patches."
+            )
+        return lambda removed: removed.reshape(*removed.shape, *[1] * (x.ndim - 2)), x
+    mask = checked_feature_mask(feature_mask, x)
+    # The last column is for what is never removed, -1.
+    return lambda removed: np.pad(removed, ((0, 0), (0, 1)))[:, mask], np.empty((len(x), mask.max() + 1))
+
+
 def _rankable(in_view: np.ndarray) -> np.ndarray:
     """The numbers of the samples with something to rank."""
     ranked = np.flatnonzero(in_view.sum(axis=1) >= 2)
@@ -268,6 +297,7 @@ def _counts(shares: np.ndarray, in_view: np.ndarray) -> np.ndarray:
 def _change_function(
     model: keras.Model,
     x: np.ndarray,
+    where: Callable[[np.ndarray], np.ndarray],
     donors: np.ndarray,
     y: Any,
     task: str | None,
@@ -299,8 +329,7 @@ def _change_function(
         for start in range(0, len(first), step):
             part = first[start : start + step]
             number = of[sample[part]]
-            where = removed[part].reshape(len(part), -1, *[1] * (x.ndim - 2))
-            changed = np.where(where, donors[donor[sample[part]]], x[number])
+            changed = np.where(where(removed[part]), donors[donor[sample[part]]], x[number])
             outputs = predictions(model, changed, batch_size, target)
             outputs = checked_outputs(outputs, f'`x` with features removed by "{removal}"')
             if columns is None:

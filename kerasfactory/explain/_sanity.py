@@ -138,8 +138,8 @@ def parameter_randomization(
         if callable(method):
             return method(model, x)
         running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
-        of_outputs = {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
-        return attribute(model, x, method=method, **of_outputs, **running)
+        running |= {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
+        return attribute(model, x, method=method, **running)
 
     trained_attribution = attributed()
     in_view = _checked_view(trained_attribution, model, x, special_tokens, batch_size)

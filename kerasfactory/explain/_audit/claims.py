@@ -61,6 +61,12 @@ class Subject(NamedTuple):
         return [str(name) for name in np.asarray(names)]
 
     @property
+    def mask_of_keys(self) -> Any:
+        """The `feature_mask`, if the keys of the attention are its features and not the columns."""
+        mask = self.settings["feature_mask"]
+        return mask if mask is not None and np.max(mask) + 1 == len(self.features) else None
+
+    @property
     def clusters(self) -> dict[str, Any]:
         return {"groups": self.groups, **self.chosen("block")}
 
@@ -236,6 +242,7 @@ def _ranking(subject: Subject) -> Result:
         draws=subject.draws,
         batch_size=subject.batch_size,
         verbose=0,
+        feature_mask=subject.mask_of_keys,
         **subject.chosen("task", "target", "special_tokens", "level", "seed"),
         **subject.clusters,
     )
@@ -433,10 +440,11 @@ def _no_ranking(subject: Subject) -> str:
     """Why no feature can be removed, if so."""
     keys, entries = len(subject.features), subject.x.shape[1]
     unclear = (
-        f"The attribution is to {keys} keys, and axis 1 of `x` has {entries} entries: there is no telling which of "
-        "them to remove."
+        f"The attribution is to {keys} keys, and `x` has the shape {subject.x.shape}: there is no telling which entries to "
+        "remove. Say it with `feature_mask`."
     )
-    return subject.untestable or _one_feature(subject) or (unclear if keys != entries else "")
+    fits = subject.mask_of_keys is not None or (keys == entries and subject.x.ndim <= 3)
+    return subject.untestable or _one_feature(subject) or ("" if fits else unclear)
 
 
 def measured_skill(

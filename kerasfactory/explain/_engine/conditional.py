@@ -111,7 +111,7 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
         fitted = target - residuals
     total = column if is_graded else to_scores(column)
     low, high = column.min(), column.max()
-    scale = _scale(rows, residuals) if not is_graded else lambda given: 1.0
+    scale = _same_spread if is_graded else _scale(rows, residuals)
     return Regression(
         fitted,
         residuals / scale(rows),
@@ -133,11 +133,15 @@ def _leaning(rows: np.ndarray, transforms: Sequence[Callable | None], target: np
     return result
 
 
+def _same_spread(rows: np.ndarray) -> np.ndarray:
+    return np.ones(len(rows))
+
+
 def _scale(rows: np.ndarray, residuals: np.ndarray) -> Callable:
     """How the spread of residuals depends on the rows: a regression of their size; 1 if that finds nothing."""
     size = np.abs(residuals)
     if size.max() == 0:
-        return lambda given: 1.0
+        return _same_spread
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SELECTION)).astype(int)
     best, smallest = None, _SAME_SPREAD * size[chosen].var() * len(chosen)
     for terms in itertools.islice(_designs(rows[chosen], [None] * rows.shape[1]), 2):
@@ -145,7 +149,7 @@ def _scale(rows: np.ndarray, residuals: np.ndarray) -> Callable:
             if left_out @ left_out < smallest:
                 best, smallest = (terms, ridge), left_out @ left_out
     if best is None:
-        return lambda given: 1.0
+        return _same_spread
     terms, center = best[0], best[0](rows).mean(axis=0)
     weights, _ = _solved(terms(rows) - center, size - size.mean(), best[1])
     least, most = np.quantile(size, [0.1, 1])
@@ -286,7 +290,7 @@ class Sampler(NamedTuple):
         if is_level(target):
             values[:, :, columns] = self.rows[source][:, :, columns]
         else:
-            scale = np.broadcast_to(fit.scale(tables), len(tables)).reshape(-1, len(self.x))
+            scale = fit.scale(tables).reshape(-1, len(self.x))
             drawn = fit.inverse(fitted_at_x + scale * fit.residuals[donors])
             values[:, :, columns[0]] = np.floor(drawn + 0.5) if (target == np.floor(target)).all() else drawn
         return Part(donors, fitted_at_x[0], is_determined, leaning)

@@ -130,6 +130,19 @@ def check_rows_finite(values: np.ndarray, name: str) -> None:
         )
 
 
+def checked_feature_mask(feature_mask: Any, x: np.ndarray) -> np.ndarray:
+    """The number of the feature that each entry of a sample belongs to, from 0, or -1: in the shape of a sample."""
+    mask = np.asarray(feature_mask)
+    numbers = np.unique(mask[mask >= 0]) if mask.dtype.kind in "iu" else np.array([])
+    if mask.shape != x.shape[1:] or not len(numbers) or numbers[-1] != len(numbers) - 1:
+        raise ValueError(
+            f"`feature_mask` must have the shape of one sample, {x.shape[1:]}, and hold integers: the number of the "
+            "feature that an entry belongs to, from 0 without a gap, or -1 for what is never removed. Received: shape "
+            f"{mask.shape}, dtype {mask.dtype}, numbers {numbers[:10].tolist()}"
+        )
+    return mask
+
+
 def checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
     """The numbers of an attribution (sample, feature) of the samples `x`, as float64."""
     if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
