@@ -205,17 +205,8 @@ def attribute(
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
     names = None if feature_names is None else checked_names(feature_names)
     checked_task(task)
-    completeness: list[tuple[float, float]] = []
-    if method == "integrated_gradients":
-        seen = _integrated(model, x, layers, batch_size, verbose, task, target, completeness)
-    elif method == "attention_gradient":
-        seen = _gradients(model, x, layers, batch_size, verbose, task, target)
-    else:
-        if target is not None:
-            x = _with_checked_target(model, x, target)
-        measure = _value_norms if method == "value_norm" else float_scores
-        seen = observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is float_scores)
-
+    completeness: list[tuple[float, float]] = []  # of integrated gradients
+    seen = _measured(model, x, method, task, target, layers, batch_size, verbose, completeness)
     rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
     views: list[np.ndarray] = []
@@ -343,6 +334,28 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
     attributes = {"layers": ", ".join(arrays)}
     return xr.DataArray(result, coordinates, ("sample", "query", "key"), name="rollout", attrs=attributes)
+
+
+def _measured(
+    model: Any,
+    x: Any,
+    method: str,
+    task: str | None,
+    target: Any,
+    layers: Any,
+    batch_size: int | None,
+    verbose: Any,
+    completeness: list[tuple[float, float]],
+) -> Iterator[Batch]:
+    """Batches, with what the method measures of each call of an attention layer."""
+    if method == "integrated_gradients":
+        return _integrated(model, x, layers, batch_size, verbose, task, target, completeness)
+    if method == "attention_gradient":
+        return _gradients(model, x, layers, batch_size, verbose, task, target)
+    if target is not None:
+        x = _with_checked_target(model, x, target)
+    measure = _value_norms if method == "value_norm" else float_scores
+    return observe(model, x, layers, batch_size, verbose, measure, only_scores=measure is float_scores)
 
 
 def _with_checked_target(model: Any, x: Any, target: Any) -> Any:
