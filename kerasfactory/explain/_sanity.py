@@ -138,7 +138,12 @@ def parameter_randomization(
         if callable(method):
             return method(model, x)
         running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
-        of_outputs = {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
+        of_outputs: dict[str, Any] = {
+            "task": task,
+            "target": target,
+            "layers": layers,
+            "special_tokens": special_tokens,
+        }
         return attribute(model, x, method=method, **of_outputs, **running)
 
     trained_attribution = attributed()
