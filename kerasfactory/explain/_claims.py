@@ -104,8 +104,8 @@ def feature_claims(
             and outputs that gives one number for each sample, or a list or dictionary of one of these. The loss that
             the model was compiled with, if not given.
         feature_mask: The number of the feature that each column of `x` belongs to, integers (column,) from 0; -1 for
-            a column that is never removed. The columns of a feature are removed and claimed together. Each column is a feature
-            of its own if not given.
+            a column that is never removed. The columns of a feature are removed and claimed together. Each column is
+            a feature of its own if not given.
         background: Data to learn the distribution of the features from, (row, feature), distributed as `x`. `x` itself
             if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend

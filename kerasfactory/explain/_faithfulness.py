@@ -260,9 +260,9 @@ def _places(x: np.ndarray, feature_mask: Any) -> tuple[Callable[[np.ndarray], np
     if feature_mask is None:
         if x.ndim > 3:
             raise ValueError(
-                f"`x` has the axes of pictures, {x.shape}: a key of the attention is no entry of axis 1. Say which feature "
-                "each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the numbers of the "
-                "patches."
+                f"`x` has the axes of pictures, {x.shape}: a key of the attention is no entry of axis 1. Say which "
+                "feature each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the "
+                "numbers of the patches."
             )
         return lambda removed: removed.reshape(*removed.shape, *[1] * (x.ndim - 2)), x
     mask = checked_feature_mask(feature_mask, x)

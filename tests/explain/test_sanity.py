@@ -15,11 +15,11 @@ RNG = np.random.default_rng(3)
 X = RNG.normal(size=(60, 8)).astype("float32")
 
 
-def tabular(seed=0, sharpness=1.0, features=8):
+def tabular(seed=0, sharpness=1.0, features=8, names=None):
     """A model that was never trained; sharp, as if it had been."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((features,))
-    tokens = FeatureTokenizer(8)(inputs)
+    tokens = FeatureTokenizer(8, feature_names=names)(inputs)
     attended = layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens)
     model = keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.Flatten()(attended)))
     attention = model.get_layer("attention")
@@ -242,13 +242,15 @@ def test_what_is_out_of_view_is_not_kept():
         return padded(np.concatenate([values, values], axis=1), np.tile(view, (60, 1))) if wide else values
 
     wide = False
-    cropped = explain.parameter_randomization(model, X, method=attributed, draws=20, verbose=0)
+    cropped = explain.parameter_randomization(model, X, method=attributed, draws=4, verbose=0)
     shuffled, wide = iter(np.random.default_rng(0).random((100, 60, 4))), True
-    result = explain.parameter_randomization(model, X, method=attributed, draws=20, verbose=0)
+    result = explain.parameter_randomization(model, X, method=attributed, draws=4, verbose=0)
     np.testing.assert_allclose(result["distance"], cropped["distance"])
     np.testing.assert_allclose(result["null"].mean("relabeling"), cropped["null"].mean("relabeling"), rtol=0.04)
-    named = explain.parameter_randomization(tabular(), X, special_tokens=["feature_0"], draws=1, verbose=0)
-    assert named["distance"].item() > 0
+
+    named = tabular(names=list("abcdefgh"))
+    result = explain.parameter_randomization(named, X, special_tokens=list("bcdefgh"), draws=1, verbose=0)
+    assert (result["distance"].item(), np.isnan(result["median_kept"])) == (0, True)
 
 
 @pytest.mark.backend_independent
