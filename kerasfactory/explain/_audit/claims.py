@@ -440,8 +440,8 @@ def _no_ranking(subject: Subject) -> str:
     """Why no feature can be removed, if so."""
     keys, entries = len(subject.features), subject.x.shape[1]
     unclear = (
-        f"The attribution is to {keys} keys, and `x` has the shape {subject.x.shape}: there is no telling which entries "
-        "to remove. Say it with `feature_mask`."
+        f"The attribution is to {keys} keys, and `x` has the shape {subject.x.shape}: there is no telling which "
+        "entries to remove. Say it with `feature_mask`."
     )
     fits = subject.mask_of_keys is not None or (keys == entries and subject.x.ndim <= 3)
     return subject.untestable or _one_feature(subject) or ("" if fits else unclear)
