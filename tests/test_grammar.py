@@ -8,7 +8,20 @@ from kerasfactory import explain, plot
 
 # Each keyword, in the order in which signatures list them: what, names, how, running.
 ORDER = [
-    *("ax", "y", "method", "methods", "task", "target", "query", "layers", "parameters", "models", "loss"),
+    *(
+        "ax",
+        "y",
+        "method",
+        "methods",
+        "task",
+        "target",
+        "query",
+        "layers",
+        "parameters",
+        "models",
+        "calibration",
+        "loss",
+    ),
     *("feature_names", "feature_mask", "special_tokens"),
     *("removal", "mask_value", "background", "groups", "block", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),

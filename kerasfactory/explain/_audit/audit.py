@@ -34,6 +34,7 @@ from kerasfactory.explain._audit.file import (
     save,
 )
 from kerasfactory.explain._audit.report import Audit
+from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import progress_bar
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
@@ -54,6 +55,7 @@ def audit(
     target: int | str | tuple[int | str, ...] | None = None,
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
+    calibration: xr.Dataset | None = None,
     feature_names: Sequence[str] | None = None,
     feature_mask: Any = None,
     special_tokens: Sequence[int | str] | None = None,
@@ -136,6 +138,8 @@ def audit(
         layers: Names of the layers, as for `capture`.
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
+        calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
+            page shows it. `verify` does not make it again.
         feature_names: Names of the features, as for `capture`.
         feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
         special_tokens: Token ids or names of what is no feature, as for `attribute`.
@@ -154,8 +158,8 @@ def audit(
     Returns:
         Audit: The tables `claims` and `features`, the `path` of the page, and the page itself in a notebook. The JSON
             file has the keys `schema`, `settings`, `model`, `data`, `environment`, `capture`, `attribution`,
-            `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `claims`, `page` and `checksum`.
-            Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`),
+            `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `calibration`, `claims`, `page`
+            and `checksum`. Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`),
             `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made` (false for a feature that is not
             ranked high), `interval` (two bounds) and `reason`. What was not tested is null.
 
@@ -212,7 +216,9 @@ def audit(
         "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
         "seed": checked_seed(seed),
     }
+    found = None if calibration is None else calibration_record(calibration)
     record = _record(model, x, y, background, groups, models, settings, batch_size, verbose)
+    record["calibration"] = found
     judge(record["claims"], level)
     if files is None:
         return Audit(record)
@@ -311,6 +317,7 @@ def verify(
     settings = record["settings"]
     batch_size = settings["batch_size"] if batch_size is None else batch_size
     now = json.loads(as_json(_record(model, x, y, background, groups, models, settings, batch_size, verbose)))
+    now["calibration"] = record["calibration"]
     before = {claim["id"]: claim for claim in record["claims"]}
     unchecked = set()
     if record["data"]["labels"] and y is None:

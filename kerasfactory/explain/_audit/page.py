@@ -358,7 +358,7 @@ def _seeds(record: dict[str, Any]) -> str:
 
 
 def _calibration(record: dict[str, Any]) -> str:
-    found = record.get("calibration")
+    found = record["calibration"]
     if found is None:
         return ""
     note = (
