@@ -12,14 +12,14 @@ ORDER = [
     *("feature_names", "feature_mask", "special_tokens"),
     *("removal", "mask_value", "background", "groups", "block", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
-    *("draws", "steps", "tolerance", "margin", "level"),
+    *("n", "draws", "steps", "strength", "tolerance", "margin", "level"),
     *("every", "log_dir", "batch_size", "verbose", "store", "seed"),
 ]
 
 # What functions are about: only this may be positional, in this order.
 SUBJECTS = {
     plot: ["scores", "attribution", "history", "statistics", "result"],
-    explain: ["path", "model", "x", "y", "attribution", "attributions", "weights", "record", "path"],
+    explain: ["path", "train", "model", "x", "y", "attribution", "attributions", "weights", "record", "path"],
 }
 
 # These words have been replaced: by `top_k`, by `level`, and by American spelling.

@@ -3,6 +3,7 @@
 from kerasfactory.explain._attribution import attribute, rollout
 from kerasfactory.explain._audit.audit import audit, verify
 from kerasfactory.explain._audit.report import Audit
+from kerasfactory.explain._calibrate import calibrate
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
@@ -18,6 +19,7 @@ __all__ = [
     "attention_controls",
     "attribute",
     "audit",
+    "calibrate",
     "capture",
     "faithfulness",
     "feature_claims",

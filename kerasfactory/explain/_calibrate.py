@@ -1,0 +1,413 @@
+"""How often the verdicts on features are wrong on models like the user's own: they are tried where the truth is known.
+
+A verdict is a claim about data of which no one knows the truth. So the same training and the same tests are run on the
+user's `x` with labels that are made: permuted ones, which no feature says anything about, and ones that follow a
+feature that is known.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import xarray as xr
+from keras import ops
+from scipy import stats
+
+from kerasfactory import _backend
+from kerasfactory._arguments import checked_level, checked_seed, positive_integer
+from kerasfactory.explain._attribution import attribute
+from kerasfactory.explain._claims import feature_claims
+from kerasfactory.explain._engine.data import check_rows_finite, feature_array, progress_bar
+from kerasfactory.explain._engine.outputs import outputs_of
+from kerasfactory.explain._engine.statistics import clusters_of
+
+_SCHEMA = "kerasfactory.calibration/1"
+_OWN, _PERMUTED, _PLANTED = _ARMS = ("own labels", "permuted", "planted")
+_NEEDED = "needed, not claimed"
+_OF_CLASSES = ("classification", "multilabel")
+_WEAKEST, _STRONGEST = 0.1, 0.9  # planted, whatever skill the user's model has
+_GRID = 200  # values of the feature, and of the noise, for which the share that it decides is computed
+
+
+def calibrate(
+    train: Callable[[Any, Any], keras.Model],
+    x: Any,
+    y: Any,
+    *,
+    method: str = "attention",
+    task: str | None = None,
+    target: int | str | tuple[int | str, ...] | None = None,
+    layers: str | Sequence[str] | None = None,
+    feature_mask: Any = None,
+    groups: Any = None,
+    block: int | None = None,
+    n: int = 20,
+    strength: float | None = None,
+    level: float = 0.05,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+    store: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> xr.Dataset:
+    r"""How often `feature_claims` is wrong, and how often it is right, on models like yours."""
+    if not callable(train):
+        raise ValueError(
+            "`train` must be a function of `(x, y)` that trains a new model and returns it. Received: "
+            f"train={train!r} of type {type(train).__name__}"
+        )
+    data = _checked_data(x, y, feature_mask, groups, block)
+    n = positive_integer("n", n)
+    if strength is not None and not 0 < strength < 1:
+        raise ValueError(f"`strength` must be a number between 0 and 1. Received: strength={strength!r}")
+    reading = {"method": method, "task": task, "target": target, "layers": layers}
+    settings = {**reading, "strength": strength, "level": checked_level(level), "seed": checked_seed(seed)}
+    made_by = json.loads(json.dumps({"schema": _SCHEMA, **settings, "data": _digest(data)}))
+    file, found = _stored(store, made_by)
+    progress = progress_bar(1 + 2 * n, verbose, "model")
+    for arm, run in [(_OWN, 0), *itertools.product((_PERMUTED, _PLANTED), range(n))]:
+        key, own = f"{arm}/{run}", found.get(f"{_OWN}/0")
+        if key not in found:
+            rng = np.random.default_rng([*b"calibrate", settings["seed"], _ARMS.index(arm), run])
+            try:
+                found[key] = _run(train, data, _labels(data, arm, own, rng), reading, level, batch_size, rng)
+            except Exception as error:
+                error.add_note(f"`calibrate` was at the model of {arm}, run {run}.")
+                raise
+            if arm == _OWN:
+                found[key]["strength"] = strength or float(np.clip(found[key]["skill"] or 0, _WEAKEST, _STRONGEST))
+            if file is not None:
+                _write(file, {"made_by": made_by, "models": found})
+        progress.add(1)
+    return _summarized(found, n, {"method": method, "level": level, "seed": seed})
+
+
+def calibration_record(calibration: Any) -> dict[str, Any]:
+    """What `calibrate` found, as JSON."""
+    if not isinstance(calibration, xr.Dataset) or "outcome" not in calibration.dims:
+        raise ValueError(
+            "`calibration` must be what `explain.calibrate` returned. Received: calibration of type "
+            f"{type(calibration).__name__}"
+        )
+    outcomes = [calibration.sel(outcome=outcome) for outcome in calibration["outcome"].values]
+    return {
+        **{key: value for key, value in calibration.attrs.items()},
+        "outcomes": [
+            {
+                "outcome": one["outcome"].item(),
+                "count": one["count"].item(),
+                "share": one["share"].item(),
+                "interval": one["interval"].values.tolist(),
+            }
+            for one in outcomes
+        ],
+    }
+
+
+class _Data(NamedTuple):
+    """The user's data, checked."""
+
+    x: np.ndarray  # (sample, column)
+    y: np.ndarray  # (sample, ...)
+    feature_mask: np.ndarray | None  # (column,)
+    groups: np.ndarray | None  # (sample,), numbers
+    block: int | None
+    columns: list[list[int]]  # of each feature
+
+
+class _Labels(NamedTuple):
+    """Labels for the user's `x`, of which it is known what says something about them."""
+
+    y: np.ndarray
+    planted: int | None = None  # the number of the feature that they follow
+    is_made: bool = True
+
+
+def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | None) -> _Data:
+    x = feature_array("x", x)
+    if x.ndim != 2:
+        raise ValueError(
+            "`x` must be a table, (sample, feature): `calibrate` counts verdicts on single features, which are made for "
+            "tables alone. For texts, series and images test the ranking as a whole, with `explain.faithfulness`. "
+            f"Received: shape {x.shape}"
+        )
+    check_rows_finite(x, "`x`")
+    y = _backend.as_numpy(y) if ops.is_tensor(y) else np.asarray(y)
+    if y.ndim == 0 or len(y) != len(x) or y.dtype.kind not in "biuf" or not np.isfinite(y).all():
+        raise ValueError(
+            f"`y` must hold finite numbers, one label for each sample, {len(x)}. Received: shape {y.shape}, dtype "
+            f"{y.dtype}"
+        )
+    clusters = clusters_of(len(x), groups, block)
+    if int(clusters.max()) < 1:
+        raise ValueError(
+            "`groups` or `block` leave one group of samples: there is no other to exchange labels with, or to test on. "
+            f"Received: groups={groups!r}, block={block!r}"
+        )
+    columns, mask = [[column] for column in range(x.shape[1])], None
+    if feature_mask is not None:
+        mask = np.asarray(feature_mask)
+        columns = [np.flatnonzero(mask == number).tolist() for number in np.unique(mask[mask >= 0])]
+    return _Data(x, y, mask, None if groups is None else clusters, block, columns)
+
+
+def _labels(data: _Data, arm: str, own: dict[str, Any] | None, rng: np.random.Generator) -> _Labels:
+    if own is None:
+        return _Labels(data.y, is_made=False)
+    y = _permuted(data, rng)
+    if arm == _PERMUTED:
+        return _Labels(y)
+    varying = [number for number, of_one in enumerate(data.columns) if np.ptp(data.x[:, of_one], axis=0).any()]
+    planted = int(rng.choice(varying))
+    columns = data.x[:, data.columns[planted]].astype("float64")
+    spread = columns.std(axis=0)
+    standardized = (columns - columns.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    # The score of a feature of several columns is their sum, with random weights.
+    direction = rng.normal(size=len(spread)) if len(spread) > 1 else np.ones(1)
+    signal = _normal_scores(_codes((standardized @ direction)[:, None]), rng, share_ties=True)
+    noise = _normal_scores(_codes(y), rng)  # which depends on itself as labels do, within groups or along a series
+    return _Labels(_planted(data.y, signal, noise, own["strength"], own["classes"]), planted)
+
+
+def _permuted(data: _Data, rng: np.random.Generator) -> np.ndarray:
+    """The labels of other samples: of another group, or of another time."""
+    if data.block is not None:
+        return np.roll(data.y, rng.integers(data.block, len(data.y) - data.block + 1), axis=0)
+    if data.groups is None:
+        return rng.permutation(data.y)
+    rows = [np.flatnonzero(data.groups == group) for group in range(data.groups.max() + 1)]
+    y = np.empty_like(data.y)
+    for group, other in enumerate(rng.permutation(len(rows))):
+        y[rows[group]] = data.y[np.resize(rows[other], len(rows[group]))]  # in a larger group they are repeated
+    return y
+
+
+def _codes(y: np.ndarray) -> np.ndarray:
+    """Whole numbers, (sample,), in the order of the labels: by their first column, then by the second, and so on."""
+    return np.unique(y.reshape(len(y), -1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _normal_scores(codes: np.ndarray, rng: np.random.Generator, share_ties: bool = False) -> np.ndarray:
+    """Quantiles of the normal distribution in the order of the codes. Equal ones have the same, or a random order."""
+    scores = np.empty(len(codes))
+    scores[np.lexsort((rng.random(len(codes)), codes))] = _quantiles(len(codes))
+    if share_ties:
+        scores = (np.bincount(codes, scores) / np.bincount(codes))[codes]
+    return scores / scores.std()
+
+
+def _quantiles(count: int) -> np.ndarray:
+    return stats.norm.ppf((np.arange(count) + 0.5) / count)
+
+
+def _planted(y: np.ndarray, signal: np.ndarray, noise: np.ndarray, strength: float, classes: bool) -> np.ndarray:
+    """The values of `y`, in the order of a score of which a signal decides the given share."""
+    values = y[np.argsort(_codes(y), kind="stable")]
+    few = np.linspace(0, len(y) - 1, min(_GRID, len(y))).astype(int)
+    table = (_codes(values)[:, None] if classes else values.reshape(len(y), -1).astype("float64"))[few]
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        weight = (low + high) / 2
+        is_enough = _share_decided(table, np.sort(signal)[few], weight, classes) >= strength
+        low, high = (low, weight) if is_enough else (weight, high)
+    planted = np.empty_like(y)
+    planted[np.argsort(high * signal + np.sqrt(1 - high**2) * noise, kind="stable")] = values
+    return planted
+
+
+def _share_decided(values: np.ndarray, signal: np.ndarray, weight: float, classes: bool) -> float:
+    """The skill of whoever knows the signal: the share of the entropy of classes, or of the variance of numbers."""
+    score = weight * signal[:, None] + np.sqrt(1 - weight**2) * _quantiles(_GRID)
+    drawn = np.empty((score.size, values.shape[1]))
+    drawn[np.argsort(score, axis=None)] = values[np.arange(score.size) * len(values) // score.size]
+    if not classes:
+        mean = drawn.reshape(*score.shape, -1).mean(axis=1)
+        return float(mean.var(axis=0).sum() / drawn.var(axis=0).sum())
+    kinds = np.unique(drawn)
+    given = (drawn.reshape(score.shape)[:, :, None] == kinds).mean(axis=1)
+    return float(1 - stats.entropy(given, axis=1).mean() / stats.entropy(given.mean(axis=0)))
+
+
+def _halves(data: _Data, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The samples to train on and those to test on: whole groups, or the first and the last part of a series."""
+    samples = np.arange(len(data.x))
+    if data.block is not None:
+        is_first = samples < len(samples) // 2 // data.block * data.block
+    else:
+        groups = samples if data.groups is None else data.groups
+        count = groups.max() + 1
+        is_first = np.isin(groups, rng.permutation(count)[: count // 2])
+    return samples[is_first], samples[~is_first]
+
+
+def _run(
+    train: Callable,
+    data: _Data,
+    labels: _Labels,
+    reading: dict[str, Any],
+    level: float,
+    batch_size: int | None,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Trains a model on half of the samples, and counts what is said of its features on the others."""
+    training, held_out = _halves(data, rng)
+    seed, seed_of_tests = (int(number) for number in rng.integers(2**31, size=2))
+    keras.utils.set_random_seed(seed)
+    model = _checked_model(train(data.x[training], labels.y[training]))
+    x, y = data.x[held_out], labels.y[held_out]
+    running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed_of_tests}
+    with warnings.catch_warnings():
+        if labels.is_made:  # the first model has warned of the same
+            warnings.simplefilter("ignore", UserWarning)
+        attribution = attribute(model, x, **reading, **running)
+        names = np.asarray(attribution.coords.get("feature", np.arange(attribution.sizes["feature"]))).astype(str)
+        attribution = attribution.assign_coords(feature=np.arange(len(names)))
+        groups = None if data.groups is None else data.groups[held_out]
+        dependence = {"feature_mask": data.feature_mask, "groups": groups, "block": data.block}
+        claims = feature_claims(model, x, y, attribution, level=level, **dependence, **running)
+    is_by_feature = len(names) == len(data.columns)
+    members = [[number] if is_by_feature else of_one for number, of_one in enumerate(data.columns)]
+    planted = set() if labels.planted is None else {str(member) for member in members[labels.planted]}
+    found = _counted(claims, planted)
+    if labels.planted is not None:
+        found["planted"] = " + ".join(names[members[labels.planted]])
+    if not labels.is_made:
+        _check_is_testable(claims, len(held_out))
+        found["classes"] = outputs_of(model, x[:1], task=reading["task"], target=None).task in _OF_CLASSES
+    return found
+
+
+def _counted(claims: xr.Dataset, planted: set[str]) -> dict[str, Any]:
+    """The verdicts on features that are not planted, and that on the planted one, or on a group that it belongs to."""
+    names = [set(str(name).split(" + ")) for name in claims["feature"].values]
+    verdicts = claims["verdict"].values.tolist()
+    others = [verdict for of_one, verdict in zip(names, verdicts, strict=True) if not of_one & planted]
+    its_own = [verdict for of_one, verdict in zip(names, verdicts, strict=True) if of_one & planted]
+    skill = float(claims.attrs["skill"])
+    return {
+        "skill": skill if np.isfinite(skill) else None,
+        "supported": others.count("supported"),
+        "needed": others.count(_NEEDED),
+        "verdict": next((verdict for verdict in ("supported", _NEEDED) if verdict in its_own), (*its_own, "")[0]),
+    }
+
+
+def _checked_model(model: Any) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        hint = " Does the function end in `return model`?" if model is None else ""
+        raise ValueError(
+            f"`train` must return the trained model, a `keras.Model`. Received: {model!r} of type "
+            f"{type(model).__name__}.{hint}"
+        )
+    if getattr(model, "loss", None) is None:
+        raise ValueError(
+            "`train` must return a model that is compiled with a loss: features are tested by what the loss is without "
+            f"them. Call `model.compile(loss=...)`. Received: a model named {model.name!r} that is not compiled."
+        )
+    return model
+
+
+def _check_is_testable(claims: xr.Dataset, samples: int) -> None:
+    if claims["effect"].isnull().all():
+        raise ValueError(
+            f"No feature can be tested on {samples} samples ({claims.attrs['clusters']} that are independent), the half "
+            "that models are not trained on: `feature_claims` needs at least 20, and as many as there are columns. Give "
+            "more data."
+        )
+
+
+def _summarized(found: dict[str, Any], n: int, settings: dict[str, Any]) -> xr.Dataset:
+    """The models of both arms, and how often what happened."""
+    of_arm = {arm: [found[f"{arm}/{run}"] for run in range(n)] for arm in (_PERMUTED, _PLANTED)}
+    per_model = {
+        key: np.array([[one[key] for one in models] for models in of_arm.values()], dtype)
+        for key, dtype in (("supported", int), ("needed", int), ("skill", float))
+    }
+    verdict = np.array([one["verdict"] for one in of_arm[_PLANTED]])
+    outcomes = {
+        "permuted: a feature supported": per_model["supported"][0] > 0,
+        "permuted: a feature needed, not claimed": per_model["needed"][0] > 0,
+        "planted: another supported": per_model["supported"][1] > 0,
+        "planted: another needed, not claimed": per_model["needed"][1] > 0,
+        "planted: it is supported": verdict == "supported",
+        "planted: it is needed, not claimed": verdict == _NEEDED,
+        "planted: it is refuted": verdict == "refuted",
+    }
+    counts = np.array([happened.sum() for happened in outcomes.values()])
+    intervals = [
+        stats.binomtest(int(count), n).proportion_ci(1 - settings["level"], method="wilson") for count in counts
+    ]
+    own = found[f"{_OWN}/0"]
+
+    def said(number):
+        low, high = intervals[number]
+        return f"{counts[number]} of {n} ({low:.0%} to {high:.0%})"
+
+    summary = (
+        f"On models like yours, “supported” was wrong in {said(0)} with permuted labels and in {said(2)} with a planted "
+        f"feature. The planted feature was found in {said(4)}: its skill is {own['strength']:.2g}. It was needed and not "
+        f"claimed in {said(5)}, and refuted in {said(6)}."
+    )
+    return xr.Dataset(
+        {
+            **{name: (("arm", "run"), values) for name, values in per_model.items()},
+            "planted": ("run", [one["planted"] for one in of_arm[_PLANTED]]),
+            "verdict": ("run", verdict),
+            "count": ("outcome", counts),
+            "share": ("outcome", counts / n),
+            "interval": (("outcome", "bound"), np.array(intervals)),
+        },
+        {"arm": list(of_arm), "run": np.arange(n), "outcome": list(outcomes), "bound": ["lower", "upper"]},
+        {"summary": summary, "n": n, "strength": own["strength"], "own_skill": own["skill"], **settings},
+    )
+
+
+def _digest(data: _Data) -> str:
+    digest = hashlib.sha256(repr((data.block, data.columns)).encode())
+    for array in (data.x, data.y, data.groups):
+        if array is not None:
+            digest.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _stored(store: Any, made_by: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The file, if there is to be one, and what is in it of each model that is done."""
+    if store is None:
+        return None, {}
+    if not isinstance(store, str | os.PathLike) or Path(store).suffix != ".json":
+        raise ValueError(f"`store` must be the path of a file whose name ends in .json. Received: store={store!r}")
+    file = Path(store)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(file.parent)!r} to write `store` into.")
+    if not file.exists():
+        return file, {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        before, models = content["made_by"], content["models"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{file} holds something else than models of `calibrate`: it is not overwritten. Choose another `store`."
+        ) from None
+    differing = [key for key in made_by if made_by[key] != before.get(key)]
+    if differing:
+        raise ValueError(
+            f"{file} belongs to another call, which differs in: {', '.join(differing)}. Choose another `store`, or delete "
+            "this one."
+        )
+    return file, models
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """After a kill the file is the old one or the new one."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
