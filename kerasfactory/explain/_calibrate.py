@@ -56,7 +56,129 @@ def calibrate(
     store: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How often `feature_claims` is wrong, and how often it is right, on models like yours."""
+    r"""How often `feature_claims` is wrong, and how often it is right, on models like yours.
+
+    A verdict is about data of which no one knows the truth. Here `train` gets your `x` with labels of which the truth
+    is known, the model that it returns is tested with `feature_claims`, and the verdicts are counted. There are two
+    arms of `n` models each:
+
+    - **permuted**: the samples get each other's labels. No feature says anything about them, so each feature that is
+      supported is wrong.
+    - **planted**: your labels, in the order of a score. With \(z_j\), the normal scores of a feature \(j\) that is
+      drawn for each model, and \(\varepsilon\), those of permuted labels, the score of sample \(i\) is
+
+        $$
+        s_i = w\, z_{ij} + \sqrt{1 - w^2}\, \varepsilon_i ,
+        $$
+
+        and the sample with the smallest score gets the smallest label (of several numbers: the first in the order of
+        the first of them, then the second, and so on). So the labels have the distribution that they had, and features
+        other than \(j\) say nothing about them that \(j\) does not. If \(j\) is supported, it is found; another
+        supported feature is wrong.
+
+    Each model is trained on one half of the samples and tested on the other, so give all the data that you have. The
+    halves are drawn for each model, as whole `groups` if there are any. With `block`, they are the first and the second
+    half of the series. `train` never gets the samples that a model is tested on. Whether your own model was trained on
+    the samples that you test it on, this cannot tell.
+
+    The weight \(w\) is such that the planted feature explains the share `strength` of the variance of `y` or, for
+    classes, of their entropy. If it is not given, it is the skill of a first model that is trained with your labels, 1
+    - loss / loss of the best constant, but at least 0.1 and at most 0.9. One feature then says as much as all features
+    of your model together. Single features of your model say less, and are found less often: a smaller `strength` shows
+    how often.
+
+    Only verdicts on features are counted. The claims about a ranking as a whole (`faithfulness`) can be true of a model
+    that was trained with permuted labels, because its output depends on its features all the same.
+
+    Where this misleads: all models have your `x`. The intervals cover other labels, halves and seeds, and no other
+    data. Permuted labels are independent of each other unless `groups` or `block` is given: if your samples are not,
+    say so here and to `feature_claims`. With `block`, labels are shifted along the series. Where features and labels
+    drift for as long as the series lasts, they are still related after the shift. The planted signal rises with its
+    feature. A model may find one that rises and falls, or is in several features together, less often. `audit` adjusts
+    its verdicts for all of its claims, so it supports fewer features.
+
+    Args:
+        train: A function of the arrays `(x, y)` that builds, compiles and trains a model and returns it. It is called
+            `2 * n + 1` times, each time after `keras.utils.set_random_seed`. The global random state is not restored
+            afterward.
+        x: Your data, (sample, feature): a table of finite numbers.
+        y: Your labels, in the form that the model's loss takes: numbers, classes or one-hot rows, one for each sample.
+        method: Of the attribution that claims which features are high, as for `attribute`.
+        task: As for `attribute`.
+        target: As for `attribute`.
+        layers: Names of the layers, as for `capture`.
+        feature_mask: Which feature each column belongs to, as for `feature_claims`, (column,). Columns of one feature
+            are planted together.
+        groups: Which samples belong together, as patients or days, (sample,). Whole groups exchange labels, which are
+            repeated or cut where sizes differ. It is also passed to `feature_claims`.
+        block: The length of the runs that a series is cut into. Labels are shifted around the series by at least as
+            many samples, so that they depend on each other as before. It is also passed to `feature_claims`.
+        n: How many models to train in each arm. With 20, the interval of a share is some 0.2 to 0.4 wide.
+        strength: The skill that knowing the planted feature gives, between 0 and 1; that of your model if not given.
+        level: The error level of the tests, as for `feature_claims`. The intervals cover 1 - `level`.
+        batch_size: Samples in a batch, as for `feature_claims`.
+        verbose: As for `capture`. The steps are the models.
+        store: A file, `*.json`, to which the counts of each model are written as soon as they are known. Another call
+            with the same data and arguments continues from there. Only `n` may differ. Whether `train` is the same
+            function is not checked.
+        seed: Of all that is drawn. The seed of each model is made of it and of the number of the model.
+
+    Returns:
+        xr.Dataset: Over `outcome`: `count`, the number of models of the arm in which it happened, `share`, and
+            `interval` (outcome, bound: `lower`, `upper`), the Wilson interval of the share.
+
+        The outcomes are `permuted: a feature supported`, `permuted: a feature needed, not claimed`,
+        `planted: another supported`, `planted: another needed, not claimed`, `planted: it is supported`,
+        `planted: it is needed, not claimed` and `planted: it is refuted`. The first share should be at most `level`.
+        The third may be larger: the test bounds the mean share of false features among those supported, and one false
+        feature beside the planted one is half of them. “Refuted” is wrong only if no other feature says nearly what the
+        planted one says.
+
+        Over `arm` (`permuted`, `planted`) and `run`: `supported` and `needed`, the numbers of features with these
+        verdicts that are not planted, and the `skill` of the model on the tested half. Over `run`, for the planted arm:
+        `planted`, the name of the feature, and its `verdict`. The verdict on a group that it belongs to counts, too.
+
+        The attribute `summary` says the same in words. The others are `n`, `strength`, `own_skill` (of the model with
+        your labels), `method`, `level` and `seed`.
+
+    Raises:
+        ValueError: If `x` is no table, or `x` or `y` hold something else than finite numbers; if `train` is no
+            function, or returns something else than a compiled `keras.Model`; if half of the samples are too few to
+            test any feature; if `store` holds something else, or another call; if another argument is out of range; and
+            as `attribute` and `feature_claims`. What `train` raises is passed on, with a note that says which model it
+            was.
+        FileNotFoundError: If there is no folder for `store`.
+
+    Warns:
+        UserWarning: As `attribute` and `feature_claims`, of the first model alone.
+
+    Example:
+        ```python
+        import keras
+        import numpy as np
+
+        from kerasfactory import explain
+        from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+
+        def train(x, y):
+            inputs = keras.Input((3,))
+            tokens = FeatureTokenizer(4, feature_names=["age", "pulse", "weight"])(inputs)
+            attended = InterpretableMultiHeadAttention(4, 1)(tokens[:, :1], tokens)
+            model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
+            model.compile(keras.optimizers.Adam(0.05), "mse")
+            model.fit(x, y, epochs=2, verbose=0)
+            return model
+
+
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(200, 3))
+        y = x[:, 0] + rng.normal(size=200)
+        calibration = explain.calibrate(train, x, y, n=2, verbose=0)
+        print(calibration["count"].sel(outcome="permuted: a feature supported").item(), "of", calibration.attrs["n"])
+        #> 0 of 2
+        ```
+    """
     if not callable(train):
         raise ValueError(
             "`train` must be a function of `(x, y)` that trains a new model and returns it. Received: "
@@ -97,7 +219,7 @@ def calibration_record(calibration: Any) -> dict[str, Any]:
         )
     outcomes = [calibration.sel(outcome=outcome) for outcome in calibration["outcome"].values]
     return {
-        **{key: value for key, value in calibration.attrs.items()},
+        **calibration.attrs,
         "outcomes": [
             {
                 "outcome": one["outcome"].item(),
@@ -133,8 +255,8 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     x = feature_array("x", x)
     if x.ndim != 2:
         raise ValueError(
-            "`x` must be a table, (sample, feature): `calibrate` counts verdicts on single features, which are made for "
-            "tables alone. For texts, series and images test the ranking as a whole, with `explain.faithfulness`. "
+            "`x` must be a table, (sample, feature): `calibrate` counts verdicts on single features, and only those of "
+            "tables have any. For texts, series and images test the ranking as a whole, with `explain.faithfulness`. "
             f"Received: shape {x.shape}"
         )
     check_rows_finite(x, "`x`")
@@ -269,7 +391,7 @@ def _run(
         names = np.asarray(attribution.coords.get("feature", np.arange(attribution.sizes["feature"]))).astype(str)
         attribution = attribution.assign_coords(feature=np.arange(len(names)))
         groups = None if data.groups is None else data.groups[held_out]
-        dependence = {"feature_mask": data.feature_mask, "groups": groups, "block": data.block}
+        dependence: dict[str, Any] = {"feature_mask": data.feature_mask, "groups": groups, "block": data.block}
         claims = feature_claims(model, x, y, attribution, level=level, **dependence, **running)
     is_by_feature = len(names) == len(data.columns)
     members = [[number] if is_by_feature else of_one for number, of_one in enumerate(data.columns)]
@@ -316,9 +438,9 @@ def _checked_model(model: Any) -> keras.Model:
 def _check_is_testable(claims: xr.Dataset, samples: int) -> None:
     if claims["effect"].isnull().all():
         raise ValueError(
-            f"No feature can be tested on {samples} samples ({claims.attrs['clusters']} that are independent), the half "
-            "that models are not trained on: `feature_claims` needs at least 20, and as many as there are columns. Give "
-            "more data."
+            f"No feature can be tested on {samples} samples, of which {claims.attrs['clusters']} are independent: the "
+            "half that models are not trained on. `feature_claims` needs at least 20, and one for each column: "
+            "give more data."
         )
 
 
@@ -350,9 +472,9 @@ def _summarized(found: dict[str, Any], n: int, settings: dict[str, Any]) -> xr.D
         return f"{counts[number]} of {n} ({low:.0%} to {high:.0%})"
 
     summary = (
-        f"On models like yours, “supported” was wrong in {said(0)} with permuted labels and in {said(2)} with a planted "
-        f"feature. The planted feature was found in {said(4)}: its skill is {own['strength']:.2g}. It was needed and not "
-        f"claimed in {said(5)}, and refuted in {said(6)}."
+        f"On models like yours, “supported” was wrong in {said(0)} with permuted labels, and in {said(2)} with a "
+        f"planted feature. The planted feature, which gives a skill of {own['strength']:.2g}, was found in {said(4)}. "
+        f"It was needed, but not claimed, in {said(5)}, and refuted in {said(6)}."
     )
     return xr.Dataset(
         {
@@ -397,8 +519,8 @@ def _stored(store: Any, made_by: dict[str, Any]) -> tuple[Path | None, dict[str,
     differing = [key for key in made_by if made_by[key] != before.get(key)]
     if differing:
         raise ValueError(
-            f"{file} belongs to another call, which differs in: {', '.join(differing)}. Choose another `store`, or delete "
-            "this one."
+            f"{file} belongs to another call, which differs in: {', '.join(differing)}. Choose another `store`, or "
+            "delete this one."
         )
     return file, models
 

@@ -63,6 +63,7 @@ def page(record: dict[str, Any]) -> str:
         _faithfulness,
         _randomization,
         _seeds,
+        _calibration,
         _capture,
         _model,
         _data,
@@ -354,6 +355,35 @@ def _seeds(record: dict[str, Any]) -> str:
         ],
     )
     return _section(title, note, _null_figure(found["null"], found["overlap"], caption, claim["verdict"]) + table)
+
+
+def _calibration(record: dict[str, Any]) -> str:
+    found = record.get("calibration")
+    if found is None:
+        return ""
+    note = (
+        "The verdicts on features were tried on models trained by the same function on the same x, with labels of which "
+        "the truth is known. Permuted: the samples get each other's labels, and no feature says anything about them. "
+        f"Planted: the labels follow one feature, with a skill of {_number(found['strength'])}."
+    )
+    outcomes = found["outcomes"]
+    bars = _bars([(one["outcome"], one["share"], one["interval"]) for one in outcomes])
+    rows = [
+        [
+            _cell(one["outcome"], "long"),
+            bar,
+            _cell(f"{one['count']} of {found['n']}"),
+            _cell(_number(one["share"]), "", _interval(one["interval"])),
+        ]
+        for one, bar in zip(outcomes, bars, strict=True)
+    ]
+    caption = f"In how many of {found['n']} models in each arm it happened, with Wilson intervals"
+    return _section(
+        "How often are such verdicts wrong?",
+        note,
+        f"<p>{html.escape(found['summary'])}</p>\n",
+        _table(caption, ["Outcome", "Share, drawn", "Models", "Share"], rows),
+    )
 
 
 def _capture(record: dict[str, Any]) -> str:
