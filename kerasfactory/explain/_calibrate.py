@@ -179,7 +179,7 @@ def calibrate(
         #> 0 of 2
         ```
     """
-    if not callable(train):
+    if not callable(train) or isinstance(train, keras.Model):
         raise ValueError(
             "`train` must be a function of `(x, y)` that trains a new model and returns it. Received: "
             f"train={train!r} of type {type(train).__name__}"

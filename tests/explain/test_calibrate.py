@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 
 from kerasfactory import explain
 from kerasfactory.explain import _calibrate
@@ -172,13 +172,13 @@ def test_blocks_that_are_too_short_for_a_series_are_found_out():
     x, y = smoothed(rng, (1600, 3), 0.97), smoothed(rng, 1600, 0.97)
     train = exact_trainer(3)
     wrong = {
-        block: calibrate(train, x, y, n=10, block=block)["count"]
+        block: calibrate(train, x, y, n=6, block=block)["count"]
         .sel(outcome=["permuted: a feature supported", "permuted: a feature needed, not claimed"])
         .sum()
         for block in (1, 40)
     }
-    assert wrong[1] >= 4
-    assert wrong[40] <= 2
+    assert wrong[1] >= 3
+    assert wrong[40] <= 1
 
 
 @pytest.mark.backend_independent
@@ -187,43 +187,42 @@ def test_patients_with_several_rows_are_kept_together_where_groups_are_given(tra
     groups = np.repeat(np.arange(60), 5)
     x, y = rng.normal(size=(60, 4))[groups], rng.normal(size=60)[groups]
     x += 0.1 * rng.normal(size=x.shape)
-    result = calibrate(train, x, y, n=6, groups=groups)
+    result = calibrate(train, x, y, n=6, groups=groups, strength=0.7)
     assert result["count"].sel(outcome="permuted: a feature supported") <= 1
     assert result["count"].sel(outcome="planted: it is supported") >= 4
 
 
 @pytest.mark.backend_independent
 def test_a_planted_feature_that_has_a_copy_is_found_with_its_group():
-    x, y = table(300, 3)
-    x = np.column_stack([x, x[:, 0] + 1e-3 * x[:, 2], 2 * x[:, 1] + 1e-3 * x[:, 0]])
-    x[:, 2] = x[:, 0] - 1e-3 * x[:, 1]
-    result = calibrate(exact_trainer(5), x, y, n=3, strength=0.5)
+    x, y = table()
+    x[:, 3] = x[:, 0] + 0.02 * x[:, 3]
+    result = calibrate(exact_trainer(4, Ridge), x, y, n=4, strength=0.5)
     assert result.attrs["strength"] == 0.5
+    assert {"0", "3"} & set(result["planted"].values)
     assert (result["verdict"] == "supported").all()
     assert (result["supported"] == 0).all()
 
 
-def test_classes_as_numbers_and_one_hot_with_a_model_that_is_trained_by_keras():
+@pytest.mark.backend_independent
+def test_several_classes_with_a_model_that_is_trained_by_keras():
     x, _ = table(160)
-    classes = (x[:, 0] > 0).astype(int) + (x[:, 0] > 1)
+    y = np.eye(3)[(x[:, 0] > 0).astype(int) + (x[:, 0] > 1)]
+    counts = []
 
-    def trainer(loss):
-        def train(x, y):
-            inputs = keras.Input((4,))
-            tokens = FeatureTokenizer(4, feature_names=list("abcd"))(inputs)
-            attended = layers.MultiHeadAttention(1, 4)(tokens[:, :1], tokens)
-            model = keras.Model(inputs, layers.Dense(3, "softmax")(layers.Flatten()(attended)))
-            model.compile(keras.optimizers.Adam(0.05), loss)
-            model.fit(x, y, epochs=1, batch_size=80, verbose=0)
-            return model
+    def train(x, y):
+        counts.append(y.sum(axis=0))
+        inputs = keras.Input((4,))
+        tokens = FeatureTokenizer(4, feature_names=list("abcd"))(inputs)
+        attended = layers.MultiHeadAttention(1, 4)(tokens[:, :1], tokens)
+        model = keras.Model(inputs, layers.Dense(3, "softmax")(layers.Flatten()(attended)))
+        model.compile(keras.optimizers.Adam(0.05), "categorical_crossentropy")
+        model.fit(x, y, epochs=1, batch_size=80, verbose=0)
+        return model
 
-        return train
-
-    sparse = calibrate(trainer("sparse_categorical_crossentropy"), x, classes, n=1)
-    one_hot = calibrate(trainer("categorical_crossentropy"), x, np.eye(3)[classes], n=1)
-    for result in (sparse, one_hot):
-        assert result["planted"].item() in "abcd"
-        assert np.isfinite(result["skill"]).all()
+    result = calibrate(train, x, y, n=1)
+    assert result["planted"].item() in "abcd"
+    assert np.isfinite(result["skill"]).all()
+    assert all(count.sum() == 80 for count in counts)
 
 
 @pytest.mark.backend_independent

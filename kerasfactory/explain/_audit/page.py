@@ -362,8 +362,8 @@ def _calibration(record: dict[str, Any]) -> str:
     if found is None:
         return ""
     note = (
-        "The verdicts on features were tried on models trained by the same function on the same x, with labels of which "
-        "the truth is known. Permuted: the samples get each other's labels, and no feature says anything about them. "
+        "The verdicts on features were tried on models that the same function trained on the same x, with labels of "
+        "which the truth is known. Permuted: samples get each other's labels, and no feature says anything about them. "
         f"Planted: the labels follow one feature, with a skill of {_number(found['strength'])}."
     )
     outcomes = found["outcomes"]
