@@ -1,0 +1,119 @@
+# %% [markdown] level="advanced"
+# # How often is a verdict wrong?
+#
+# **On models and data like yours, how often is “supported” wrong, and how often does the test find a feature that matters?**
+#
+# No one knows the truth about your own data. `explain.calibrate` makes labels of which it is known, trains your model
+# with them again and again, and counts the verdicts. Here it does so for the model of
+# [the tumor recipe](medical.ipynb), on ten of its measurements.
+
+# %%
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import StandardScaler
+
+from kerasfactory import explain
+from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
+
+data = load_breast_cancer()
+names = data.feature_names[:10].tolist()  # the means; the other 20 are their errors and their extremes
+x = StandardScaler().fit_transform(data.data[:, :10])
+y = data.target
+
+# %% [markdown]
+# ## A function that trains the model
+#
+# `calibrate` calls `train(x, y)` for each model, with half of the tumors, and tests the model on the other half. Usually
+# such a function builds, compiles and fits a model, and returns it. Here that would spend most of its time compiling. So
+# one model is compiled and gets new weights each time, and its twin is the one to be tested.
+
+
+# %%
+def new_model():
+    inputs = keras.Input(shape=(len(names),))
+    tokens = FeatureTokenizer(16, feature_names=names)(inputs)
+    question = keras.layers.Embedding(1, 16)(keras.ops.zeros_like(inputs[:, :1], dtype="int32"))
+    attention = InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention")
+    hidden = keras.layers.Dense(16, activation="relu")(keras.layers.Flatten()(attention(question, tokens)))
+    model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(hidden))
+    model.compile(keras.optimizers.Adam(0.02), loss="binary_crossentropy")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+compiled, twin = new_model(), new_model()
+fresh_optimizer = [variable.numpy() for variable in compiled.optimizer.variables]
+
+
+def train(x, y):
+    compiled.set_weights(new_model().get_weights())
+    for variable, value in zip(compiled.optimizer.variables, fresh_optimizer, strict=True):
+        variable.assign(value)
+    compiled.fit(x, y, batch_size=64, epochs=10, verbose=0)
+    twin.set_weights(compiled.get_weights())
+    return twin
+
+
+# %% [markdown]
+# ## Two arms
+#
+# In the arm *permuted*, the tumors get each other's diagnoses. No measurement says anything about them, and every
+# measurement that is supported is wrong. In the arm *planted*, the diagnoses follow one measurement, another one for each
+# model. It should be supported, and no other. There are as many benign and malignant tumors as before, and the
+# measurements are the real ones, with all their correlations.
+#
+# Five models in each arm are far too few. They take seconds, and show how it works. For your own model take 20 or more,
+# name a file as `store=`, and go to lunch: a run that was stopped continues from that file.
+
+# %%
+calibration = explain.calibrate(train, x, y, n=5, batch_size=1024, verbose=0)
+count = calibration["count"].to_series()
+print("Wrong with permuted labels, in at most 1 of 5 models:", count["permuted: a feature supported"] <= 1)
+print("Wrong beside a planted feature, in at most 2 of 5:   ", count["planted: another supported"] <= 2)
+print("Found the planted feature, in at least 3 of 5:       ", count["planted: it is supported"] >= 3)
+print(f"Skill of the model with the true labels above 0.6: {calibration.attrs['own_skill'] > 0.6}")
+print("The planted feature gives the same skill:", calibration.attrs["strength"] == calibration.attrs["own_skill"])
+
+# %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie between 0 and 0.2, and their intervals reach 0.4 or more. The share in which the planted feature is supported is 1, with an interval that begins below 0.6."
+share, interval = calibration["share"], calibration["interval"]
+fig, ax = plt.subplots(figsize=(9, 4))
+positions = np.arange(len(share))[::-1]
+ends = np.abs(interval.values.T - share.values)
+ax.errorbar(share, positions, xerr=ends, fmt="o", capsize=3)
+ax.set_yticks(positions, share["outcome"].values)
+ax.set_xlim(-0.02, 1.02)
+ax.set_xlabel("share of the models of the arm, with its Wilson interval")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# The intervals are the honest part. Even if none of five models is wrong, the true share may be 43 %:
+
+# %%
+low, high = interval.sel(outcome="permuted: a feature needed, not claimed").values
+print(f"{count['permuted: a feature needed, not claimed']} of 5: from {low:.0%} to {high:.0%}")
+
+# %% [markdown]
+# ## How weak may a feature be?
+#
+# The planted measurement alone said as much as all ten say about the true diagnosis. That is the easy case. With
+# `strength=0.1`, it explains a tenth of the entropy of the diagnoses, as one weak measurement among several might. Then
+# the test finds it less often, and you learn what "undetermined" is worth on your data.
+#
+# A calibration in words goes into a report as it is:
+
+# %% tags=["nbval-ignore-output"]
+print(calibration.attrs["summary"])
+
+# %% [markdown]
+# ## What the counts say, and what they do not
+#
+# **They say** how often this test errs on models that this function trains on these measurements, with the correlations
+# and the number of tumors that they have.
+#
+# **It does not say** whether a verdict on the true labels is among the wrong ones. Nor does it notice what is wrong with
+# the true labels alone: tumors of one patient that are treated as independent (give `groups=`), or a test on rows that
+# your own model was trained on. And a planted measurement acts by itself. Measurements that matter only together may be
+# harder to find.
