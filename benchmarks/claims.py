@@ -22,7 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # trains small models fastest
 
 import keras
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
@@ -452,10 +452,20 @@ def measured_kind(name, models=None):
     return row
 
 
+def lognormal(generator, size):
+    return (generator.lognormal(size=size) - np.exp(0.5)) / ((np.e - 1) * np.e) ** 0.5
+
+
+# A distribution of variance 1, the loss, and the effect: the mean (absolute) difference of two values, squared or not.
 EFFECTS = {
-    "normal": lambda generator, size: generator.normal(size=size),
-    "lognormal": lambda generator, size: (generator.lognormal(size=size) - np.exp(0.5)) / ((np.e - 1) * np.e) ** 0.5,
-    "flag of 2 %": lambda generator, size: ((generator.random(size) < 0.02) - 0.02) / (0.02 * 0.98) ** 0.5,
+    "normal": (lambda generator, size: generator.normal(size=size), "mean_squared_error", 2),
+    "lognormal": (lognormal, "mean_absolute_error", 2 * np.exp(0.5) * special.erf(0.5) / ((np.e - 1) * np.e) ** 0.5),
+    "lognormal, squared": (lognormal, "mean_squared_error", 2),
+    "flag of 2 %": (
+        lambda generator, size: ((generator.random(size) < 0.02) - 0.02) / (0.02 * 0.98) ** 0.5,
+        "mean_squared_error",
+        2,
+    ),
 }
 
 
@@ -463,22 +473,24 @@ def coverage(name, samples=300, models=200):
     """How often the interval of an effect covers it, in a linear model that is right.
 
     The feature has variance 1, the weight 1, and nothing to do with the others. So its effect on the squared error is
-    the mean square of the difference of two of its values: 2.
+    the mean square of the difference of two of its values: 2. For the absolute error nothing else moves the outcome.
     """
+    distribution, loss, effect = EFFECTS[name]
     inputs = keras.Input((3,))
     model = keras.Model(inputs, keras.layers.Dense(1, use_bias=False)(inputs))
     model.set_weights([np.array([[1.0], [0.5], [0.0]])])
-    model.compile(loss="mean_squared_error")
+    model.compile(loss=loss)
     hits = []
     for seed in range(models):
         generator = np.random.default_rng([seed, 3])
         x = generator.normal(size=(samples, 3))
-        x[:, 0] = EFFECTS[name](generator, samples)
-        y = x @ [1.0, 0.5, 0.0] + generator.normal(size=samples)
+        x[:, 0] = distribution(generator, samples)
+        noise = generator.normal(size=samples) * (loss == "mean_squared_error")
+        y = x @ [1.0, 0.5, 0.0] + noise
         attribution = np.ones(x.shape) * [3, 2, 1]
         result = explain.feature_claims(model, x, y, attribution, level=LEVEL, batch_size=samples, verbose=0, seed=seed)
         lower, upper = result["interval"].values[0]
-        hits.append(lower <= 2 <= upper)
+        hits.append(lower <= effect <= upper)
     return {"effect": name, "samples": samples, "covered": share(hits)}
 
 

@@ -35,10 +35,14 @@ from kerasfactory.explain._engine.outputs import (
     resolve_loss,
 )
 from kerasfactory.explain._engine.skill import skill_of
-from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval
+from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval, neighbors_are_alike
 
 _RESAMPLES = 1999
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
+_DEPENDENT = (
+    "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
+    "together, with `groups` or `block`; shuffle them if they are independent and only sorted."
+)
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -79,7 +83,8 @@ def feature_claims(
 
     - The model was not trained on `x`. If it was, every feature that it has learned by heart seems to matter.
     - Samples are independent, or `groups` or `block` says which are not. Then whole clusters are exchanged and
-      resampled, and draws come from one other cluster. Samples that are exact copies are one cluster.
+      resampled, and draws come from one other cluster. Samples that are exact copies are one cluster. Where samples
+      that follow each other have losses that are alike, and neither is given, all verdicts are `undetermined`.
     - The draws could have come about with the sample's other values. A draw is the prediction of a regression of the
       feature on the others, plus a residual of a sample with a nearby fitted value. The regression is linear, has
       piecewise-linear terms, or has products too, in the columns' own units or in normal scores, with a ridge penalty;
@@ -240,7 +245,8 @@ def feature_claims(
         tested += [_tested(_merged(group, units), sampler, own_loss, losses_of) for group in groups_found]
 
     has_skill = bool(skill["skill_interval"][0] > 0)
-    variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), has_skill)
+    is_dependent = groups is None and block is None and neighbors_are_alike(own_loss)
+    variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), has_skill, is_dependent)
     names = [test.unit.name for test in tested]
     attributes = {**skill, "samples": len(x), "clusters": int(clusters.max()) + 1, "copies": copies}
     attributes |= {"level": level, "margin": margin, "draws": draws, "seed": seed}
@@ -376,7 +382,7 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
 
 
 def _judged(
-    tested: list[_Test], sampler: Sampler, level: float, margin: float, has_skill: bool
+    tested: list[_Test], sampler: Sampler, level: float, margin: float, has_skill: bool, is_dependent: bool
 ) -> dict[str, np.ndarray]:
     """What was found of each feature, and the verdicts."""
     count = len(tested)
@@ -390,7 +396,7 @@ def _judged(
     }
     if testable.any():
         losses = np.stack([test.losses for test in tested if test.losses is not None])
-        found["effect"][testable] = (losses[:, 1:].mean(axis=1) - losses[:, 0]).mean(axis=1)
+        found["effect"][testable] = (losses[:, 1:] - losses[:, :1]).mean(axis=(1, 2))
         found["p_value"][testable] = _exchanged(losses, sampler.clusters, 2 * count / level, sampler.rng)
         donors = [test.drawn.donors for test in tested if test.drawn is not None]
         interval, below = mean_interval(*_influences(losses, donors, sampler), level, sampler.rng, margin)
@@ -409,6 +415,8 @@ def _judged(
         found_of_it = needed[number], negligible[number], is_off
         verdicts[str(test.unit.name)] = _verdict(test, *found_of_it, of_group, has_skill, margin)
     both = [verdicts[str(test.unit.name)] for test in tested]
+    if is_dependent:
+        both = [("undetermined", _DEPENDENT)] * count
     found["verdict"], found["reason"] = (np.array([pair[part] for pair in both]) for part in (0, 1))
     return found
 
@@ -416,7 +424,7 @@ def _judged(
 def _is_off_data(test: _Test, sampler: Sampler) -> bool:
     assert test.drawn is not None  # of what is needed
     columns, fitted = test.unit.columns, test.drawn.fitted if len(test.unit.columns) == 1 else None
-    return told_apart(sampler.x, test.drawn.values[0], columns, fitted, sampler.rng)
+    return told_apart(sampler, test.drawn.values[0], columns, fitted)
 
 
 def _verdict(

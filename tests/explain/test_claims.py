@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from keras import layers
-from scipy import stats
+from scipy import signal, stats
 
 from benchmarks import claims as planted
 from kerasfactory import explain, plot
 from kerasfactory.explain._audit import claims as _claims_of_audit
 from kerasfactory.explain._engine.conditional import Sampler, regression, told_apart
+from kerasfactory.explain._engine.statistics import mean_interval
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 TABLE = np.random.default_rng(0).normal(size=(60, 3))
@@ -254,10 +255,13 @@ def test_draws_that_are_off_the_data_are_told_from_true_values():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(2, 600))
     table = np.column_stack([a, np.abs(a) + 0.1 * b])
-    right = np.abs(a) + 0.1 * generator.normal(size=600)
-    assert told_apart(table, generator.permutation(table[:, [1]]), [1], None, generator)
-    found = [told_apart(table, right[:, None], [1], None, np.random.default_rng(seed)) for seed in range(20)]
+    assert told_apart(sampler(table), generator.permutation(table[:, [1]]), [1], None)
+    right = np.abs(a) + 0.1 * generator.normal(size=(20, 600))
+    found = [told_apart(sampler(table), draws[:, None], [1], None) for draws in right]
     assert sum(found) <= 1
+    patients = np.repeat(np.arange(60), 10)  # whose values are known if some of them are
+    table = generator.normal(size=(60, 2))[patients]
+    assert not told_apart(sampler(table, clusters=patients), generator.normal(size=(60, 1))[patients], [1], None)
 
 
 LOSSES = {
@@ -493,3 +497,186 @@ def test_bad_input_gets_a_clear_error(changed, message):
     arguments = {"model": linear([1.0, 1, 1]), "x": TABLE, "y": TABLE[:, 0], "attribution": TABLE}
     with pytest.raises(ValueError, match=message):
         feature_claims(**arguments | changed)
+
+
+def of_function(function, columns):
+    """A model that computes a function of a table, (sample, column), in the form of a column."""
+    inputs = keras.Input((columns,))
+    model = keras.Model(inputs, layers.Lambda(lambda x: function(x)[:, None], output_shape=(1,))(inputs))
+    model.compile(loss="mse")
+    return model
+
+
+def verdicts(model, x, y, claimed, **arguments):
+    attribution = np.broadcast_to(np.isin(np.arange(x.shape[1]), claimed).astype(float), x.shape)
+    result = feature_claims(model, x.astype("float32"), y, attribution, **arguments)
+    return {
+        str(name): verdict for name, verdict in zip(result["feature"].values, result["verdict"].values, strict=True)
+    }
+
+
+def part_of_a_count(generator, samples=300):
+    """Feature 1 counts a part of what feature 0 counts; the outcome depends on 0, and the model uses both."""
+    x = generator.normal(size=(samples, 3))
+    x[:, 0] = generator.poisson(np.exp(1.5 + 0.7 * generator.normal(size=samples)))
+    x[:, 1] = generator.binomial(x[:, 0].astype(int), 0.8)
+    return x, np.log1p(x[:, 0]) + 0.3 * generator.normal(size=samples)
+
+
+def two_codes(generator, samples=300):
+    """Features 0 and 1 are two codes of one category."""
+    category, numbers = generator.integers(12, size=samples), np.random.default_rng(7)
+    codes, effects = np.stack([numbers.permutation(12), numbers.permutation(12)]), numbers.normal(size=12)
+    x = generator.normal(size=(samples, 4))
+    x[:, :2] = codes[:, category].T
+    return x, effects[category] + 0.5 * generator.normal(size=samples)
+
+
+@pytest.mark.backend_independent
+def test_what_a_count_or_a_code_adds_to_another_is_nothing():
+    ops = keras.ops
+    counts = of_function(lambda x: 0.3 * ops.log1p(x[:, 0]) + 0.7 * ops.log1p(x[:, 1] / 0.8), 3)
+    both = of_function(lambda x: 0.3 * x[:, 0] + 0.7 * x[:, 1], 4)
+    for make, model in ((part_of_a_count, counts), (two_codes, both)):
+        found = [verdicts(model, *make(np.random.default_rng(seed)), [0, 1], seed=seed) for seed in range(8)]
+        assert sum(one["1"] in ("supported", "needed, not claimed") for one in found) <= 1
+
+
+@pytest.mark.backend_independent
+def test_one_hot_columns_are_tested_together_and_none_of_them_is_refuted():
+    generator = np.random.default_rng(0)
+    kind = generator.integers(4, size=300)
+    x = np.column_stack([np.eye(4)[kind], generator.normal(size=(300, 2))])
+    y = np.array([0.0, 1.0, 2.0, -1.0])[kind] + 0.3 * generator.normal(size=300)
+    model = linear([0.0, 1.0, 2.0, -1.0, 0.0, 0.0])
+    noticed = verdicts(model, x, y, [0, 1, 2, 3])
+    assert noticed["0 + 1 + 2 + 3"] == "supported"
+    assert {noticed[str(column)] for column in range(4)} == {"undetermined"}
+    said = verdicts(model, x, y, [0, 1, 2, 3], feature_mask=[0, 0, 0, 0, 1, -1])
+    assert said == {"0 + 1 + 2 + 3": "supported", "4": "undetermined"}
+    with pytest.raises(ValueError, match=r"shape of one sample, \(6,\).*Received: shape \(2,\)"):
+        verdicts(model, x, y, [0], feature_mask=[0, 1])
+
+
+@pytest.mark.backend_independent
+def test_a_constant_error_refutes_no_feature_and_a_shift_of_the_labels_is_no_skill():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(300, 4))
+    y = x[:, 0] + 0.8 * x[:, 1] + 0.3 * generator.normal(size=300)
+    results = {}
+    for bias in (0, 20):
+        model = of_function(lambda x, bias=bias: x[:, 0] + 0.8 * x[:, 1] + bias, 4)
+        results[bias] = feature_claims(model, x.astype("float32"), y, np.tile([1, 0.9, 0.95, 0], (300, 1)))
+        np.testing.assert_allclose(results[bias].attrs["base_loss"], y.var(), rtol=1e-4)  # of the best constant for y
+    assert list(results[0]["verdict"].values) == ["supported", "supported", "refuted", "undetermined"]
+    assert not (results[20]["verdict"] == "refuted").any()
+    assert results[20].attrs["skill"] < 0
+    assert "no better than a constant" in results[20]["reason"].values[2]
+    noise = np.mean((y - x[:, 0] - 0.8 * x[:, 1]) ** 2)
+    np.testing.assert_allclose(results[0].attrs["skill"], 1 - noise / y.var(), rtol=1e-3)
+    lower, upper = results[0].attrs["skill_interval"]
+    assert lower < results[0].attrs["skill"] < upper < 1
+
+
+@pytest.mark.backend_independent
+def test_amounts_of_which_the_model_takes_the_logarithm_get_a_verdict():
+    generator = np.random.default_rng(0)
+    size = generator.normal(size=300)
+    x = np.column_stack([np.exp(size), np.exp(size + 0.5 * generator.normal(size=300)), generator.normal(size=300)])
+    y = np.log(x[:, 0]) + 0.5 * np.log(x[:, 1]) + 0.2 * generator.normal(size=300)
+    model = of_function(lambda x: keras.ops.log(x[:, 0]) + 0.5 * keras.ops.log(x[:, 1]), 3)
+    assert list(verdicts(model, x, y, [0, 1]).values()) == ["supported", "supported", "undetermined"]
+
+
+def autoregressive(generator, samples, columns):
+    noise = generator.normal(size=(samples + 50, columns))
+    return signal.lfilter([1], [1, -0.9], noise, axis=0)[50:]
+
+
+@pytest.mark.backend_independent
+def test_rows_that_depend_on_each_other_are_noticed_and_exchanged_in_blocks_or_groups():
+    model = linear([0.3, 0.2, 0.0])
+    for seed in range(6):
+        series = autoregressive(np.random.default_rng(seed), 400, 4)
+        x, y = series[:, :3], series[:, 3]
+        alone = feature_claims(model, x, y, claimed_all(x), seed=seed)
+        assert (alone["verdict"] == "undetermined").all()
+        assert "have like losses" in alone["reason"].values[0]
+    found = []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        series = autoregressive(generator, 600, 4)
+        found.append(verdicts(model, series[:, :3], series[:, 3], [0, 1], block=30, seed=seed))
+        patient = np.repeat(np.arange(60), 5)
+        x = generator.normal(size=(60, 3))[patient] + 0.2 * generator.normal(size=(300, 3))
+        y = generator.normal(size=60)[patient] + 0.2 * generator.normal(size=300)
+        found.append(verdicts(model, x, y, [0, 1], groups=patient, seed=seed))
+    needed = [any(verdict in ("supported", "needed, not claimed") for verdict in one.values()) for one in found]
+    assert sum(needed) <= 4  # of 24: five happen to one in a hundred at a rate of 5 %
+    x = generator.normal(size=(60, 3))[patient] + 0.2 * generator.normal(size=(300, 3))
+    y = x @ [0.3, 0.2, 0.0] + 0.1 * generator.normal(size=300)
+    assert verdicts(model, x, y, [0, 1], groups=patient)["0"] == "supported"
+    with pytest.raises(ValueError, match="one label for each of the 300 samples"):
+        verdicts(model, x, y, [0], groups=patient[:5])
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        verdicts(model, x, y, [0], groups=patient, block=5)
+
+
+@pytest.mark.backend_independent
+def test_copies_of_samples_count_once():
+    model = linear([0.3, 0.2, 0.0])
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(100, 3)), generator.normal(size=100)
+    order = generator.permutation(np.tile(np.arange(100), 4))
+    with pytest.warns(UserWarning, match="300 of 400 samples are exact copies of others"):
+        result = feature_claims(model, x[order], y[order], claimed_all(x[order]))
+    assert (result.attrs["copies"], result.attrs["clusters"]) == (300, 100)
+    once = feature_claims(model, x, y, claimed_all(x))
+    np.testing.assert_allclose(np.diff(result["interval"]), np.diff(once["interval"]), rtol=0.5)  # and not by half
+    few = np.round(x).clip(-1, 1)  # a table in which rows are alike by chance
+    assert feature_claims(model, few, y.round(), claimed_all(x)).attrs["clusters"] == 100
+
+
+@pytest.mark.backend_independent
+def test_draws_that_are_off_the_data_decide_nothing():
+    """Feature 3 is a wave over feature 0, which no regression here finds, and the model relies on it."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(1500, 4))
+    x[:, 3] = np.sign(np.sin(6 * x[:, 0])) + 0.05 * x[:, 3]
+    y = np.sign(np.sin(6 * x[:, 0])) + 0.3 * generator.normal(size=1500)
+    result = feature_claims(
+        of_function(lambda x: x[:, 3], 4), x.astype("float32"), y, np.tile([0, 0, 0, 1.0], (1500, 1))
+    )
+    assert result["p_value"].values[3] <= 0.05
+    assert result["verdict"].values[3] == "undetermined"
+    assert "off the data" in result["reason"].values[3]
+
+
+@pytest.mark.backend_independent
+def test_token_ids_are_no_columns_of_a_table():
+    inputs = keras.Input((6,), dtype="int32")
+    embedded = layers.Embedding(20, 4)(inputs)
+    model = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(embedded)))
+    model.compile(loss="mse")
+    x = np.random.default_rng(0).integers(20, size=(60, 6))
+    with pytest.raises(ValueError, match=r"token ids.*`explain.faithfulness`"):
+        feature_claims(model, x, np.zeros(60), np.ones((60, 6)))
+    assert explain.faithfulness(model, x, np.ones((60, 6)), draws=5, verbose=0)["p_value"] <= 1
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("distribution", ["normal", "lognormal", "flag"])
+def test_intervals_of_means_cover_them(distribution):
+    generator = np.random.default_rng(0)
+    draw = {
+        "normal": lambda size: generator.normal(size=size),
+        "lognormal": lambda size: generator.lognormal(size=size) - np.exp(0.5),
+        "flag": lambda size: (generator.random(size) < 0.02) - 0.02,
+    }[distribution]
+    everyone = np.arange(300)
+    intervals, _ = mean_interval(draw((200, 300)), everyone, 0.05, generator)
+    covered = ((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)).sum()
+    assert covered >= 180
+    of_groups, _ = mean_interval(np.repeat(draw((200, 60)), 5, axis=1), everyone // 5, 0.05, generator)
+    covered = ((of_groups[:, 0] <= 0) & (of_groups[:, 1] >= 0)).sum()
+    assert covered >= 176 or distribution == "flag"  # which is in none of 60 groups in a third of all cases

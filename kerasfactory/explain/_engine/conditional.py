@@ -26,7 +26,6 @@ _SELECTION = 2000  # rows on which a regression is chosen; all rows fit the one 
 _CHECKED = 1000  # pairs of a true and a drawn value by which the two may be told apart
 _UNEXPLAINED = 0.02  # of the variance of a column: with less left, the others determine it
 _LEANING = 0.2  # of the largest: the columns that count for that
-_SHARE = 0.55  # of pairs in which a classifier must find the true value before draws are called off the data
 _CERTAINTY = 0.01  # the error level of that finding
 
 
@@ -370,31 +369,27 @@ def _mismatch(labels: np.ndarray, values: np.ndarray) -> float:
     return float(np.mean(np.where(sizes > 1, (sizes - same) / np.maximum(sizes - 1, 1), 1)))
 
 
-def told_apart(
-    x: np.ndarray, drawn: np.ndarray, columns: Sequence[int], fitted: np.ndarray | None, rng: np.random.Generator
-) -> bool:
+def told_apart(sampler: Sampler, drawn: np.ndarray, columns: Sequence[int], fitted: np.ndarray | None) -> bool:
     """Whether a classifier finds the true values of columns beside those drawn, (sample, column), given the others.
 
-    It learns from one half of the samples and is tried on the other (a classifier two-sample test, Lopez-Paz & Oquab
-    2017, https://arxiv.org/abs/1610.06545). The p-value is that of a sign test over pairs: a true and a drawn value in
-    the same sample are exchangeable if the draws are right.
+    It learns from one half of the clusters and is tried on the other (a classifier two-sample test, Lopez-Paz & Oquab
+    2017, https://arxiv.org/abs/1610.06545). The p-values are those of t-tests of how much more likely the
+    classifier takes the true value to be true: both are exchangeable if the draws are right.
     """
     from sklearn.ensemble import ExtraTreesClassifier
 
-    chosen = rng.permutation(len(x))[: 2 * _CHECKED]
-    tables = np.stack([x[chosen].astype("float64")] * 2)
+    names = sampler.rng.permutation(np.unique(sampler.clusters))[: 2 * _CHECKED]
+    chosen = np.flatnonzero(np.isin(sampler.clusters, names))
+    halves = np.isin(sampler.clusters[chosen], names[::2])
+    tables = np.stack([sampler.x[chosen].astype("float64")] * 2)
     tables[1][:, columns] = drawn[chosen]
     if fitted is not None:
         tables = np.concatenate([tables, tables[:, :, columns] - fitted[chosen, None]], axis=2)
-    differs = (tables[0] != tables[1]).any(axis=1)
-    wins, halves = np.zeros(len(chosen)), np.arange(len(chosen)) % 2
-    for half in (0, 1):
-        train, test = halves != half, halves == half
-        classifier = ExtraTreesClassifier(50, min_samples_leaf=5, random_state=0)
-        classifier.fit(tables[:, train].reshape(-1, tables.shape[2]), np.repeat([1, 0], train.sum()))
-        true, other = (classifier.predict_proba(table[test])[:, 1] for table in tables)
-        wins[test] = np.sign(true - other)
-    wins = wins[differs & (wins != 0)]
-    found = int((wins > 0).sum())
-    lower = stats.binomtest(found, max(1, len(wins)), _SHARE, alternative="greater").pvalue if len(wins) else 1.0
-    return lower <= _CERTAINTY
+    p_values = []
+    for half in (halves, ~halves):
+        classifier = ExtraTreesClassifier(50, min_samples_leaf=5, max_features=None, random_state=0)
+        classifier.fit(tables[:, half].reshape(-1, tables.shape[2]), np.repeat([1, 0], half.sum()))
+        true, other = (classifier.predict_proba(table[~half])[:, 1] for table in tables)
+        lead = np.bincount(np.unique(sampler.clusters[chosen[~half]], return_inverse=True)[1], true - other)
+        p_values.append(stats.ttest_1samp(lead, 0, alternative="greater").pvalue if lead.any() else 1.0)
+    return bool(2 * min(p_values) <= _CERTAINTY)  # Bonferroni: each half is tested given the other

@@ -10,6 +10,7 @@ from kerasfactory._arguments import positive_integer
 
 _RESAMPLES = 1999
 _NORMAL_FROM = 2000  # clusters: with more, the studentized mean is normal to the precision of its resampling
+_ORDERED = 0.001  # the error level at which samples are found to depend on those before them
 _WEIGHTS = 2**20  # of resamples, at once
 
 
@@ -126,3 +127,15 @@ def focused_bh(p_values: np.ndarray, in_focus: np.ndarray) -> np.ndarray:
     bounds = len(p_values) * p_values[focus] / np.arange(1, len(focus) + 1)
     adjusted[focus] = np.minimum(np.minimum.accumulate(bounds[::-1])[::-1], 1)
     return adjusted
+
+
+def neighbors_are_alike(values: np.ndarray) -> bool:
+    """Whether values that follow each other are closer than those of independent samples would be: (sample,).
+
+    By the correlation of ranks with those of the next value (Wald & Wolfowitz 1943,
+    https://doi.org/10.1214/aoms/1177731358), at a level of 0.001.
+    """
+    ranks = stats.rankdata(values)
+    if len(values) < 3 or not ranks.std():
+        return False
+    return bool(np.corrcoef(ranks[1:], ranks[:-1])[0, 1] * np.sqrt(len(values)) > stats.norm.isf(_ORDERED))
