@@ -326,7 +326,7 @@ _READINGS = {
     "attention_gradient": "attention × gradient",
     "value_norm": "value norms",
     "integrated_gradients": "integrated gradients",
-    "integrated gradients, Captum": "the same by Captum",
+    "integrated gradients, Captum": "the same, Captum",
     "SHAP": "SHAP",
     "permutation importance": "permutation importance",
     "conditional effect": "conditional effect",
