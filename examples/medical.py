@@ -140,9 +140,9 @@ for claim in report.claims[report.claims["feature"].isna()].itertuples():
 skill = report.record["skill"]["skill_interval"]
 print("The model's skill, 1 minus its loss over that of a constant, is above 0.5:", skill[0] > 0.5)
 single, together = report.features.loc[names], report.features.drop(index=names)
-for label, tested in {"measurements": single, "groups of measurements": together}.items():
+for label, tested in {"one by one": single, "as a group": together}.items():
     needed = tested["verdict"].isin(["supported", "needed, not claimed"])
-    print(f"The model is shown to need {needed.sum()} of {len(tested)} {label}")
+    print(f"Measurements tested {label}, shown to be needed: {needed.sum()} of {len(tested)}")
 members = max((name.split(" + ") for name in together.index), key=len)
 print("A group has more than 10 members:", len(members) > 10)
 

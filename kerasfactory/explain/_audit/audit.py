@@ -159,9 +159,9 @@ def audit(
         Audit: The tables `claims` and `features`, the `path` of the page, and the page itself in a notebook. The JSON
             file has the keys `schema`, `settings`, `model`, `data`, `environment`, `capture`, `attribution`,
             `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `calibration`, `claims`, `page`
-            and `checksum`. Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic` (`name`, `value`),
-            `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made` (false for a feature that is not
-            ranked high), `interval` (two bounds) and `reason`. What was not tested is null.
+            and `checksum`. Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic`
+            (`name`, `value`), `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made` (false for a
+            feature that is not ranked high), `interval` (two bounds) and `reason`. What was not tested is null.
 
     Raises:
         ValueError: If `x`, `y` or `background` hold NaN or no numbers or do not fit each other; if `path` does not end
