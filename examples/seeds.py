@@ -52,7 +52,7 @@ accuracies = [model.evaluate(x_test, y_test, verbose=0)[1] for model in models]
 print(f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.1f} to {max(accuracies):.1f}")
 
 # %% [markdown]
-# Four models, the same data, the same code. By their accuracy nobody could tell them apart.
+# Four models, the same data, the same code. By their accuracy no one could tell them apart.
 #
 # ## Check 1: is the map in the weights?
 #

@@ -280,6 +280,38 @@ def _claims_true(result):
     return _rows([*header, "significant, claimed or not", "wrongly “refuted”"], *rows)
 
 
+def _claims_kinds(result):
+    """For each kind of data how often verdicts are wrong, and in words where that is shown to be too often."""
+    rows = [
+        [
+            f"**{row['process']}**<br><small>{row['what'].strip()}</small>",
+            f"{row['skill']:.2f}",
+            f"**{_part(row['false_models'])}**",
+            *(_part(row[key]) if key in row else "–" for key in ("false_refuted", "power", "coverage")),
+        ]
+        for row in result["kinds"]
+    ]
+    header = ["data", "skill, median", "models with a false “supported”", "true features “refuted”"]
+    supported, refuted = (
+        ", ".join(
+            f"*{row['process']}*" for row in result["kinds"] if key in row and row[key]["interval"][0] > result["level"]
+        )
+        or "no kind of data"
+        for key in ("false_models", "false_refuted")
+    )
+    return [
+        *_rows([*header, "true features found", "intervals that cover"], *rows),
+        "",
+        f"The whole Wilson interval lies above {100 * result['level']:g} % for a false “supported” on {supported}, and "
+        f"for a true feature “refuted” on {refuted}.",
+    ]
+
+
+def _claims_coverage(result):
+    rows = [[row["effect"], str(row["samples"]), f"**{_part(row['covered'])}**"] for row in result["coverage"]]
+    return _rows(["values of the feature", "samples", "intervals that cover the true effect"], *rows)
+
+
 def _claims_maps(result):
     known = {True: "true", False: "false", None: "not known"}
     rows = [
@@ -441,6 +473,8 @@ TABLES = {
     "summary.json": _summary,
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
+    "claims.json kinds": _claims_kinds,
+    "claims.json coverage": _claims_coverage,
     "claims.json maps": _claims_maps,
     "claims.json kinds": _claims_kinds,
     "claims.json coverage": _claims_coverage,

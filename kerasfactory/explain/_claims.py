@@ -8,7 +8,7 @@ Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another featur
 removing it changes nothing. A shortcut that does not hold in the data at hand makes nothing worse when it is removed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -43,6 +43,7 @@ _DEPENDENT = (
     "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
     "together, with `groups` or `block`; shuffle them if they are independent and only sorted."
 )
+_NAMED = 4  # features in the name of a group, at most
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -96,7 +97,7 @@ def feature_claims(
       Testing*](https://doi.org/10.1214/19-AOS1857)).
 
     Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
-    noticed, and tested together as well: the result has a row for the group, named `a + b`. Of its members the data
+    noticed, and tested together as well: the result has a row for the group, named `a + b` (or `a + b + c + 9 more`). Of its members the data
     cannot tell which the model needs.
 
     Args:
@@ -291,8 +292,10 @@ def _units(x: np.ndarray, attribution: Any, feature_mask: Any) -> list[_Unit]:
     return units
 
 
-def _joined(names: Any) -> str:
-    return " + ".join(map(str, names))
+def _joined(names: Iterable[Any]) -> str:
+    """The name of features that are tested together: no longer than it takes to know it from others."""
+    names = [str(name) for name in names]
+    return " + ".join(names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"])
 
 
 def _clusters(x: np.ndarray, y: np.ndarray, groups: Any, block: Any) -> tuple[np.ndarray, int]:

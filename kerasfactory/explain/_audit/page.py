@@ -16,7 +16,7 @@ _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --faint: #595959; --line: #d4d4d4; --bar: #5b88c4;
   --supported: #0b5d2a; --refuted: #a01414; --undetermined: #6a4a00; --needed: #1d4f8f }
 @media (prefers-color-scheme: dark) { :root { --text: #ececec; --page: #151515; --faint: #b0b0b0; --line: #444444;
-  --bar: #6f9fe0; --supported: #7fd79c; --refuted: #ff9a9a; --undetermined: #e6c463 } }
+  --bar: #6f9fe0; --supported: #7fd79c; --refuted: #ff9a9a; --undetermined: #e6c463; --needed: #9cc4f5 } }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; box-sizing: border-box }
 h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
@@ -92,7 +92,7 @@ def page(record: dict[str, Any]) -> str:
 
 def verdict_counts(record: dict[str, Any]) -> str:
     verdicts = [claim["verdict"] for claim in record["claims"]]
-    counted = ["supported", "refuted", "undetermined", *(["needed, not claimed"] if _NEEDED in verdicts else [])]
+    counted = ["supported", "refuted", "undetermined", *([_NEEDED] if _NEEDED in verdicts else [])]
     return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in counted)
 
 
