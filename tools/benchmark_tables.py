@@ -320,43 +320,6 @@ def _claims_maps(result):
     return _rows(["claim", "of", "the claim is", "p at most 5 %"], *rows)
 
 
-def _claims_kinds(result):
-    rows = [
-        [
-            f"**{row['process']}**",
-            row["what"],
-            str(row["models"]),
-            f"{row['skill']:.2f}",
-            f"**{_part(row['false_models'])}**",
-            _part(row["false_refuted"]) if "false_refuted" in row else "",
-            _part(row["power"]) if "power" in row else "",
-            _part(row["coverage"]) if "coverage" in row else "",
-        ]
-        for row in result["kinds"]
-    ]
-    header = ["data", "what was planted", "models", "skill", "models with a false “supported”", "false “refuted”"]
-    return _rows([*header, "true features that are found", "intervals that cover 0"], *rows)
-
-
-def _claims_coverage(result):
-    rows = [[row["effect"], str(row["samples"]), f"**{_part(row['covered'])}**"] for row in result["coverage"]]
-    return _rows(["feature", "samples", "intervals that cover its effect"], *rows)
-
-
-_READINGS = {
-    "attention": "attention, mean",
-    "rollout": "rollout",
-    "attention_gradient": "attention × gradient",
-    "value_norm": "value norms",
-    "integrated_gradients": "integrated gradients",
-    "integrated gradients, Captum": "the same, Captum",
-    "SHAP": "SHAP",
-    "permutation importance": "permutation importance",
-    "conditional effect": "conditional effect",
-    "random": "random control",
-}
-
-
 def _readings_of(result):
     """The readings that were measured, in the order of the page."""
     return [reading for reading in _READINGS if any(reading in row["readings"] for row in result["rows"])]
@@ -476,8 +439,6 @@ TABLES = {
     "claims.json kinds": _claims_kinds,
     "claims.json coverage": _claims_coverage,
     "claims.json maps": _claims_maps,
-    "claims.json kinds": _claims_kinds,
-    "claims.json coverage": _claims_coverage,
     "readings.json answer": _readings_answer,
     "readings.json easy": _readings_table(False, "auc"),
     "readings.json hard": _readings_table(True, "auc"),

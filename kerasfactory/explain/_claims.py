@@ -97,8 +97,8 @@ def feature_claims(
       Testing*](https://doi.org/10.1214/19-AOS1857)).
 
     Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
-    noticed, and tested together as well: the result has a row for the group, named `a + b` (or `a + b + c + 9 more`). Of its members the data
-    cannot tell which the model needs.
+    noticed, and tested together as well: the result has a row for the group, named `a + b`, or `a + b + c + 9 more`. Of
+    its members the data cannot tell which the model needs.
 
     Args:
         model: A `keras.Model` with one input, (sample, feature), and one output.
