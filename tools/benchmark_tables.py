@@ -320,6 +320,20 @@ def _claims_maps(result):
     return _rows(["claim", "of", "the claim is", "p at most 5 %"], *rows)
 
 
+_READINGS = {
+    "attention": "attention, mean",
+    "rollout": "rollout",
+    "attention_gradient": "attention × gradient",
+    "value_norm": "value norms",
+    "integrated_gradients": "integrated gradients",
+    "integrated gradients, Captum": "the same, Captum",
+    "SHAP": "SHAP",
+    "permutation importance": "permutation importance",
+    "conditional effect": "conditional effect",
+    "random": "random control",
+}
+
+
 def _readings_of(result):
     """The readings that were measured, in the order of the page."""
     return [reading for reading in _READINGS if any(reading in row["readings"] for row in result["rows"])]
