@@ -207,9 +207,9 @@ KINDS = {
     "counts": Kind(counts, ("0", "2"), model=_COLUMNS),
     "two codes": Kind(codes, ("0 + 1", "2"), ("0", "1"), model=_CODED),
     "code and number": Kind(code_and_number, ("0 + 1", "2"), ("0", "1"), model={"cardinalities": {0: CODES}}),
-    "one-hot": Kind(one_hot, ("0 + 1 + 2 + 3",), ("0", "1", "2", "3"), model=_COLUMNS),
+    "one-hot": Kind(one_hot, ("0 + 1 + 2 + 3",), ("0", "1", "2", "3"), model=_COLUMNS, models=60),
     "one-hot, `feature_mask`": Kind(
-        one_hot, ("0 + 1 + 2 + 3",), model=_COLUMNS, arguments={"feature_mask": [0, 0, 0, 0, 1, 2]}
+        one_hot, ("0 + 1 + 2 + 3",), model=_COLUMNS, arguments={"feature_mask": [0, 0, 0, 0, 1, 2]}, models=60
     ),
     "time series": Kind(series, model=_COLUMNS),
     "time series, `block`": Kind(series, model=_COLUMNS, arguments={"block": BLOCK}),
@@ -218,11 +218,11 @@ KINDS = {
         patients, model=_COLUMNS, arguments={"groups": np.repeat(np.arange(TESTED // PATIENT), PATIENT)}
     ),
     "duplicates": Kind(duplicates),
-    "rare class": Kind(rare_class, ("0", "2"), model=_COLUMNS | {"loss": "binary_crossentropy"}),
-    "shifted outcome": Kind(shifted, ("0", "2", "5")),
-    "sign wrong": Kind(sign_wrong, members=("0", "2", "5")),
+    "rare class": Kind(rare_class, ("0", "2"), model=_COLUMNS | {"loss": "binary_crossentropy"}, models=60),
+    "shifted outcome": Kind(shifted, ("0", "2", "5"), models=60),
+    "sign wrong": Kind(sign_wrong, members=("0", "2", "5"), models=60),
     "over-fitted, noise": Kind(noise, training=60, epochs=150),
-    "over-fitted, additive": Kind(additive, ("0", "2", "5"), training=60, epochs=150),
+    "over-fitted, additive": Kind(additive, ("0", "2", "5"), training=60, epochs=150, models=60),
     "tested on its training rows": Kind(noise, on_training_rows=True),
 }
 
