@@ -67,7 +67,7 @@ LOGITS = ("classification", "loss", False)
         (losses.Dice(), 3, (None, "unknown", False)),
         (None, 3, (None, "unknown", False)),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # every process gives a test the same name
 )
 def test_the_compiled_loss_says_what_outputs_mean(loss, outputs, expected):
     activation = ("softmax" if outputs > 1 else "sigmoid") if expected[2] else None
