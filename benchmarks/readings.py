@@ -148,6 +148,7 @@ class Case(NamedTuple):
     truth: np.ndarray  # (feature,), or (sample, feature) in texts
     background: np.ndarray  # some of the data that the model was trained on
     seed: int
+    process: int  # its number: no two processes share a seed for the random control
 
     @property
     def is_text(self):
@@ -174,7 +175,8 @@ def after(tokens):
 
 def trained(name, seed, epochs=EPOCHS):
     """A model of its own data, and as many held-out samples as readings are given."""
-    generator = np.random.default_rng([seed, list(PROCESSES).index(name)])
+    process = list(PROCESSES).index(name)
+    generator = np.random.default_rng([seed, process])
     x, signal, truth = PROCESSES[name](generator, TRAINING + HELD_OUT)
     y = (signal + NOISE * generator.normal(size=len(x))).astype("float32")
     x = x.astype("int32" if x.dtype.kind == "i" else "float32")
@@ -183,7 +185,7 @@ def trained(name, seed, epochs=EPOCHS):
     model.compile(keras.optimizers.Adam(0.01), "mean_squared_error")
     model.fit(x[:TRAINING], y[:TRAINING], batch_size=50, epochs=epochs, verbose=0)
     held_out = x[TRAINING:], y[TRAINING:], truth if truth.ndim == 1 else truth[TRAINING:]
-    return Case(model, *held_out, x[:BACKGROUND], seed), signal[TRAINING:]
+    return Case(model, *held_out, x[:BACKGROUND], seed, process), signal[TRAINING:]
 
 
 def predicted(case, x):
@@ -194,7 +196,9 @@ def predicted(case, x):
 
 
 def by_method(case, method):
-    return explain.attribute(case.model, case.x, method=method, batch_size=HELD_OUT, verbose=0, seed=case.seed).values
+    return explain.attribute(
+        case.model, case.x, method=method, batch_size=HELD_OUT, verbose=0, seed=100 * case.process + case.seed
+    ).values
 
 
 def conditional_effect(case):
