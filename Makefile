@@ -53,7 +53,7 @@ keras-versions: summary .venv/ready ## what another Keras can change, on the old
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
 
-bench: .venv/ready ## measure the layer, capture and summarize beside their peers, how often verdicts are right, and which reading is; about an hour
+bench: .venv/ready ## measure the layer, capture and summarize beside their peers, how often verdicts are right, and which reading is; over an hour
 	$(PIP) install --no-deps --target .venv/peers kerasfactory==0.1.1 loguru pandas plotly \
 		pytorch-forecasting lightning lightning-utilities torchmetrics scikit-base tqdm shap slicer numba llvmlite
 	$(BIN)/python benchmarks/layer.py
