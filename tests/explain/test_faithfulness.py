@@ -391,7 +391,7 @@ def test_padding_is_put_nowhere_and_stays_where_it_is(monkeypatch, background):
     rows = np.where(np.arange(6) < np.array([[5], [2], [0], [4]]), 20 + np.arange(6), 0)
     given = {} if background == "x" else {"background": rows}
     explain.faithfulness(
-        bag_of_words(np.ones(9)), x, in_view(RNG.random(x.shape), x != 0), draws=30, verbose=0, **given
+        bag_of_words(np.ones(26)), x, in_view(RNG.random(x.shape), x != 0), draws=30, verbose=0, **given
     )
     patterns = {tuple(row != 0) for row in x}
     assert {tuple(row != 0) for row in np.concatenate(changed)} == patterns
@@ -401,7 +401,7 @@ def test_padding_is_put_nowhere_and_stays_where_it_is(monkeypatch, background):
             drawn = set(values[:, position][values[:, position] >= 20].tolist())
             assert drawn == {20 + position} or (position == 5 and drawn and drawn <= set(range(20, 25)))
         with pytest.raises(ValueError, match="No feature is in view in any sample of `background`"):
-            explain.faithfulness(bag_of_words(np.ones(9)), x, in_view(x, x != 0), background=0 * x, verbose=0)
+            explain.faithfulness(bag_of_words(np.ones(26)), x, in_view(x, x != 0), background=0 * x, verbose=0)
 
 
 @pytest.mark.backend_independent
