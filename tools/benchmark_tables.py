@@ -349,7 +349,8 @@ def _readings_answer(result):
             if reading in row["readings"] and text in (None, row["text"])
         }
         worst, best = min(found, key=found.get), max(found, key=found.get)
-        return f"{found[worst]:.2f} (*{worst}*) to {found[best]:.2f} (*{best}*)"
+        is_alone = sum(f"{auc:.2f}" == f"{found[best]:.2f}" for auc in found.values()) == 1
+        return f"{found[worst]:.2f} (*{worst}*) to {found[best]:.2f}" + f" (*{best}*)" * is_alone
 
     rows = result["rows"]
     tables = [row for row in rows if not row["text"]]
