@@ -545,3 +545,31 @@ def test_the_model_stays_as_it_was():
     explain.parameter_randomization(model, x, draws=2, verbose=0)
     assert state(model) == before
     np.testing.assert_array_equal(x, X)
+
+
+@pytest.mark.backend_independent
+def test_the_patches_of_a_picture_are_features_if_a_mask_says_so_and_rows_of_pixels_are_not():
+    """16 patches of a picture of 16 x 16: the output is the mean of patch 5."""
+    inputs = keras.Input((16, 16, 1))
+    patches = ops.reshape(ops.transpose(ops.reshape(inputs, (-1, 4, 4, 4, 4)), (0, 1, 3, 2, 4)), (-1, 16, 16))
+    attended = layers.MultiHeadAttention(1, 4)(patches, patches)
+    model = keras.Model(inputs, ops.mean(patches[:, 5], axis=-1, keepdims=True) + 0 * ops.mean(attended))
+    x = RNG.normal(size=(200, 16, 16, 1)).astype("float32")
+    attribution = np.broadcast_to(np.arange(16.0) == 5, (200, 16))
+    patch = np.arange(16) // 4
+    mask = (4 * patch[:, None] + patch)[..., None]
+    with pytest.raises(ValueError, match="`feature_mask`: integers shaped like one sample"):
+        explain.faithfulness(model, x, attribution, verbose=0)
+    settings = {"feature_mask": mask, "fractions": [1 / 16], "draws": 100, "verbose": 0}
+    right = explain.faithfulness(model, x, attribution, **settings)
+    # The mean absolute difference of two means of 16 numbers, each with a standard deviation of 1/4; three rows stand in.
+    expected = np.sqrt(2 / np.pi) * np.sqrt((1 + 1 / 3) / 16)
+    np.testing.assert_allclose(right["aopc_comprehensiveness"], expected, rtol=0.15)
+    other = explain.faithfulness(model, x, np.roll(attribution, 1, axis=1), **settings)
+    np.testing.assert_allclose(other["aopc_comprehensiveness"], 0, atol=1e-6)
+    kept = explain.faithfulness(
+        model, x, attribution[:, :6], **settings | {"feature_mask": np.where(mask > 5, -1, mask)}
+    )
+    np.testing.assert_allclose(kept["aopc_comprehensiveness"], expected, rtol=0.15)
+    with pytest.raises(ValueError, match=r"shape of one sample, \(16, 16, 1\).*Received: shape \(16, 16\)"):
+        explain.faithfulness(model, x, attribution, feature_mask=mask[..., 0], verbose=0)
