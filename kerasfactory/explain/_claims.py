@@ -43,6 +43,7 @@ _DEPENDENT = (
     "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
     "together, with `groups` or `block`; shuffle them if they are independent and only sorted."
 )
+_DOMINANT = 0.5  # of the loss of a constant: one sample with more decides the margin alone
 _NAMED = 4  # features in the name of a group, at most
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
@@ -94,7 +95,9 @@ def feature_claims(
       or with a nearby fitted value. Before a feature is called needed, a classifier tries to tell its draws from the
       true values. If it can, the verdict is `undetermined`. It cannot find every fault: no test of conditional
       independence is valid for all distributions (Shah & Peters 2020, [*The Hardness of Conditional Independence
-      Testing*](https://doi.org/10.1214/19-AOS1857)).
+      Testing*](https://doi.org/10.1214/19-AOS1857)). With some hundred samples these escape it, and a feature that
+      only repeats them may be called needed: codes of more than 20 values, such as postal codes, which are taken for
+      numbers; waves, such as a daily cycle over a time stamp; and products of three columns.
 
     Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
     noticed, and tested together as well: the result has a row for the group, named `a + b`, or `a + b + c + 9 more`. Of
@@ -148,16 +151,16 @@ def feature_claims(
               below the margin.
             - `refuted`: a claim is made, and the model does no worse without the feature: the interval ends below the
               margin, and `p_opposite`, adjusted likewise, is at most `level`. Never if the model does no better than a
-              constant, and never of one column of a group that may matter.
+              constant or one sample makes up most of its loss, and never of one column of a group that may matter.
             - `needed, not claimed`: no claim is made, and the model does worse without the feature.
             - `undetermined`: everything else.
 
         A constant feature cannot be tested. With fewer than 20 samples or clusters, or fewer samples than features,
         none can. The effects are NaN then, the p-values 1, and the verdicts `undetermined`.
 
-        The attributes are `loss` (of the model), `base_loss`, `skill` (1 minus their ratio; 0 is no better than a
-        constant, 1 is perfect) and its `skill_interval`, `samples`, `clusters`, `copies` (exact copies of other
-        samples), `level`, `margin`, `draws` and `seed`.
+        The attributes are `loss` (of the model), `base_loss`, `largest_share` (of one sample or cluster in it), `skill`
+        (1 minus the ratio of the losses; 0 is no better than a constant, 1 is perfect) and its `skill_interval`,
+        `samples`, `clusters`, `copies` (exact copies of other samples), `level`, `margin`, `draws` and `seed`.
 
     Raises:
         ValueError: If `x`, `background` or `attribution` is not (sample, feature), or they do not fit each other, or
@@ -245,9 +248,13 @@ def feature_claims(
         tested = [_named_in(test, groups_found, units) for test in tested]
         tested += [_tested(_merged(group, units), sampler, own_loss, losses_of) for group in groups_found]
 
-    has_skill = bool(skill["skill_interval"][0] > 0)
+    no_margin = ""
+    if not skill["skill_interval"][0] > 0:
+        no_margin = "The model does no better than a constant: there is nothing to lose without the feature."
+    elif skill["largest_share"] > _DOMINANT:
+        no_margin = "One sample makes up most of the loss of a constant, and with it the margin: look at that sample."
     is_dependent = groups is None and block is None and neighbors_are_alike(own_loss)
-    variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), has_skill, is_dependent)
+    variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), no_margin, is_dependent)
     names = [test.unit.name for test in tested]
     attributes = {**skill, "samples": len(x), "clusters": int(clusters.max()) + 1, "copies": copies}
     attributes |= {"level": level, "margin": margin, "draws": draws, "seed": seed}
@@ -385,7 +392,7 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
 
 
 def _judged(
-    tested: list[_Test], sampler: Sampler, level: float, margin: float, has_skill: bool, is_dependent: bool
+    tested: list[_Test], sampler: Sampler, level: float, margin: float, no_margin: str, is_dependent: bool
 ) -> dict[str, np.ndarray]:
     """What was found of each feature, and the verdicts."""
     count = len(tested)
@@ -416,7 +423,7 @@ def _judged(
         of_group = verdicts.get(test.group, ("", ""))[0]
         is_off = needed[number] and _is_off_data(test, sampler)
         found_of_it = needed[number], negligible[number], is_off
-        verdicts[str(test.unit.name)] = _verdict(test, *found_of_it, of_group, has_skill, margin)
+        verdicts[str(test.unit.name)] = _verdict(test, *found_of_it, of_group, no_margin)
     both = [verdicts[str(test.unit.name)] for test in tested]
     if is_dependent:
         both = [("undetermined", _DEPENDENT)] * count
@@ -431,7 +438,7 @@ def _is_off_data(test: _Test, sampler: Sampler) -> bool:
 
 
 def _verdict(
-    test: _Test, is_needed: bool, is_negligible: bool, is_off_data: bool, of_group: str, has_skill: bool, margin: float
+    test: _Test, is_needed: bool, is_negligible: bool, is_off_data: bool, of_group: str, no_margin: str
 ) -> tuple[str, str]:
     """The verdict on one feature, and the reason for it."""
     if test.drawn is None:
@@ -448,11 +455,11 @@ def _verdict(
         return "undetermined", f"It is part of “{test.group}”: the data cannot tell which of these the model needs."
     if test.drawn.determined_by and not test.group:
         return "undetermined", "The other features determine it, nearly: the data cannot tell what is its own."
-    if is_negligible and not has_skill:
-        return "undetermined", "The model does no better than a constant: there is nothing to lose without the feature."
+    if is_negligible and no_margin:
+        return "undetermined", no_margin
     if is_negligible:
-        return "refuted", f"The model does no worse without it: its loss rises by at most {margin:.2g}."
-    return "undetermined", "The test neither finds an increase of the loss nor rules one out."
+        return "refuted", "The model does no worse without it: its loss rises by less than the margin."
+    return "undetermined", "The data leave open whether the loss rises by more than the margin."
 
 
 def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.random.Generator) -> np.ndarray:

@@ -680,3 +680,25 @@ def test_intervals_of_means_cover_them(distribution):
     of_groups, _ = mean_interval(np.repeat(draw((200, 60)), 5, axis=1), everyone // 5, 0.05, generator)
     covered = ((of_groups[:, 0] <= 0) & (of_groups[:, 1] >= 0)).sum()
     assert covered >= 176 or distribution == "flag"  # which is in none of 60 groups in a third of all cases
+
+
+@pytest.mark.backend_independent
+def test_one_absurd_sample_refutes_nothing():
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        x = generator.normal(size=(400, 3))
+        x[0] *= 1e4  # in another unit, as it were
+        y = x[:, 1] + 0.3 * generator.normal(size=400)
+        found = feature_claims(linear([0.0, 1.0, 0.0]), x, y, np.tile([0.1, 0.9, 0.1], (400, 1)), seed=seed)
+        assert found["verdict"].values[1] != "refuted"
+        assert found.attrs["largest_share"] > 0.9
+
+
+@pytest.mark.backend_independent
+def test_missing_groups_are_refused():
+    for missing in (None, np.nan):
+        groups = [missing, *range(59)]
+        with pytest.raises(ValueError, match=r"`groups` has missing labels.*label of its own"):
+            feature_claims(linear([1.0, 1, 1]), TABLE, TABLE[:, 0], TABLE, groups=groups)
+    own = ["alone", *map(str, range(59))]
+    assert feature_claims(linear([1.0, 1, 1]), TABLE, TABLE[:, 0], TABLE, groups=own).attrs["clusters"] == 60

@@ -562,7 +562,7 @@ def test_the_patches_of_a_picture_are_features_if_a_mask_says_so_and_rows_of_pix
         explain.faithfulness(model, x, attribution, verbose=0)
     settings = {"feature_mask": mask, "fractions": [1 / 16], "draws": 100, "verbose": 0}
     right = explain.faithfulness(model, x, attribution, **settings)
-    # The mean absolute difference of two means of 16 numbers, each with a standard deviation of 1/4; three rows stand in.
+    # The mean absolute difference of a mean of 16 numbers and the mean of three such.
     expected = np.sqrt(2 / np.pi) * np.sqrt((1 + 1 / 3) / 16)
     np.testing.assert_allclose(right["aopc_comprehensiveness"], expected, rtol=0.15)
     other = explain.faithfulness(model, x, np.roll(attribution, 1, axis=1), **settings)

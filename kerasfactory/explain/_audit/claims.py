@@ -382,6 +382,10 @@ def _no_features(subject: Subject) -> str:
         return "Claims about single features are tested for tables, (sample, feature), alone."
     if reads_tokens(subject.model, subject.x):
         return "A position of a text is no column of a table: its token cannot be drawn from those of other texts."
+    if subject.settings["target"] is not None and subject.y is not None and subject.y[0].size > 1:
+        return (
+            "The loss is that of all outputs, and `target` asks for one: audit a model of that output, with its labels."
+        )
     return _no_ranking(subject) or subject.unusable_loss
 
 
@@ -412,7 +416,8 @@ def judge(claims: list[Claim], level: float) -> None:
         is_against = claim["verdict"] == "refuted"
         if claim["verdict"] != "undetermined" and (p_against if is_against else p_adjusted) > level:
             claim["verdict"] = "undetermined"
-            claim["reason"] += f" But adjusted for {len(tested)} claims its p-value is above {level:g}."
+            which = "the p-value against it" if is_against else "its p-value"
+            claim["reason"] += f" But adjusted for {len(tested)} claims {which} is above {level:g}."
 
 
 def as_float(number: float) -> float | None:

@@ -84,7 +84,7 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
     """
     to_scores, from_scores = normal_scores(column)
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SELECTION)).astype(int)
-    is_graded = len(np.unique(column)) <= LEVELS
+    is_graded = is_level(column)
     best, smallest = None, np.inf
     transforms = [None if is_level(one) else normal_scores(one)[0] for one in rows.T]
     has_atom = np.unique(column, return_counts=True)[1].max() > _ATOM * len(column)
@@ -344,8 +344,8 @@ def _tree(others: np.ndarray, target: np.ndarray, is_nominal: bool) -> tuple[Any
     levels = np.unique(target, return_inverse=True)[1]
     trees = [DecisionTreeClassifier(min_samples_leaf=smallest, random_state=0) for smallest in _LEAVES]
     stump = DecisionTreeClassifier(min_samples_leaf=len(target), random_state=0)
-    if not others.shape[1]:
-        return None, False
+    if not others.shape[1] or 4 * (levels.max() + 1) > len(target):
+        return None, False  # there is nothing to tell, or too little to learn it from
     chosen = np.linspace(0, len(target) - 1, min(len(target), _SELECTION)).astype(int)
     first, second = chosen[::2], chosen[1::2]
     for tree in [*trees, stump]:

@@ -19,11 +19,13 @@ def skill_of(
 
     The skill score of Murphy 1988 (https://doi.org/10.1175/1520-0493(1988)116<2417:SSBOTM>2.0.CO;2): 1 is perfect, 0 is
     no better than a constant. For squared errors it is the coefficient of determination.
+    The largest share is that of one cluster in \(L_0\).
     """
     own, base = loss_values(loss, y, outputs), _best_constant_losses(loss, y, outputs)
     found = {"loss": float(own.mean()), "base_loss": float(base.mean())}
     if not found["base_loss"] > 0:
-        return {**found, "skill": np.nan, "skill_interval": [np.nan, np.nan]}
+        return {**found, "largest_share": np.nan, "skill": np.nan, "skill_interval": [np.nan, np.nan]}
+    found["largest_share"] = float(np.bincount(clusters, base).max() / base.sum())
     ratio = found["loss"] / found["base_loss"]
     # By the delta method, the spread of a ratio of means is that of the mean of these.
     interval, _ = mean_interval(ratio + (own - ratio * base) / found["base_loss"], clusters, level, rng)

@@ -27,6 +27,11 @@ def clusters_of(samples: int, groups: Any, block: int | None) -> np.ndarray:
     if groups is None:
         return np.arange(samples)
     labels = np.asarray(groups)
+    if labels.shape == (samples,) and any(label is None or label != label for label in labels.tolist()):
+        raise ValueError(
+            "`groups` has missing labels, None or NaN: they would be taken for one group. Give each of these samples a "
+            "label of its own, or leave them out of `x`, `y` and `groups`."
+        )
     if labels.shape != (samples,):
         raise ValueError(
             f"`groups` must hold one label for each of the {samples} samples of `x`, such as the patient it is from. "
