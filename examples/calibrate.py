@@ -64,19 +64,19 @@ def train(x, y):
 # model. It should be supported, and no other. There are as many benign and malignant tumors as before, and the
 # measurements are the real ones, with all their correlations.
 #
-# Five models in each arm are far too few. They take seconds, and show how it works. For your own model take 20 or more,
+# Three models in each arm are far too few. They take seconds, and show how it works. For your own model take 20 or more,
 # name a file as `store=`, and go to lunch: a run that was stopped continues from that file.
 
 # %%
-calibration = explain.calibrate(train, x, y, n=5, batch_size=1024, verbose=0)
+calibration = explain.calibrate(train, x, y, n=3, batch_size=1024, verbose=0)
 count = calibration["count"].to_series()
-print("Wrong with permuted labels, in at most 2 of 5 models:", count["permuted: a feature supported"] <= 2)
-print("Wrong beside a planted feature, in at most 2 of 5:   ", count["planted: another supported"] <= 2)
-print("Found the planted feature, in at least 3 of 5:       ", count["planted: it is supported"] >= 3)
+print("Wrong with permuted labels, in at most 1 of 3 models:", count["permuted: a feature supported"] <= 1)
+print("Wrong beside a planted feature, in at most 1 of 3:   ", count["planted: another supported"] <= 1)
+print("Found the planted feature, in at least 2 of 3:       ", count["planted: it is supported"] >= 2)
 print(f"Skill of the model with the true labels above 0.6: {calibration.attrs['own_skill'] > 0.6}")
 print("The planted feature gives the same skill:", calibration.attrs["strength"] == calibration.attrs["own_skill"])
 
-# %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie between 0 and 0.2, and their intervals reach 0.4 or more. The share in which the planted feature is supported is 1, with an interval that begins below 0.6."
+# %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie at 0, and their intervals reach beyond 0.5. The share in which the planted feature is supported is 1, with an interval that begins below 0.5."
 share, interval = calibration["share"], calibration["interval"]
 fig, ax = plt.subplots(figsize=(9, 4))
 positions = np.arange(len(share))[::-1]
@@ -89,11 +89,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The intervals are the honest part. Even if none of five models is wrong, the true share may be 43 %:
+# The intervals are the honest part. Even if none of three models is wrong, the true share may be 56 %:
 
 # %%
 low, high = interval.sel(outcome="permuted: a feature needed, not claimed").values
-print(f"{count['permuted: a feature needed, not claimed']} of 5: from {low:.0%} to {high:.0%}")
+print(f"{count['permuted: a feature needed, not claimed']} of 3: from {low:.0%} to {high:.0%}")
 
 # %% [markdown]
 # ## How weak may a feature be?

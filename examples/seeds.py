@@ -43,7 +43,7 @@ def train(seed):
     outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
     model = keras.Model(inputs, outputs, name="credit")
     model.compile(keras.optimizers.Adam(0.03), "binary_crossentropy", metrics=["accuracy"])
-    model.fit(x_train, y_train, batch_size=100, epochs=8, verbose=0)
+    model.fit(x_train, y_train, batch_size=200, epochs=8, verbose=0)
     return model
 
 
