@@ -29,7 +29,7 @@ IMPORTS = {module: {imported for imported, _ in imports(module)} for module in F
 def room(module):
     """The higher a room, the more it may import: each imports only from its own and those below."""
     parts = module.split(".")[1:]
-    if not parts or parts[0] in ("_arguments", "_warnings", "_backend"):
+    if not parts or parts[0] in ("_arguments", "_text", "_warnings", "_backend"):
         return 0
     if parts[0] == "layers":
         return 1

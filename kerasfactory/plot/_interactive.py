@@ -1,7 +1,6 @@
 """A heat map to try in a browser, in one piece of HTML."""
 
 import hashlib
-import html
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import positive_integer
+from kerasfactory._text import as_html
 from kerasfactory.plot._maps import Side, maps, quantity, scale, short
 
 _STYLE = """
@@ -190,7 +190,7 @@ def interactive(
         for dim, labels in (("sample", drawn.samples), ("head", drawn.heads))
         if len(labels) > 1
     )
-    title = html.escape("; ".join(filter(None, [drawn.title, drawn.note])))
+    title = as_html("; ".join(filter(None, [drawn.title, drawn.note])))
     pieces = [
         f'<div class="kerasfactory-map" data-map="{name}">',
         f"<style>{_one_line(_STYLE)}</style>",

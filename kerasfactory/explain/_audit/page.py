@@ -1,11 +1,12 @@
 """An audit as a page: one HTML file that needs nothing else, for people, with the data in it, for programs."""
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from kerasfactory._text import as_html
 
 _DATA = re.compile(r'(?<=<script type="application/json" id="audit">).*?(?=</script>)', re.DOTALL)
 
@@ -55,7 +56,7 @@ line.zero { stroke: var(--line); stroke-width: 1 }
 
 def page(record: dict[str, Any]) -> str:
     """The audit as HTML, without its data: the same for the same record."""
-    title = html.escape(f"Audit of {record['model']['name']}")
+    title = as_html(f"Audit of {record['model']['name']}")
     sections = (
         _claims,
         _features,
@@ -113,19 +114,19 @@ def without_data(text: str) -> tuple[str, str]:
 
 
 def _section(title: str, note: str, *content: str) -> str:
-    paragraph = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
-    return f"<section>\n<h2>{html.escape(title)}</h2>\n{paragraph}{''.join(content)}</section>\n"
+    paragraph = f'<p class="note">{as_html(note)}</p>\n' if note else ""
+    return f"<section>\n<h2>{as_html(title)}</h2>\n{paragraph}{''.join(content)}</section>\n"
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A figure that can be scrolled with the keyboard, where it is wider than the window."""
-    head = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
+    head = "".join(f'<th scope="col">{as_html(head)}</th>' for head in heads)
     cells = [  # with their headings, for where there is no room for a row of these
-        [cell.replace("<td", f'<td data-head="{html.escape(head)}"', 1) for head, cell in zip(heads, row, strict=True)]
+        [cell.replace("<td", f'<td data-head="{as_html(head)}"', 1) for head, cell in zip(heads, row, strict=True)]
         for row in rows
     ]
     body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in cells)
-    caption, wide = html.escape(caption), ' class="wide"' if len(heads) > 2 else ""
+    caption, wide = as_html(caption), ' class="wide"' if len(heads) > 2 else ""
     return (
         f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n<table{wide}>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
@@ -156,7 +157,7 @@ def _claims(record: dict[str, Any]) -> str:
     return _section(
         "Claims",
         f"{len(claims)} claims, {len(claims) - len(rows)} of them about features: {verdict_counts(record)}.{missed}",
-        f'<p class="note">{html.escape(_skill(record["skill"]))}</p>\n',
+        f'<p class="note">{as_html(_skill(record["skill"]))}</p>\n',
         _table("The claims about the model, and the numbers behind them", ["Claim", "Verdict", "Statistic", "p"], rows),
         _assumptions(record),
     )
@@ -200,7 +201,7 @@ def _assumptions(record: dict[str, Any]) -> str:
         f"Intervals cover {1 - level:.0%} each.",
         "A verdict is about this model and these data. It does not say what causes the outcome.",
     ]
-    entries = "".join(f"<li>{html.escape(text)}</li>\n" for text in assumed)
+    entries = "".join(f"<li>{as_html(text)}</li>\n" for text in assumed)
     return f"<h3>What the verdicts assume</h3>\n<ul>\n{entries}</ul>\n"
 
 
@@ -381,7 +382,7 @@ def _calibration(record: dict[str, Any]) -> str:
     return _section(
         "How often are such verdicts wrong?",
         note,
-        f"<p>{html.escape(found['summary'])}</p>\n",
+        f"<p>{as_html(found['summary'])}</p>\n",
         _table(caption, ["Outcome", "Share, drawn", "Models", "Share"], rows),
     )
 
@@ -441,17 +442,17 @@ def _fact(value: Any) -> str:
     """Names may hold commas, and be many."""
     if not isinstance(value, list) or len(value) <= 8:
         return _cell(_text(value), "value")
-    entries = "<br>".join(html.escape(_text(entry)) for entry in value)
+    entries = "<br>".join(as_html(_text(entry)) for entry in value)
     return f'<td class="value"><details><summary>{len(value)} entries</summary>{entries}</details></td>'
 
 
 def _words(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", as_html(text))
 
 
 def _cell(text: str, kind: str = "", below: str = "") -> str:
     small = f"<br><small>{_words(below)}</small>" if below else ""
-    return f'<td class="{kind}">{html.escape(text)}{small}</td>' if kind else f"<td>{html.escape(text)}{small}</td>"
+    return f'<td class="{kind}">{as_html(text)}{small}</td>' if kind else f"<td>{as_html(text)}{small}</td>"
 
 
 def _verdict(verdict: str, reason: str = "") -> str:
@@ -495,7 +496,7 @@ def _bars(rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> list[str
         whisker = f'<line x1="{at(bounds[0])}" x2="{at(bounds[1])}" y1="5" y2="5"/>' if bounds else ""
         cells.append(
             f'<td class="drawn"><svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
-            f'aria-label="{html.escape(label)}"><rect x="{min(at(0), at(value))}" y="2" '
+            f'aria-label="{as_html(label)}"><rect x="{min(at(0), at(value))}" y="2" '
             f'width="{abs(at(value) - at(0)):.2f}" height="6"/>{whisker}</svg></td>'
         )
     return cells
@@ -515,13 +516,13 @@ def _histogram(null: Sequence[float], observed: float, label: str) -> str:
     x = round(100 * (observed - low) / ((high - low) or 1), 2)
     return (
         f'<svg class="tall" viewBox="-1 0 102 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{html.escape(label)}">{bars}<line x1="{x}" x2="{x}" y1="0" y2="100"/></svg>'
+        f'aria-label="{as_html(label)}">{bars}<line x1="{x}" x2="{x}" y1="0" y2="100"/></svg>'
     )
 
 
 def _null_figure(null: Sequence[float], observed: float, caption: str, verdict: str, below: str = "") -> str:
-    below = f" {html.escape(below)}" if below else ""
+    below = f" {as_html(below)}" if below else ""
     return (
         f"<figure>\n{_histogram(null, observed, f'{caption}: {verdict}')}\n"
-        f"<figcaption>{html.escape(caption)}: {_span(verdict)}.{below}</figcaption>\n</figure>\n"
+        f"<figcaption>{as_html(caption)}: {_span(verdict)}.{below}</figcaption>\n</figure>\n"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from kerasfactory._text import as_html
 from kerasfactory.explain._audit.page import page, verdict_counts
 
 _NUMBERS = ["value", "lower", "upper", "p_value", "p_opposite", "p_adjusted"]
@@ -91,7 +92,7 @@ class Audit(os.PathLike[str]):
         return f"<Audit of {self.record['model']['name']}: {verdict_counts(self.record)}{written}>"
 
     def _repr_html_(self) -> str:
-        title = html.escape(f"Audit of {self.record['model']['name']}")
+        title = as_html(f"Audit of {self.record['model']['name']}")
         # In one line, as Markdown needs it, and in a box in which nothing can run.
         source = html.escape(page(self.record)).replace("\n", "&#10;")
         style = "width: 100%; height: 32rem; border: 1px solid #999"
