@@ -388,29 +388,23 @@ def _run(
         if labels.is_made:  # the first model has warned of the same
             warnings.simplefilter("ignore", UserWarning)
         attribution = attribute(model, x, **reading, **running)
-        names = np.asarray(attribution.coords.get("feature", np.arange(attribution.sizes["feature"]))).astype(str)
-        attribution = attribution.assign_coords(feature=np.arange(len(names)))
         groups = None if data.groups is None else data.groups[held_out]
         dependence: dict[str, Any] = {"feature_mask": data.feature_mask, "groups": groups, "block": data.block}
         claims = feature_claims(model, x, y, attribution, level=level, **dependence, **running)
-    is_by_feature = len(names) == len(data.columns)
-    members = [[number] if is_by_feature else of_one for number, of_one in enumerate(data.columns)]
-    planted = set() if labels.planted is None else {str(member) for member in members[labels.planted]}
-    found = _counted(claims, planted)
+    columns = [] if labels.planted is None else data.columns[labels.planted]
+    has_planted = claims["member"].values[:, columns].any(axis=1)
+    found = _counted(claims, has_planted)
     if labels.planted is not None:
-        found["planted"] = " + ".join(names[members[labels.planted]])
+        found["planted"] = str(claims["feature"].values[labels.planted])
     if not labels.is_made:
         _check_is_testable(claims, len(held_out))
         found["classes"] = outputs_of(model, x[:1], task=reading["task"], target=None).task in _OF_CLASSES
     return found
 
 
-def _counted(claims: xr.Dataset, planted: set[str]) -> dict[str, Any]:
+def _counted(claims: xr.Dataset, has_planted: np.ndarray) -> dict[str, Any]:
     """The verdicts on features that are not planted, and that on the planted one, or on a group that it belongs to."""
-    names = [set(str(name).split(" + ")) for name in claims["feature"].values]
-    verdicts = claims["verdict"].values.tolist()
-    others = [verdict for of_one, verdict in zip(names, verdicts, strict=True) if not of_one & planted]
-    its_own = [verdict for of_one, verdict in zip(names, verdicts, strict=True) if of_one & planted]
+    others, its_own = (claims["verdict"].values[are_of].tolist() for are_of in (~has_planted, has_planted))
     skill = float(claims.attrs["skill"])
     return {
         "skill": skill if np.isfinite(skill) else None,

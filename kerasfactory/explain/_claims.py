@@ -134,6 +134,7 @@ def feature_claims(
         xr.Dataset: Over `feature`, with the names in `attribution` if it has any, and then the groups that were found.
         `plot.features` draws it.
 
+        - `member` (feature, column): whether a column of `x` is one of those that the test removes.
         - `attribution`: the mean over the samples, the sum over the columns of a feature.
         - `claimed`: whether the attribution lies above the mean of all features, that is, above what `uniform` would
           give. Only then is a claim made.
@@ -245,7 +246,8 @@ def feature_claims(
         progress.add(1)
     if feature_mask is None:
         groups_found = _groups(tested)
-        tested = [_named_in(test, groups_found, units) for test in tested]
+        of_column = {column: len(units) + row for row, group in enumerate(groups_found) for column in group}
+        tested = [test._replace(group=of_column.get(test.unit.columns[0])) for test in tested]
         tested += [_tested(_merged(group, units), sampler, own_loss, losses_of) for group in groups_found]
 
     no_margin = ""
@@ -256,10 +258,14 @@ def feature_claims(
     is_dependent = groups is None and block is None and neighbors_are_alike(own_loss)
     variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), no_margin, is_dependent)
     names = [test.unit.name for test in tested]
+    member = np.array([np.isin(np.arange(x.shape[1]), test.unit.columns) for test in tested])
     attributes = {**skill, "samples": len(x), "clusters": int(clusters.max()) + 1, "copies": copies}
     attributes |= {"level": level, "margin": margin, "draws": draws, "seed": seed}
     return xr.Dataset(
-        {name: (("feature", "bound")[: values.ndim], values) for name, values in variables.items()},
+        {
+            "member": (("feature", "column"), member),
+            **{name: (("feature", "bound")[: values.ndim], values) for name, values in variables.items()},
+        },
         {"feature": names, "bound": ["lower", "upper"]},
         attributes,
     )
@@ -278,7 +284,7 @@ class _Test(NamedTuple):
     unit: _Unit
     losses: np.ndarray | None  # (1 + draw, sample): with own values, then with those drawn; None if it cannot be tested
     drawn: Draws | None
-    group: str = ""  # the name of the group that it belongs to
+    group: int | None = None  # the number of the test of the group that it belongs to
 
 
 def _units(x: np.ndarray, attribution: Any, feature_mask: Any) -> list[_Unit]:
@@ -357,13 +363,10 @@ def _groups(tested: list[_Test]) -> list[list[int]]:
 def _merged(group: list[int], units: list[_Unit]) -> _Unit:
     of_group = [units[number] for number in group]
     shares, claimed = [unit.share for unit in of_group], [unit.is_claimed for unit in of_group]
-    return _Unit(_joined(unit.name for unit in of_group), sorted(group), sum(shares), any(claimed))
-
-
-def _named_in(test: _Test, groups: list[list[int]], units: list[_Unit]) -> _Test:
-    """The test with the name of its group."""
-    mine = [group for group in groups if test.unit.columns[0] in group]
-    return test._replace(group=_joined(units[number].name for number in mine[0])) if mine else test
+    name = _joined(unit.name for unit in of_group)
+    while any(name == str(unit.name) for unit in units):
+        name += " (together)"
+    return _Unit(name, sorted(group), sum(shares), any(claimed))
 
 
 def _checked_table(name: str, given: Any) -> np.ndarray:
@@ -416,15 +419,13 @@ def _judged(
     found["p_adjusted"] = np.where(claimed, adjusted, focused_bh(found["p_value"], ~claimed))
     negligible = (focused_bh(found["p_opposite"], claimed) <= level) & (found["interval"][:, 1] <= margin)
     needed = (found["p_adjusted"] <= level) & (found["interval"][:, 0] > 0) & ~(found["interval"][:, 1] <= margin)
-    in_order = sorted(range(count), key=lambda number: tested[number].group != "")  # groups before their members
-    verdicts: dict[str, tuple[str, str]] = {}
+    in_order = sorted(range(count), key=lambda number: tested[number].group is not None)  # groups before their members
+    both = [("", "")] * count
     for number in in_order:
         test = tested[number]
-        of_group = verdicts.get(test.group, ("", ""))[0]
+        of_group = ("", "") if test.group is None else (str(tested[test.group].unit.name), both[test.group][0])
         is_off = needed[number] and _is_off_data(test, sampler)
-        found_of_it = needed[number], negligible[number], is_off
-        verdicts[str(test.unit.name)] = _verdict(test, *found_of_it, of_group, no_margin)
-    both = [verdicts[str(test.unit.name)] for test in tested]
+        both[number] = _verdict(test, needed[number], negligible[number], is_off, of_group, no_margin)
     if is_dependent:
         both = [("undetermined", _DEPENDENT)] * count
     found["verdict"], found["reason"] = (np.array([pair[part] for pair in both]) for part in (0, 1))
@@ -438,9 +439,10 @@ def _is_off_data(test: _Test, sampler: Sampler) -> bool:
 
 
 def _verdict(
-    test: _Test, is_needed: bool, is_negligible: bool, is_off_data: bool, of_group: str, no_margin: str
+    test: _Test, is_needed: bool, is_negligible: bool, is_off_data: bool, of_group: tuple[str, str], no_margin: str
 ) -> tuple[str, str]:
-    """The verdict on one feature, and the reason for it."""
+    """The verdict on one feature, and the reason for it; its group, if it has one, has a name and a verdict."""
+    group, verdict_of_group = of_group
     if test.drawn is None:
         return "undetermined", "It cannot be tested: it is constant, or there are too few samples."
     if is_off_data:
@@ -451,9 +453,9 @@ def _verdict(
         return "needed, not claimed", "The model does worse without it, and its attribution is not above the mean."
     if not test.unit.is_claimed:
         return "undetermined", "Its attribution is not above the mean: it is not claimed to be high."
-    if test.group and of_group != "refuted":
-        return "undetermined", f"It is part of “{test.group}”: the data cannot tell which of these the model needs."
-    if test.drawn.determined_by and not test.group:
+    if group and verdict_of_group != "refuted":
+        return "undetermined", f"It is part of “{group}”: the data cannot tell which of these the model needs."
+    if test.drawn.determined_by and not group:
         return "undetermined", "The other features determine it, nearly: the data cannot tell what is its own."
     if is_negligible and no_margin:
         return "undetermined", no_margin

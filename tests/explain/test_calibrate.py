@@ -204,6 +204,16 @@ def test_a_planted_feature_that_has_a_copy_is_found_with_its_group():
 
 
 @pytest.mark.backend_independent
+def test_a_planted_feature_is_found_with_a_group_whose_name_does_not_name_it():
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.normal(size=(240, 1)) + 0.02 * rng.normal(size=(240, 6)), rng.normal(size=240)])
+    result = calibrate(exact_trainer(7, Ridge), x, x[:, 0] + rng.normal(size=240), n=6, strength=0.5)
+    assert {"3", "4", "5"} & set(result["planted"].values)  # the group is called `0 + 1 + 2 + 3 more`
+    assert (result["verdict"] == "supported").all()
+    assert (result["supported"].sel(arm="planted") == 0).all()
+
+
+@pytest.mark.backend_independent
 def test_several_classes_with_a_model_that_is_trained_by_keras():
     x, _ = table(160)
     y = np.eye(3)[(x[:, 0] > 0).astype(int) + (x[:, 0] > 1)]

@@ -94,6 +94,20 @@ def test_copies_are_claimed_and_not_supported(results):
         assert result["verdict"].sel(feature="0 + 1 + 2 + 3") == "supported"
 
 
+def test_a_feature_that_is_named_like_a_group_keeps_its_own_verdict():
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    x[:, 1] = x[:, 0]
+    names = {"feature": ["a", "b", "a + b"]}
+    attribution = xr.DataArray(np.tile([0.4, 0.4, 0.2], (200, 1)), names, ("sample", "feature"))
+    y = x.sum(axis=1) + np.random.default_rng(1).normal(size=200)
+    claims = explain.feature_claims(linear([0.5, 0.5, 1.0]), x, y, attribution, verbose=0)
+    assert claims["feature"].values.tolist() == ["a", "b", "a + b", "a + b (together)"]
+    assert claims["verdict"].values.tolist() == ["undetermined", "undetermined", "needed, not claimed", "supported"]
+    assert "“a + b (together)”" in claims["reason"].values[0]
+    of_row = [np.flatnonzero(row).tolist() for row in claims["member"].values]
+    assert of_row == [[0], [1], [2], [0, 1]]
+
+
 @pytest.mark.backend_independent
 def test_a_shortcut_is_claimed_and_not_supported_unless_it_holds(trained, results):
     for result in results["shortcut"]:

@@ -26,7 +26,7 @@ _SELECTION = 2000  # rows on which a regression is chosen; all rows fit the one 
 _CHECKED = 1000  # pairs of a true and a drawn value by which the two may be told apart
 _UNEXPLAINED = 0.02  # of the variance of a column: with less left, the others determine it
 _LEANING = 0.2  # of the largest: the columns that count for that
-_CERTAINTY = 0.01  # the error level of that finding
+_CERTAINTY = 0.01  # the error level at which draws are called off the data
 
 
 class Regression(NamedTuple):
@@ -38,7 +38,7 @@ class Regression(NamedTuple):
     scale: Callable[[np.ndarray], np.ndarray]  # how far values lie from the fitted ones at other rows
     inverse: Callable[[np.ndarray], np.ndarray]  # from what was regressed to values of the column
     unexplained: float  # the leave-one-out error, as a share of the variance
-    leaning: np.ndarray  # (other,): how much each other column moves a linear fit
+    leaning: Callable[[], np.ndarray]  # (other,): how much each other column moves a linear fit
 
 
 class Part(NamedTuple):
@@ -118,7 +118,7 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
         scale,
         from_scores if in_scores and not is_graded else lambda given: np.clip(given, low, high),
         smallest / len(chosen) / (total[chosen].var() or 1),
-        _leaning(rows, transforms if in_scores else [None] * rows.shape[1], target),
+        lambda: _leaning(rows, transforms if in_scores else [None] * rows.shape[1], target),
     )
 
 
@@ -271,13 +271,14 @@ class Sampler(NamedTuple):
         fit = regression(others, target, self.x is self.rows)
         fitted_at_x = fit.at(tables)
         labels = _cells(fit.fitted, fit.fitted), _cells(fit.fitted, fitted_at_x)
-        is_determined, leaning = fit.unexplained <= _UNEXPLAINED, np.zeros(self.x.shape[1])
-        leaning[given] = fit.leaning
+        is_determined, tree = fit.unexplained <= _UNEXPLAINED, None
         if is_level(target):
             tree, is_determined = _tree(others, target, len(columns) > 1)
             if tree is not None:
                 labels = tree.apply(others), tree.apply(tables)
-                leaning[given] = tree.feature_importances_
+        leaning = np.zeros(self.x.shape[1])
+        if is_determined:
+            leaning[given] = fit.leaning() if tree is None else tree.feature_importances_
         at_x = np.broadcast_to(labels[1].reshape(-1, len(self.x)), values.shape[:2])
         fitted_at_x = fitted_at_x.reshape(-1, len(self.x))
         if len(np.unique(self.row_clusters)) == len(self.rows):
@@ -342,10 +343,10 @@ def _tree(others: np.ndarray, target: np.ndarray, is_nominal: bool) -> tuple[Any
     from sklearn.tree import DecisionTreeClassifier
 
     levels = np.unique(target, return_inverse=True)[1]
-    trees = [DecisionTreeClassifier(min_samples_leaf=smallest, random_state=0) for smallest in _LEAVES]
-    stump = DecisionTreeClassifier(min_samples_leaf=len(target), random_state=0)
     if not others.shape[1] or 4 * (levels.max() + 1) > len(target):
         return None, False  # there is nothing to tell, or too little to learn it from
+    trees = [DecisionTreeClassifier(min_samples_leaf=smallest, random_state=0) for smallest in _LEAVES]
+    stump = DecisionTreeClassifier(min_samples_leaf=len(target), random_state=0)
     chosen = np.linspace(0, len(target) - 1, min(len(target), _SELECTION)).astype(int)
     first, second = chosen[::2], chosen[1::2]
     for tree in [*trees, stump]:
