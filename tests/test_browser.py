@@ -152,6 +152,40 @@ def test_search_finds_a_page(site_url, new_page, device, scheme):
     assert not heard
 
 
+def test_pages_run_no_script_and_load_no_picture_but_their_own(site, new_page):
+    page = new_page()
+    for address in ("", "404.html", "recipes/audit/", "recipes/visualization/"):
+        page.goto(address)
+        blocked = []
+        page.on("console", lambda message, blocked=blocked: blocked.append(message.text))
+        page.evaluate(
+            """() => {
+                window.ran = []
+                const add = (name, attributes) => {
+                    const element = Object.assign(document.createElement(name), attributes)
+                    return new Promise(done => {
+                        element.onload = () => done(window.ran.push(name))
+                        element.onerror = done
+                        document.body.append(element)
+                        setTimeout(done, 500)
+                    })
+                }
+                const other = location.origin.replace("127.0.0.1", "localhost") + "/assets/"
+                const text = document.createElement("div")
+                text.innerHTML = '<b onclick="window.ran.push(1)">b</b>'
+                document.body.append(text)
+                text.firstChild.click()
+                return Promise.all([
+                    add("script", {textContent: "window.ran.push('inline')"}),
+                    add("script", {src: other + "site.js"}),
+                    add("img", {src: other + "logo.svg"}),
+                ])
+            }"""
+        )
+        assert page.evaluate("window.ran") == []
+        assert len([text for text in blocked if "Content Security Policy" in text]) == 4, blocked
+
+
 def test_copy_buttons_copy_exactly_the_code(new_page):
     notebook = nbformat.read(EXAMPLES / "finance.ipynb", as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,5 +1,7 @@
 """What MkDocs runs around a build: executed examples become recipe pages, formulas become MathML."""
 
+import base64
+import hashlib
 import html
 import json
 import posixpath
@@ -21,6 +23,14 @@ PUBLIC_NAMES = {
     for package, prefix in {"layers": "", "explain": "explain.", "plot": "plot."}.items()
     for name in griffe.load(f"kerasfactory.{package}", search_paths=[ROOT], allow_inspection=False).exports
 }
+
+_command = "build"
+
+
+def on_startup(command, **_):
+    """MkDocs says whether it builds the site or serves it."""
+    global _command
+    _command = command
 
 
 def on_config(config):
@@ -62,6 +72,45 @@ def on_page_content(content, page, **_):
     return re.sub(
         r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
     )
+
+
+def on_post_page(output, **_):
+    """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    if _command == "serve":  # which puts a script of its own into each page afterward
+        return output
+    head = '<meta charset="utf-8">'
+    return output.replace(head, f'{head}\n<meta http-equiv="Content-Security-Policy" content="{_policy(output)}">', 1)
+
+
+def on_post_template(output, template_name, **_):
+    """The page that stands where there is none is no page to MkDocs, nor is the map of the site."""
+    return on_post_page(output) if template_name.endswith(".html") else output
+
+
+def _policy(page: str) -> str:
+    """Scripts and styles that stand in the page itself are allowed one by one, by their hashes."""
+    # A frame obeys the policy of the page that it stands in.
+    parts = [page, *map(html.unescape, re.findall(r'<iframe [^>]*srcdoc="([^"]*)"', page))]
+
+    def hashes(pattern):
+        found = {text for part in parts for text in re.findall(pattern, part, flags=re.DOTALL)}
+        digests = sorted(hashlib.sha256(text.encode()).digest() for text in found)
+        return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+
+    attributes = hashes(r'<[^>]* style="([^"]*)"')
+    if attributes:
+        attributes = ["'unsafe-hashes'", *attributes]  # without it the hash of an attribute does not count
+    rules = {
+        "default-src": ["'none'"],
+        "script-src": ["'self'", *hashes(r"<script>(.*?)</script>")],
+        "style-src": ["'self'", *hashes(r"<style>(.*?)</style>"), *attributes],
+        "img-src": ["'self'", "data:"],
+        "connect-src": ["'self'"],
+        "worker-src": ["'self'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+    }
+    return "; ".join(" ".join([name, *sources]) for name, sources in rules.items())
 
 
 def _pages(nav):
