@@ -54,8 +54,7 @@ notebooks: .venv/ready ## execute the examples whose code, or the code they run 
 	$(BIN)/python tools/notebooks.py
 
 bench: .venv/ready ## measure the layer, capture and summarize beside their peers, how often verdicts are right, and which reading is; over an hour
-	$(PIP) install --no-deps --target .venv/peers kerasfactory==0.1.1 loguru pandas plotly \
-		pytorch-forecasting lightning lightning-utilities torchmetrics scikit-base tqdm shap slicer numba llvmlite
+	$(UV) --require-hashes --no-deps --target .venv/peers -r requirements-bench.txt
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/summary.py
@@ -67,12 +66,14 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Both locks agree: the smaller one is made of the versions in the larger one.
+# The locks agree: the smaller ones are made of the versions in the largest one.
 LOCK = $(BIN)/uv --quiet pip compile --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
-lock: .venv/docs ## renew requirements.txt and requirements-docs.txt from pyproject.toml
+lock: .venv/docs ## renew requirements*.txt from pyproject.toml, but for requirements-torch-cpu.txt
 	$(LOCK) --upgrade --group dev --extra tensorflow --extra jax --extra store --extra plot pyproject.toml -o requirements.txt
 	$(LOCK) --upgrade --group docs --constraints requirements.txt -o requirements-docs.txt
+	$(LOCK) --upgrade --group torch --constraints requirements.txt -o requirements-torch.txt
+	$(LOCK) --upgrade --no-deps --group bench --constraints requirements-torch.txt -o requirements-bench.txt
 
 clean:
 	rm -rf .venv site docs/recipes
@@ -86,12 +87,13 @@ clean:
 	$(UV) --require-hashes -r requirements-docs.txt
 	@touch .venv/docs
 
-# PyTorch stays out of requirements.txt, which would pin its CUDA for Linux too. That costs several GB, its CPU build 0.2.
-# pip installs it, because pip alone follows the user's own settings to such a build.
-# Captum, with which the tests on PyTorch compare, stays out too: it needs PyTorch, tqdm, and what is in requirements.txt.
-.venv/ready: .venv/docs requirements.txt pyproject.toml
-	$(PIP) install torch==2.13.0
+# For Linux there are two builds of PyTorch: that for CPUs has 0.2 GB, that with CUDA several. If pip finds the first, by the
+# user's own settings, which uv does not read, CUDA is left out. Every file is compared with its hash.
+.venv/ready: .venv/docs requirements.txt requirements-torch.txt requirements-torch-cpu.txt pyproject.toml
+	if $(PIP) install --require-hashes --no-deps -r requirements-torch-cpu.txt 2> .venv/no-cpu-build.txt; then \
+		awk '/^[^ ]/ { other = !/^(torch==|triton|cuda-|nvidia-)/ } other' requirements-torch.txt > .venv/torch.txt; \
+	else cp requirements-torch.txt .venv/torch.txt; fi
+	$(UV) --require-hashes --no-deps -r .venv/torch.txt
 	$(UV) --require-hashes -r requirements.txt
-	$(UV) --no-deps captum==0.9.0 tqdm==4.70.1
 	$(UV) --no-deps --no-build-isolation -e .
 	@touch .venv/ready
