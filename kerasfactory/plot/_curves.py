@@ -8,6 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kerasfactory._text import as_matplotlib
+from kerasfactory.plot._maps import labels_of, short, wrapped
 from kerasfactory.plot._ranking import (
     COLORS,
     MARKERS,
@@ -68,7 +70,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         epochs = dataset["epoch"].values
         for name, ax in zip(STATISTICS, axes, strict=True):
-            for number, head in enumerate(dataset["head"].values):
+            for number, head in enumerate(labels_of(dataset.get_index("head"))):
                 ax.plot(
                     epochs,
                     dataset[name].values[:, number],
@@ -77,18 +79,18 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
                     markevery=max(1, len(epochs) // 10),
                     markersize=4,
                     linestyle=_LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)],
-                    label=f"head {head}",
+                    label=as_matplotlib(short(f"head {head}")),
                 )
             ax.grid(color="#dddddd", linewidth=0.6)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             ax.set_ylim(-0.03, 1.03)
         axes[2].set_ylim(0, 1.05 * float(np.nan_to_num(dataset["distance"]).max()) or 1)
         note_missing_distance(axes[2], dataset["distance"].values)
         is_gap = np.isnan(dataset["entropy"].values).any(axis=1)
-        gap = f"NaN from epoch {epochs[is_gap.argmax()]} on" if is_gap.any() else ""
-        axes[0].set_ylabel("\n".join(filter(None, [layer, gap])))
-    for ax, title in zip(grid[0], STATISTICS.values(), strict=True):
-        ax.set_title(title, fontsize="medium")
+        gap = [f"NaN from epoch {epochs[is_gap.argmax()]} on"] if is_gap.any() else []
+        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, 26), *gap))
+    for ax, lines in zip(grid[0], STATISTICS.values(), strict=True):
+        ax.set_title(as_matplotlib(*lines), fontsize="medium")
     for ax in grid[-1]:
         ax.set_xlabel("epoch")
     lines = max((ax.lines for ax in grid[:, 0]), key=len)
@@ -169,17 +171,18 @@ def faithfulness(result: xr.Dataset) -> Figure:
         if samples > 1:
             curves.fill_between(fractions, *bootstrap(values, level, seed=0), color=color, alpha=0.2, lw=0)
     curves.axhline(0, color="#6b6b6b", linewidth=0.8)
-    removal = f'\nremoved: "{result.attrs["removal"]}"' if "removal" in result.attrs else ""
-    curves.set_xlabel("fraction of the features" + removal)
+    removal = wrapped(f'removed: "{result.attrs["removal"]}"', 48) if "removal" in result.attrs else []
+    curves.set_xlabel(as_matplotlib("fraction of the features", *removal))
     curves.set_ylabel("change of the output")
     band = f"mean over {samples} samples, {100 * (1 - level):.4g}% band" if samples > 1 else "one sample: no band"
-    curves.set_title(band, fontsize="medium")
+    curves.set_title(as_matplotlib(band), fontsize="medium")
     curves.legend(fontsize="small")
 
     null, p_value = result["null"].values, float(result["p_value"])
     observed = float(result.attrs.get("observed", result["aopc_comprehensiveness"]))
     chance.hist(null, bins=min(30, max(5, len(null) // 8)), color="#b0b0b0", label="random attributions")
     chance.axvline(observed, color=COLORS[0], linewidth=2, label=f"this attribution: {observed:.2g}")
+    chance.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     chance.set_xlabel("comprehensiveness, mean over the fractions")
     chance.set_ylabel("draws")
     chance.set_title(f"p = {p_value:.2g}, of {len(null)} random attributions", fontsize="medium")

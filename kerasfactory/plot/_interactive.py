@@ -14,7 +14,7 @@ from kerasfactory.plot._maps import Side, maps, quantity, scale, short
 
 _STYLE = """
 .kerasfactory-map{color:inherit;font:14px/1.5 system-ui,sans-serif;max-width:100%;margin:1em 0}
-.kerasfactory-map p{margin:.3em 0}
+.kerasfactory-map p{margin:.3em 0;overflow-wrap:anywhere}
 .kerasfactory-map label{display:inline-flex;align-items:center;gap:.5em;margin:0 1.5em .3em 0}
 .kerasfactory-map input{width:9em;min-width:4em;accent-color:#1769c4}
 .kerasfactory-map b{font-weight:600;min-width:2em}
@@ -192,7 +192,8 @@ def interactive(
     )
     title = as_html("; ".join(filter(None, [drawn.title, drawn.note])))
     pieces = [
-        f'<div class="kerasfactory-map" data-map="{name}">',
+        # Notebooks look for formulas in what they show, unless one of these classes forbids it.
+        f'<div class="kerasfactory-map mathjax_ignore tex2jax_ignore" data-map="{name}">',
         f"<style>{_one_line(_STYLE)}</style>",
         f"<p>{title}</p>" if title else "",
         f"<p>{sliders}</p>" if sliders else "",
@@ -212,7 +213,7 @@ def _ticks(side: Side) -> list[tuple[int, str]]:
     if side.names is not None:
         return [(index, short(name)) for index, name in enumerate(side.names)]
     starts = side.edges[:-1].tolist()
-    return [(index, str(starts[index])) for index in range(0, len(starts), max(1, len(starts) // 8))]
+    return [(index, side.position(starts[index])) for index in range(0, len(starts), max(1, len(starts) // 8))]
 
 
 def _one_line(code: str) -> str:

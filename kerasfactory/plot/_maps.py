@@ -1,15 +1,20 @@
 """What to draw of scores: one form for everything that `explain` returns, small enough to be read."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import textwrap
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from kerasfactory._arguments import positive_integer
+from kerasfactory._text import visible
 
 _BINS = 64  # along an axis without names: with more, a key that a head picks out would be thinner than a line
 _LONGEST_NAME = 24
+# Units of dates and of durations, the coarsest first, in which all of them are whole.
+_DATES = ["D", "m", "s", "ms", "us", "ns"]
+_DURATIONS = {"D": "d", "h": "h", "m": "min", "s": "s", "ms": "ms", "us": "µs", "ns": "ns"}
 
 
 class Side(NamedTuple):
@@ -17,13 +22,21 @@ class Side(NamedTuple):
 
     names: list[str] | None
     edges: np.ndarray  # where each cell starts, and where the last one ends
+    times: list[str] | None = None  # the date or the duration of each position
 
     def cells(self) -> list[str]:
         """The name or the positions of each cell."""
         if self.names is not None:
             return self.names
-        ends = zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True)
-        return [str(start) if stop == start + 1 else f"{start} to {stop - 1}" for start, stop in ends]
+        ends = zip(self.edges[:-1].tolist(), (self.edges[1:] - 1).tolist(), strict=True)
+        return [
+            self.position(first) if first == last else f"{self.position(first)} to {self.position(last)}"
+            for first, last in ends
+        ]
+
+    def position(self, number: int) -> str:
+        """What stands at a position of an axis without names."""
+        return str(number) if self.times is None else self.times[number]
 
     def binned(self) -> bool:
         """Whether a cell stands for more than one position."""
@@ -53,8 +66,12 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     dims = array.dims
     if samples is not None and "sample" in dims:
         array = array.isel(sample=slice(samples))
-    title = [str(array.name)] if array.name is not None else []
-    title += [f"{dim} {array[dim].item()}" for dim in ("sample", "head") if dim in array.coords and dim not in dims]
+    title = [short(array.name, 2 * _LONGEST_NAME)] if array.name is not None else []
+    title += [
+        f"{dim} {short(*labels_of(array[dim].expand_dims('one').to_index()))}"
+        for dim in ("sample", "head")
+        if dim in array.coords and dim not in dims
+    ]
     averaged = [dim for dim in mean_over if array.sizes.get(dim, 1) > 1]
     if averaged:
         title.append("mean over " + " and ".join(f"{array.sizes[dim]} {dim}s" for dim in averaged))
@@ -65,14 +82,37 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     values = array.to_numpy().astype("float64")
     _check_values(values)
     values, queries, keys, note = _shortened(values, queries, keys, top_k)
-    sample_labels, head_labels = ([str(label) for label in array[dim].values] for dim in ("sample", "head"))
+    sample_labels, head_labels = (labels_of(array.get_index(dim)) for dim in ("sample", "head"))
     return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note)
 
 
-def short(name: str) -> str:
-    """A name that leaves room for the picture."""
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half].strip()}…{name[1 - half :].strip()}"
+def labels_of(index: Any) -> list[str]:
+    """What a pandas index says, for people: dates as dates, durations with a unit, and all else as it is."""
+    values = np.asarray(index if getattr(index, "tz", None) is None else index.tz_localize(None))
+    if values.dtype.kind == "M":
+        unit = _coarsest(values, _DATES)
+        return [text.replace("T", " ") for text in np.datetime_as_string(values, unit=unit).tolist()]
+    if values.dtype.kind == "m":
+        unit = _coarsest(values, _DURATIONS)
+        numbers = values.astype(f"m8[{unit}]")
+        return ["NaT" if np.isnat(number) else f"{number.astype(int)} {_DURATIONS[unit]}" for number in numbers]
+    return [visible(value) for value in index]
+
+
+def _coarsest(values: np.ndarray, units: Iterable[str]) -> str:
+    known, kind = values[~np.isnat(values)], values.dtype.kind
+    return next((unit for unit in units if (known.astype(f"{kind}8[{unit}]") == known).all()), "ns")
+
+
+def short(name: Any, longest: int = _LONGEST_NAME) -> str:
+    """A name that leaves room for the picture: of a long one, what it starts and ends with."""
+    text, half = visible(name), longest // 2
+    return text if len(text) <= longest else f"{text[:half].strip()}…{text[1 - half :].strip()}"
+
+
+def wrapped(text: Any, letters: int, lines: int = 2) -> list[str]:
+    """A text in at most so many lines of so many letters."""
+    return textwrap.wrap(short(text, lines * letters), letters, max_lines=lines, placeholder="…")
 
 
 def quantity(drawn: Maps) -> str:
@@ -103,13 +143,13 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
     if isinstance(scores, xr.Dataset) and "map" in scores:
         array = scores["map"].rename({"query_bin": "query", "key_bin": "key"}).rename(scores.attrs.get("layer"))
         sides = [
-            Side(_names(scores, dim, array.sizes[dim]), np.append(scores[f"{dim}_bin"], scores[f"{dim}_bin_end"][-1:]))
+            _side(scores, dim, np.append(scores[f"{dim}_bin"], scores[f"{dim}_bin_end"][-1:]))
             for dim in ("query", "key")
         ]
         array = array.drop_vars(["query", "key"])
     elif isinstance(scores, xr.DataArray):
         array = scores
-        sides = [Side(_names(array, dim, size), np.arange(size + 1)) for dim, size in array.sizes.items()][-2:]
+        sides = [_side(array, dim, np.arange(size + 1)) for dim, size in array.sizes.items()][-2:]
     else:
         raise ValueError(
             "`scores` must be a DataArray as from `explain.capture` or `explain.rollout`, or a Dataset as from "
@@ -128,13 +168,23 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
     return array, queries, keys
 
 
-def _names(labeled: xr.DataArray | xr.Dataset, dim: Hashable, size: int) -> list[str] | None:
-    return [str(name) for name in labeled[dim].values] if dim in labeled.coords and labeled.sizes[dim] == size else None
+def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) -> Side:
+    if dim not in labeled.indexes:
+        return Side(None, edges)
+    index = labeled.indexes[dim]
+    labels = labels_of(index)
+    if index.dtype.kind in "mM":
+        return Side(None, edges, labels)
+    return Side(labels if len(labels) == len(edges) - 1 else None, edges)
 
 
 def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tuple[np.ndarray, Side, Side, str]:
     """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out."""
     notes = []
+    queries, keys = (
+        Side(side.times, side.edges) if side.times is not None and len(side.edges) - 1 == len(side.times) <= top_k else side
+        for side in (queries, keys)
+    )  # a few dates are names, and many have an order
     if keys.names is not None and len(keys.names) > top_k:
         received = values.sum(axis=(0, 1, 2))
         chosen = np.argsort(-received, kind="stable")[:top_k]
@@ -162,7 +212,7 @@ def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tup
 def _in_bins(side: Side) -> tuple[np.ndarray, Side]:
     """The first cell of each bin, and the side in bins."""
     cells = np.arange(_BINS + 1) * (len(side.edges) - 1) // _BINS
-    return cells[:-1], Side(None, side.edges[cells])
+    return cells[:-1], side._replace(edges=side.edges[cells])
 
 
 def _check_values(values: np.ndarray) -> None:

@@ -1,8 +1,9 @@
 """Heat maps of attention scores: one, or all heads of a layer."""
 
 import math
-import textwrap
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kerasfactory._arguments import positive_integer
-from kerasfactory.plot._maps import Maps, Side, maps, quantity, scale, short
+from kerasfactory._text import as_matplotlib
+from kerasfactory.plot._maps import Maps, Side, maps, quantity, scale, short, wrapped
 
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
 
@@ -87,12 +89,12 @@ def heatmap(
     image = _draw(ax, drawn, drawn.values[0, 0], end)
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.colorbar(image, ax=ax).set_label(f"{quantity(drawn)}\n{description}", fontsize="small")
+    figure.colorbar(image, ax=ax).set_label(as_matplotlib(quantity(drawn), description), fontsize="small")
     _label_axes(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
     letters = max(20, int(13 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
-    lines = [line for text in (drawn.title, drawn.note) for line in textwrap.wrap(text, letters)]
-    ax.set_title("\n".join(lines), fontsize="medium")
+    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, letters, 6)]
+    ax.set_title(as_matplotlib(*lines), fontsize="medium")
     return ax
 
 
@@ -159,13 +161,14 @@ def heads(
     axes = list(grid.flat[:number])
     for position, (ax, head) in enumerate(zip(axes, drawn.heads, strict=True)):
         image = _draw(ax, drawn, drawn.values[0, position], end)
-        ax.set_title(f"head {head}", fontsize="medium")
+        ax.set_title(as_matplotlib(short(f"head {head}")), fontsize="medium")
         leftmost, lowest = position % columns == 0, position + columns >= number
         _label_axes(ax, drawn.queries if leftmost else None, drawn.keys if lowest else None)
         ax.tick_params(labelleft=leftmost, labelbottom=lowest)
-    description += "\nof all heads" * (vmax is None)
-    figure.colorbar(image, ax=axes).set_label(f"{quantity(drawn)}\n{description}", fontsize="small")
-    figure.suptitle("\n".join(filter(None, [drawn.title, drawn.note])), fontsize="medium")
+    quantities = [quantity(drawn), description, *["of all heads"] * (vmax is None)]
+    figure.colorbar(image, ax=axes).set_label(as_matplotlib(*quantities), fontsize="small")
+    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, int(13 * size[0]), 4)]
+    figure.suptitle(as_matplotlib(*lines), fontsize="medium")
     _fit_names(figure, axes, drawn)
     return figure
 
@@ -186,15 +189,22 @@ def _draw(ax: Axes, drawn: Maps, values: np.ndarray, end: float) -> AxesImage:
     )
     for side, axis in ((drawn.queries, ax.yaxis), (drawn.keys, ax.xaxis)):
         if side.names is not None:
-            axis.set_ticks(range(len(side.names)), [short(name) for name in side.names])
+            axis.set_ticks(range(len(side.names)), [as_matplotlib(short(name)) for name in side.names])
         else:
-            axis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            axis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        if side.times is not None:
+            axis.set_major_formatter(FuncFormatter(partial(_time, side.times)))
     return image
 
 
 def _name_width(side: Side) -> float:
     """The width of the longest name, in inches."""
-    return 0.065 * max(len(short(name)) for name in side.names) if side.names is not None else 0.0
+    return 0.065 * max((len(short(name)) for name in side.names or side.times or ()), default=0)
+
+
+def _time(times: list[str], position: float, _: Any) -> str:
+    """The text of a tick, which may stand beyond the map."""
+    return times[int(position)] if 0 <= position < len(times) else ""
 
 
 def _label_axes(ax: Axes, queries: Side | None, keys: Side | None) -> None:
@@ -204,16 +214,20 @@ def _label_axes(ax: Axes, queries: Side | None, keys: Side | None) -> None:
         (keys, "key (looked at)", ax.set_xlabel),
     ):
         if side is not None:
-            positions = f"\nposition, {len(side.edges) - 1} bins" if side.binned() else ", position"
-            set_label(role if side.names is not None else role + positions)
+            unit = "position" * (side.names is None and side.times is None)
+            bins = f"{len(side.edges) - 1} bins" * side.binned()
+            lines = [role, ", ".join(filter(None, [unit, bins]))] if bins else [", ".join(filter(None, [role, unit]))]
+            set_label(as_matplotlib(*lines))
 
 
 def _fit_names(figure: Figure, axes: list[Axes], drawn: Maps) -> None:
     """Choose the size and the angle of the names so that they do not touch. Where there is none, leave some out."""
     for ax in axes:
         ax.tick_params(labelsize=_SMALLEST)
-        ax.tick_params(axis="x", rotation=90 if drawn.keys.names else 0)
-    figure.draw_without_rendering()  # the axes have their size only after this
+        ax.tick_params(axis="x", rotation=90 if drawn.keys.names or drawn.keys.times else 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it comes when the figure is shown
+        figure.draw_without_rendering()  # the axes have their size only after this
     box = axes[0].get_window_extent()
     for side, length, axis_of_maps in (
         (drawn.queries, box.height, [ax.yaxis for ax in axes]),
@@ -230,7 +244,7 @@ def _fit_names(figure: Figure, axes: list[Axes], drawn: Maps) -> None:
         fits_flat = axis_of_maps[0].axis_name == "y" or max(map(len, names)) * 0.7 * size < room * step
         angle = 0 if fits_flat else 45 if 1.6 * size < room * step else 90
         for axis in axis_of_maps:
-            axis.set_ticks(range(0, len(names), step), names[::step])
+            axis.set_ticks(range(0, len(names), step), [as_matplotlib(name) for name in names[::step]])
             axis.set_tick_params(labelsize=size, rotation=angle)
             if angle == 45:
                 for label in axis.get_ticklabels():

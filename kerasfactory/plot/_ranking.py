@@ -1,7 +1,6 @@
 """Rankings: of features by attribution or by a claim's effect, of heads by their statistics."""
 
 import math
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kerasfactory._arguments import checked_level, checked_seed, positive_integer
+from kerasfactory._text import as_matplotlib
+from kerasfactory.plot._maps import labels_of, short, wrapped
 
 # Okabe and Ito's colors, which differ with any color vision. Shapes and words say the same.
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = "osD^vPX"
 STATISTICS = {
-    "entropy": "entropy\n(0: one key, 1: all alike)",
-    "confidence": "confidence\n(mean of the largest weight)",
-    "distance": "distance\n(positions)",
+    "entropy": ("entropy", "(0: one key, 1: all alike)"),
+    "confidence": ("confidence", "(mean of the largest weight)"),
+    "distance": ("distance", "(positions)"),
 }
 _GRAY = "#6b6b6b"
 _VERDICTS = {
@@ -97,13 +98,14 @@ def features(
     order = np.argsort(-np.abs(ranked_by), kind="stable")[:top_k]
     order = order[np.argsort(-ranked_by[order], kind="stable")]
     # A long name gets two lines instead of losing its middle, where features often differ.
-    labels = ["\n".join(textwrap.wrap(names[index], 34, max_lines=2, placeholder="…")) for index in order]
+    labels = [as_matplotlib(*wrapped(names[index], 34)) for index in order]
     if claims is not None:
         verdicts = claims["verdict"].values[order]
         labels = [f"{label} ({verdict})" for label, verdict in zip(labels, verdicts, strict=True)]
     if ax is None:
         row_height = 0.22 + 0.1 * max(len(means), 1 + any("\n" in label for label in labels))
         _, ax = plt.subplots(figsize=(6.4, 1.2 + len(order) * row_height), layout="constrained")
+    handles: list[Any] = []
     for number, (method, mean) in enumerate(means.items()):
         marker, color = MARKERS[number % 7], COLORS[number % 7]
         rows = np.arange(len(order)) + (number - (len(means) - 1) / 2) * 0.7 / len(means)
@@ -111,7 +113,10 @@ def features(
             low, high = bounds[method][:, order]
             ax.hlines(rows, low, high, color=color if claims is None else _GRAY, linewidth=1.6)
         if claims is None:
-            ax.plot(mean[order], rows, marker, color=color, label=method or None, linestyle="none")
+            # A label that is empty, or starts with `_`, would be in no legend.
+            label = as_matplotlib(short(method, 40))
+            label = f" {label}" if len(means) > 1 and label[:1] in ("", "_") else label
+            handles += ax.plot(mean[order], rows, marker, color=color, label=label or None, linestyle="none")
             continue
         for verdict, (marker, color) in _VERDICTS.items():
             chosen = verdicts == verdict
@@ -125,11 +130,13 @@ def features(
         ax.set_xlim(left=0)
     else:
         ax.axvline(0, color=_GRAY, linewidth=0.8)
-    ax.set_xlabel(axis_label)
+    ax.set_xlabel(as_matplotlib(axis_label))
     if len(order) < len(names):
         ax.set_title(f"{len(order)} of {len(names)} features", fontsize="medium")
     if len(means) > 1:  # verdicts are in the labels
-        ax.legend(loc="best", fontsize="small")
+        legend = ax.legend(handles=handles, loc="best", fontsize="small")
+        for text, method in zip(legend.get_texts(), means, strict=True):
+            text.set_text(as_matplotlib(short(method, 40)))
     return ax
 
 
@@ -183,7 +190,8 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
     figure, grid = plt.subplots(len(layers), 4, squeeze=False, figsize=(10, height), layout="constrained")
     farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
-        rows, names = np.arange(dataset.sizes["head"]), [str(head) for head in dataset["head"].values]
+        rows = np.arange(dataset.sizes["head"])
+        names = [as_matplotlib(short(head)) for head in labels_of(dataset.get_index("head"))]
         for name, ax, largest in zip(STATISTICS, axes[:3], (1, 1, farthest or 1), strict=True):
             ax.hlines(rows, 0, dataset[name], color="#bbbbbb", linewidth=1)
             ax.plot(dataset[name], rows, "o", color=COLORS[0])
@@ -195,10 +203,10 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         for ax in axes:
             ax.set_yticks(rows[vertical], names[vertical])
         axes[3].set_xticks(rows[horizontal], names[horizontal])
-        axes[0].set_ylabel(f"{layer}\nhead" if layer else "head")
+        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, 24), "head"))
         axes[3].set_ylabel("head")
-    for ax, label in zip(grid[-1], [*STATISTICS.values(), "other head"], strict=True):
-        ax.set_xlabel(label)
+    for ax, lines in zip(grid[-1], [*STATISTICS.values(), ("other head",)], strict=True):
+        ax.set_xlabel(as_matplotlib(*lines))
     grid[0, 3].set_title("redundancy", fontsize="medium")
     figure.colorbar(image, ax=list(grid[:, 3]), label="Jensen–Shannon distance\n(0: the same, 1: nothing shared)")
     return figure
@@ -304,4 +312,4 @@ def _read_claims(claims: xr.Dataset) -> _Ranking:
 
 
 def _feature_names(labeled: xr.DataArray | xr.Dataset) -> list[str]:
-    return [str(name) for name in labeled["feature"].values]
+    return labels_of(labeled.get_index("feature"))
