@@ -1,6 +1,7 @@
+import matplotlib as mpl
 import pytest
 
-from kerasfactory._text import as_html, visible
+from kerasfactory._text import as_html, as_matplotlib, visible
 
 pytestmark = pytest.mark.backend_independent
 
@@ -26,3 +27,20 @@ def test_what_cannot_be_seen_is_written_out(text, shown):
 
 def test_no_tag_nor_attribute_can_begin():
     assert as_html("<b a=\"1\" c='2'>&\x00") == r"&lt;b a=&quot;1&quot; c=&#x27;2&#x27;&gt;&amp;\x00"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, r"\$5 \\$ a_b^2 {50%} \n #1 & ~"),  # the second one: a backslash, and then the escaped sign
+        ({"text.parse_math": False}, r"$5 \$ a_b^2 {50%} \n #1 & ~"),
+        (
+            {"text.usetex": True},
+            r"\$5 \textbackslash{}\$ a\_b\textasciicircum{}2 \{50\%\} \textbackslash{}n \#1 \& \textasciitilde{}",
+        ),
+    ],
+)
+def test_no_formula_can_begin_in_a_figure(settings, text):
+    with mpl.rc_context(settings):
+        assert as_matplotlib("$5 \\$ a_b^2 {50%} \n #1 & ~") == text
+        assert as_matplotlib("one", 2, "") == "one\n2\n"

@@ -38,6 +38,11 @@ class Side(NamedTuple):
         """What stands at a position of an axis without names."""
         return str(number) if self.times is None else self.times[number]
 
+    def named(self, most: int) -> "Side":
+        """With a name at each position, if these are dates, and not too many: of more, their order says more."""
+        every = self.times is not None and len(self.edges) - 1 == len(self.times) <= most
+        return Side(self.times, self.edges) if every else self
+
     def binned(self) -> bool:
         """Whether a cell stands for more than one position."""
         return self.names is None and bool((np.diff(self.edges) > 1).any())
@@ -90,8 +95,8 @@ def labels_of(index: Any) -> list[str]:
     """What a pandas index says, for people: dates as dates, durations with a unit, and all else as it is."""
     values = np.asarray(index if getattr(index, "tz", None) is None else index.tz_localize(None))
     if values.dtype.kind == "M":
-        unit = _coarsest(values, _DATES)
-        return [text.replace("T", " ") for text in np.datetime_as_string(values, unit=unit).tolist()]
+        texts = np.datetime_as_string(values, unit=_coarsest(values, _DATES)).tolist()
+        return ["NaT" if text == "NaT" else text.replace("T", " ") for text in texts]
     if values.dtype.kind == "m":
         unit = _coarsest(values, _DURATIONS)
         numbers = values.astype(f"m8[{unit}]")
@@ -112,7 +117,11 @@ def short(name: Any, longest: int = _LONGEST_NAME) -> str:
 
 def wrapped(text: Any, letters: int, lines: int = 2) -> list[str]:
     """A text in at most so many lines of so many letters."""
-    return textwrap.wrap(short(text, lines * letters), letters, max_lines=lines, placeholder="…")
+    longest, found = lines * letters, textwrap.wrap(short(text, lines * letters), letters)
+    while len(found) > lines:  # words leave room at the ends of lines
+        longest -= 1
+        found = textwrap.wrap(short(text, longest), letters)
+    return found
 
 
 def quantity(drawn: Maps) -> str:
@@ -181,10 +190,7 @@ def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) 
 def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tuple[np.ndarray, Side, Side, str]:
     """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out."""
     notes = []
-    queries, keys = (
-        Side(side.times, side.edges) if side.times is not None and len(side.edges) - 1 == len(side.times) <= top_k else side
-        for side in (queries, keys)
-    )  # a few dates are names, and many have an order
+    queries, keys = (side.named(top_k) for side in (queries, keys))
     if keys.names is not None and len(keys.names) > top_k:
         received = values.sum(axis=(0, 1, 2))
         chosen = np.argsort(-received, kind="stable")[:top_k]

@@ -92,7 +92,7 @@ def heatmap(
     figure.colorbar(image, ax=ax).set_label(as_matplotlib(quantity(drawn), description), fontsize="small")
     _label_axes(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
-    letters = max(20, int(13 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
+    letters = max(20, int(12 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
     lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, letters, 6)]
     ax.set_title(as_matplotlib(*lines), fontsize="medium")
     return ax
@@ -167,7 +167,7 @@ def heads(
         ax.tick_params(labelleft=leftmost, labelbottom=lowest)
     quantities = [quantity(drawn), description, *["of all heads"] * (vmax is None)]
     figure.colorbar(image, ax=axes).set_label(as_matplotlib(*quantities), fontsize="small")
-    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, int(13 * size[0]), 4)]
+    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, int(12 * size[0]), 4)]
     figure.suptitle(as_matplotlib(*lines), fontsize="medium")
     _fit_names(figure, axes, drawn)
     return figure

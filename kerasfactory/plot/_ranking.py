@@ -104,7 +104,9 @@ def features(
         labels = [f"{label} ({verdict})" for label, verdict in zip(labels, verdicts, strict=True)]
     if ax is None:
         row_height = 0.22 + 0.1 * max(len(means), 1 + any("\n" in label for label in labels))
-        _, ax = plt.subplots(figsize=(6.4, 1.2 + len(order) * row_height), layout="constrained")
+        longest = max(len(line) for label in labels for line in label.split("\n"))
+        size = (6.4 + 0.075 * max(0, longest - 20), 1.2 + len(order) * row_height)
+        _, ax = plt.subplots(figsize=size, layout="constrained")
     handles: list[Any] = []
     for number, (method, mean) in enumerate(means.items()):
         marker, color = MARKERS[number % 7], COLORS[number % 7]
@@ -186,12 +188,13 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         for name in ("entropy", "confidence", "redundancy"):
             check_finite(f"`{name}` of {layer!r}" if layer else f"`{name}`", dataset[name].values)
     most_heads = max(dataset.sizes["head"] for dataset in layers.values())
-    height = 1.1 + len(layers) * min(4, max(1.5, 0.25 * most_heads + 0.5))
-    figure, grid = plt.subplots(len(layers), 4, squeeze=False, figsize=(10, height), layout="constrained")
+    row_height = min(4, max(1.5, 0.25 * most_heads + 0.5))
+    size = (10, 1.1 + len(layers) * row_height)
+    figure, grid = plt.subplots(len(layers), 4, squeeze=False, figsize=size, layout="constrained")
     farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         rows = np.arange(dataset.sizes["head"])
-        names = [as_matplotlib(short(head)) for head in labels_of(dataset.get_index("head"))]
+        names = [as_matplotlib(short(head, 8)) for head in labels_of(dataset.get_index("head"))]
         for name, ax, largest in zip(STATISTICS, axes[:3], (1, 1, farthest or 1), strict=True):
             ax.hlines(rows, 0, dataset[name], color="#bbbbbb", linewidth=1)
             ax.plot(dataset[name], rows, "o", color=COLORS[0])
@@ -202,8 +205,8 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         vertical, horizontal = (slice(None, None, math.ceil(len(rows) / labels)) for labels in (16, 8))
         for ax in axes:
             ax.set_yticks(rows[vertical], names[vertical])
-        axes[3].set_xticks(rows[horizontal], names[horizontal])
-        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, 24), "head"))
+        axes[3].set_xticks(rows[horizontal], names[horizontal], rotation=90 if max(map(len, names)) > 3 else 0)
+        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, int(11 * row_height)), "head"))
         axes[3].set_ylabel("head")
     for ax, lines in zip(grid[-1], [*STATISTICS.values(), ("other head",)], strict=True):
         ax.set_xlabel(as_matplotlib(*lines))

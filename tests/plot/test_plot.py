@@ -1,14 +1,18 @@
 """Pictures say what the numbers say: what is drawn, in which order, on which scale, and what is refused."""
 
+import io
 import itertools
+import json
 import subprocess
 import sys
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import RendererAgg
 from scipy import stats
 
 from kerasfactory import plot
@@ -522,3 +526,194 @@ def test_the_interactive_map_cannot_be_broken_by_a_name():
     assert "<img" not in fragment
     assert "`capture`" not in fragment
     assert "&lt;b&gt;layer" in fragment
+    assert 'class="kerasfactory-map mathjax_ignore tex2jax_ignore"' in fragment  # or notebooks look for formulas
+
+
+def test_the_interactive_map_says_names_as_they_are():
+    names = [*HOSTILE, LONG, ""]
+    fragment = plot.interactive(scores_of(14, names).rename("$a$ <i>\u202eb</i> & \ud800"))
+    fragment.encode("ascii", "strict")
+    data = json.JSONDecoder().raw_decode(fragment.partition("const data = ")[2])[0]
+    shown = [*HOSTILE.values(), LONG, ""]
+    assert sorted(data["queries"]) == sorted(data["keys"]) == sorted(shown)
+    assert sorted(text for _, text in data["keyTicks"]) == sorted([*HOSTILE.values(), "xxxxxxxxxxxx…xxxxxxxxxxx", ""])
+    assert r"<p>$a$ &lt;i&gt;\u202eb&lt;/i&gt; &amp; \ud800</p>" in fragment
+
+
+# What people call features, layers and heads, and each as it has to be drawn.
+HOSTILE = {
+    "cost ($) in ($)": "cost ($) in ($)",
+    "$AAPL$": "$AAPL$",
+    "$$": "$$",
+    r"\$5_$": r"\$5_$",
+    "_mine": "_mine",
+    r"\frac{a_1}{2}": r"\frac{a_1}{2}",
+    "90% & #1 {x} ~": "90% & #1 {x} ~",
+    "</script><!--": "</script><!--",
+    "two\nlines\r": r"two\nlines\r",
+    "nul\x00, \u2028": r"nul\x00, \u2028",
+    "lone \ud800": r"lone \ud800",
+    "abc\u202edef": r"abc\u202edef",
+}
+LONG = "x" * 300
+NAMED = {
+    "features of a map": lambda names: plot.heatmap(scores_of(14, names)).figure,
+    "features of maps": lambda names: plot.heads(scores_of(14, names)),
+    "heads of maps": lambda names: plot.heads(scores_of(2, heads=14).assign_coords(head=names)),
+    "features": lambda names: plot.features(attribution_of(np.ones(14)).assign_coords(feature=names)).figure,
+    "claims": lambda names: plot.features(claims_of(np.ones(14), ["refuted"] * 14).assign_coords(feature=names)).figure,
+    "methods": lambda names: plot.features(dict.fromkeys(names, attribution_of([1.0]))).figure,
+    "layers in training": lambda names: plot.training(dict.fromkeys(names, history_of())),
+    "heads in training": lambda names: plot.training(history_of(heads=14).assign_coords(head=names)),
+    "layers with statistics": lambda names: plot.head_statistics(dict.fromkeys(names, statistics_of())),
+}
+AROUND = {"claims": ("", " (refuted)"), "heads of maps": ("head ", ""), "heads in training": ("head ", "")}
+
+
+def drawn_lines(figure, monkeypatch):
+    """The lines that the renderer gets, none of which is a formula or TeX."""
+    lines = []
+    draw = RendererAgg.draw_text
+
+    def noted(self, gc, x, y, text, *arguments, ismath=False, **options):
+        assert not ismath, text
+        lines.append(text)
+        return draw(self, gc, x, y, text, *arguments, ismath=ismath, **options)
+
+    monkeypatch.setattr(RendererAgg, "draw_text", noted)
+    figure.set_layout_engine("none")  # takes long
+    figure.savefig(io.BytesIO(), dpi=30)
+    return lines
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_names_are_drawn_as_they_are(what, monkeypatch):
+    lines = drawn_lines(NAMED[what]([*HOSTILE, LONG, ""]), monkeypatch)
+    before, after = AROUND.get(what, ("", ""))
+    assert {f"{before}{shown}{after}" for shown in HOSTILE.values()} <= set(lines)
+    assert LONG not in "".join(lines)
+    assert "xxx…xxx" in "".join(lines).replace(" ", "")
+    assert max(map(len, lines)) < 60
+
+
+@pytest.mark.parametrize("draw", [lambda scores: plot.heatmap(scores).figure, plot.heads])
+def test_the_name_of_a_layer_is_a_title_as_it_is(draw, monkeypatch):
+    for name, shown in ((r"a_1 $\frac$ $b$", r"a_1 $\frac$ $b$"), ("two\nlines", r"two\nlines"), (LONG, "xxx…xxx")):
+        lines = drawn_lines(draw({name: scores_of(2)}), monkeypatch)
+        assert shown in "".join(lines)
+        assert max(map(len, lines)) < 80
+
+
+def test_what_a_result_says_of_itself_is_drawn_as_it_is(monkeypatch):
+    lines = drawn_lines(plot.faithfulness(faithfulness_of(removal="$mean$ of _all_")), monkeypatch)
+    assert 'removed: "$mean$ of _all_"' in lines
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_legend_has_all_methods_also_if_it_is_made_again(again):
+    ax = plot.features(dict.fromkeys(["_mine", "", "other"], attribution_of([1.0, 2.0])))
+    if again:
+        ax.legend()
+    legend = ax.get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_mine", "", "other"]
+    assert [handle.get_marker() for handle in legend.legend_handles] == ["o", "s", "D"]
+
+
+def test_names_that_a_font_has_no_glyphs_for_are_drawn_and_matplotlib_says_so():
+    ax = plot.heatmap(scores_of(2, ["年齢", "👩‍🔬"]))  # no warning before the figure is shown
+    with pytest.warns(UserWarning, match="Glyph .* missing from font"):
+        ax.figure.savefig(io.BytesIO())
+
+
+def test_names_that_are_cut_leave_room_for_the_picture():
+    names = [f"{number} {LONG}" for number in range(14)]
+    for figure in (
+        plot.features(claims_of(np.ones(14), ["needed, not claimed"] * 14).assign_coords(feature=names)).figure,
+        plot.heatmap(scores_of(14, names)).figure,
+        plot.heads(scores_of(14, names, heads=1)),
+    ):
+        figure.draw_without_rendering()
+        ax = figure.axes[0]
+        assert ax.get_window_extent().width > 150
+        texts_within = [*ax.get_yticklabels(), ax.title, ax.xaxis.label]
+        boxes = [text.get_window_extent() for text in texts_within if text.get_text()]
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 3), (3, 1), (2, 2), (3, 3), (70, 2)])
+@pytest.mark.parametrize("draw", [lambda scores: plot.heatmap(scores), lambda scores: plot.heads(scores).axes[0]])
+def test_positions_are_whole_numbers(draw, sizes):
+    ax = draw(xr.DataArray(np.full((2, *sizes), 1 / sizes[1]), dims=["head", "query", "key"]))
+    for size, axis, (low, high) in zip(
+        sizes, (ax.yaxis, ax.xaxis), (sorted(ax.get_ylim()), ax.get_xlim()), strict=True
+    ):
+        shown = [place for place in axis.get_ticklocs() if low <= place <= high]
+        assert shown
+        assert shown == [int(place) for place in shown]
+        assert set(shown) <= set(range(size))
+
+
+def test_epochs_and_draws_are_whole_numbers():
+    figure = plot.training(history_of(epochs=1))
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_xlim()
+    assert [place for place in figure.axes[0].get_xticks() if low <= place <= high] == [0]
+    places = plot.faithfulness(faithfulness_of().isel(draw=slice(2))).axes[1].get_yticks()
+    assert (places == places.astype(int)).all()
+
+
+def dates(*texts):
+    return np.array(texts, "datetime64[ns]")
+
+
+@pytest.mark.parametrize(
+    ("times", "shown"),
+    [
+        (dates("2024-01-31", "2024-02-01"), ["2024-01-31", "2024-02-01"]),
+        (dates("2024-01-31T06", "2024-02-01"), ["2024-01-31 06:00", "2024-02-01 00:00"]),
+        (dates("2024-01-31T06:00:01.5", "NaT"), ["2024-01-31 06:00:01.500", "NaT"]),
+        (pd.date_range("2024-01-31", periods=2, tz="Asia/Tokyo"), ["2024-01-31", "2024-02-01"]),
+        (pd.period_range("2024-01", periods=2, freq="M"), ["2024-01", "2024-02"]),
+        (np.array([90, 120], "timedelta64[m]"), ["90 min", "120 min"]),
+        (np.array([24, 72], "timedelta64[h]"), ["1 d", "3 d"]),
+        ([0, 10], ["0", "10"]),
+        ([0.25, 0.5], ["0.25", "0.5"]),
+    ],
+)
+def test_times_are_drawn_as_such(times, shown):
+    scores = scores_of(2, samples=2).assign_coords(query=times, key=times)
+    ax = plot.heatmap(scores)
+    assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == shown
+    assert ax.get_xlabel() == "key (looked at)"
+    ax = plot.features(attribution_of([2.0, 1.0]).assign_coords(feature=times))
+    assert texts(ax.get_yticklabels()) == shown
+    scores = scores_of(2, samples=2).assign_coords(sample=times)
+    if getattr(times, "tz", None) is None:  # xarray leaves it out of a single date
+        title = plot.heatmap(scores[0, 0]).get_title()
+        assert " ".join(title.split()) == f"attention, sample {shown[0]}, head 0"
+    assert f'"samples":{json.dumps(shown, separators=(",", ":"))}' in plot.interactive(scores)
+
+
+@pytest.mark.parametrize("summarized", [False, True])
+def test_many_dates_stay_in_their_order(summarized):
+    scores = scores_of(100, list(pd.date_range("2024-01-01", periods=100)))
+    drawing = (
+        summary_of(scores.drop_vars(["query", "key"]), 20).assign_coords(query=scores["query"], key=scores["key"])
+        if summarized
+        else scores
+    )
+    bins = 20 if summarized else 64
+    ax = plot.heatmap(drawing)
+    assert drawn(ax).shape == (bins, bins)
+    ax.figure.draw_without_rendering()
+    found = dict(zip(ax.get_xticks(), texts(ax.get_xticklabels()), strict=True))
+    assert {place: text for place, text in found.items() if 0 <= place < 100} == {
+        place: str(np.datetime64("2024-01-01") + int(place)) for place in found if 0 <= place < 100
+    }
+    assert len(found) > 3
+    assert ax.get_xlabel() == f"key (looked at)\n{bins} bins"
+    assert not overlaps(ax)
+    fragment = plot.interactive(drawing)
+    assert '[0,"2024-01-01"]' in fragment
+    assert ' to 2024-04-09"' in fragment
