@@ -12,12 +12,19 @@ import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_names, generator
+from kerasfactory._arguments import generator
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, attention_axes, float_scores, gate_of, output_projection
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
-from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.labels import (
+    Given,
+    check_axes,
+    check_same_lengths,
+    given_labels,
+    labels_of,
+    with_rows_of,
+)
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
 from kerasfactory.explain._engine.tokens import as_float, integral, missed, token_scaler
@@ -203,7 +210,7 @@ def attribute(
         near = difflib.get_close_matches(str(method), _METHODS, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
-    names = None if feature_names is None else checked_names(feature_names)
+    given = given_labels(x, feature_names)
     checked_task(task)
     completeness: list[tuple[float, float]] = []  # of integrated gradients
     seen = _measured(model, x, method, task, target, layers, batch_size, verbose, completeness)
@@ -215,7 +222,7 @@ def attribute(
         parts = {name: _mean_of_heads(batch, name) for name in batch.measured}
         if not shapes:
             shapes = {name: values.shape[1:] for name, (values, _) in parts.items()}
-            coordinates = _checked_axes(model, batch, shapes, method, names)
+            coordinates = _checked_axes(model, batch, shapes, method, given)
             position = None if query is None else _position(query, coordinates, shapes)
         for name, (values, _) in parts.items():
             check_same_lengths(name, values.shape[1:], shapes[name])
@@ -235,7 +242,7 @@ def attribute(
             "Look for NaN or infinite numbers in these samples, and in the model's weights."
         )
     coordinates = {"feature": coordinates["key"]} if "key" in coordinates else {}
-    return xr.DataArray(
+    attribution = xr.DataArray(
         result,
         dims=("sample", "feature"),
         coords={"sample": np.arange(len(result)), "in_view": (("sample", "feature"), in_view)} | coordinates,
@@ -256,6 +263,7 @@ def attribute(
             "keras_version": keras.__version__,
         },
     )
+    return with_rows_of(x, attribution)
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
@@ -398,16 +406,16 @@ def _position(query: int | str, coordinates: dict[str, Any], shapes: dict[str, t
 
 
 def _checked_axes(
-    model: Any, batch: Batch, shapes: dict[str, tuple[int, ...]], method: str, names: list[str] | None
+    model: Any, batch: Batch, shapes: dict[str, tuple[int, ...]], method: str, given: Given
 ) -> dict[str, Any]:
     """The names along `query` and `key` of the first layer, as `capture` gives them, if the layers go together."""
     if method == "rollout" or (method == "attention_gradient" and len(shapes) > 1):
         _check_square(shapes)
     _number_of_keys(shapes)
     for name, shape in shapes.items():
-        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), names)
+        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), given.names)
     first = next(iter(shapes))
-    return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), names, False)["coords"]
+    return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), given, False)["coords"]
 
 
 def _number_of_keys(shapes: Mapping[str, tuple[int, ...]]) -> int:

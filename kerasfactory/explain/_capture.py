@@ -11,7 +11,6 @@ import xarray as xr
 from keras import ops
 
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_names
 from kerasfactory.explain._engine.attention import (
     Call,
     attention_axes,
@@ -20,7 +19,14 @@ from kerasfactory.explain._engine.attention import (
     gate_of,
     output_projection,
 )
-from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.labels import (
+    Given,
+    check_axes,
+    check_same_lengths,
+    given_labels,
+    labels_of,
+    with_rows_of,
+)
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
 
@@ -122,21 +128,22 @@ def capture(
         #> 1.0
         ```
     """
-    names = None if feature_names is None else checked_names(feature_names)
+    given = given_labels(x, feature_names)
     shapes: dict[str, tuple[int, ...]] = {}
-    arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers), "feature_names": names}
+    arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers)}
+    arguments |= {"feature_names": given.names or given.columns}
     with results_of(store, "capture", model, x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, float_scores, only_scores=True):
-            scores = _checked_scores(batch, shapes, names)
+            scores = _checked_scores(batch, shapes, given.names)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
             arrays = {name: {"scores": rows} for name, rows in scores.items()}
-            labeled = functools.partial(_labeled, model, batch, names)
+            labeled = functools.partial(_labeled, model, batch, given)
             results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)
-    return {name: dataset["scores"].rename(name) for name, dataset in results.open().items()}
+    return {name: with_rows_of(x, dataset["scores"].rename(name)) for name, dataset in results.open().items()}
 
 
 def recomposition_error(
@@ -216,11 +223,9 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
     return scores
 
 
-def _labeled(
-    model: Any, batch: Batch, names: list[str] | None, layer: str, arrays: dict[str, np.ndarray]
-) -> xr.Dataset:
+def _labeled(model: Any, batch: Batch, given: Given, layer: str, arrays: dict[str, np.ndarray]) -> xr.Dataset:
     scores = arrays["scores"]
-    labels = labels_of(model, batch, layer, scores.shape, names, len(scores) != batch.size)
+    labels = labels_of(model, batch, layer, scores.shape, given, len(scores) != batch.size)
     return xr.Dataset({"scores": xr.DataArray(scores, **labels)})
 
 

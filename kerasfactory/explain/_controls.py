@@ -12,8 +12,16 @@ from scipy import special, stats
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._capture import capture
-from kerasfactory.explain._engine.data import batch_size_of, batches_of, chosen_samples, progress_bar, sampled
+from kerasfactory.explain._engine.data import (
+    batch_size_of,
+    batches_of,
+    chosen_samples,
+    in_arrays,
+    progress_bar,
+    sampled,
+)
 from kerasfactory.explain._engine.edit import Editor, editor
+from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import (
     Asked,
@@ -186,7 +194,8 @@ def attention_controls(
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
     rng = generator(seed, "attention_controls")
-    chosen, sample = sampled(x, _SAMPLES, rng)
+    chosen, table = sampled(x, _SAMPLES, rng)
+    sample = in_arrays(table)
     if len(chosen) < 2:
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {len(chosen)}")
     samples = len(tree.flatten(x)[0])
@@ -224,7 +233,7 @@ def attention_controls(
         variables |= _loss_tests(losses, changes[0], tolerance, clusters, level, rng)
         attributes |= {"loss": loss_name(loss), "loss_value": losses[0].mean().item()}
     coordinates = {"control": ["uniform", "permuted", "adversarial"], "sample": chosen, "bound": ["lower", "upper"]}
-    return xr.Dataset(variables, coordinates, attributes)
+    return with_rows_of(table, xr.Dataset(variables, coordinates, attributes))
 
 
 def _parts(samples: int, with_adversary: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:

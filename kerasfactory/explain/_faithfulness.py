@@ -18,6 +18,7 @@ from kerasfactory.explain._engine.data import (
     feature_array,
     progress_bar,
 )
+from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
@@ -199,7 +200,7 @@ def faithfulness(
         #> True False
         ```
     """
-    x = feature_array("x", x)
+    table, x = x, feature_array("x", x)
     where, features = _places(x, feature_mask)
     importance = checked_attribution(attribution, features)
     shares = _checked_fractions(fractions)
@@ -252,7 +253,7 @@ def faithfulness(
     attributes |= {"background": background_used, "background_rows": len(donor), **output_used, "draws": draws}
     attributes |= {"null_samples": len(chosen), "observed": observed[0].item()}
     attributes |= {"observed_sufficiency": observed[1].item(), "level": level, "seed": seed}
-    return xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes)
+    return with_rows_of(table, xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes))
 
 
 def _places(x: np.ndarray, feature_mask: Any) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:

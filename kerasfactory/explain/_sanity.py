@@ -12,7 +12,7 @@ from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._engine.attention import find_attention
-from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, progress_bar, sampled
+from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, in_arrays, progress_bar, sampled
 from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
 from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
@@ -136,7 +136,7 @@ def parameter_randomization(
 
     def attributed():
         if callable(method):
-            return method(model, x)
+            return method(model, in_arrays(x))
         running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
         running |= {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
         return attribute(model, x, method=method, **running)

@@ -14,11 +14,11 @@ from keras import ops
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_names, positive_integer
+from kerasfactory._arguments import positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of
-from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, labels_of
+from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, given_labels, labels_of, with_rows_of
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
 from kerasfactory.layers._attention import Mask
@@ -153,7 +153,7 @@ def summarize(
         #> [[[1.0], [1.0]]]
         ```
     """
-    names = None if feature_names is None else checked_names(feature_names)
+    given = given_labels(x, feature_names)
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
     batch_size = batch_size_of(x, 32) if batch_size is None else batch_size
@@ -169,16 +169,16 @@ def summarize(
             return _summary_of(call, wanted, buffers)
 
     def labeled(name, arrays):
-        labels = labels_of(model, batch, name, _shape(arrays), names, len(arrays["entropy"]) != batch.size)
+        labels = labels_of(model, batch, name, _shape(arrays), given, len(arrays["entropy"]) != batch.size)
         return _dataset(arrays, labels, differences[name], wanted)
 
     layer_names = [layers] if isinstance(layers, str) else layers and list(layers)
-    arguments = {"layers": layer_names, "feature_names": names, **wanted._asdict()}
+    arguments = {"layers": layer_names, "feature_names": given.names or given.columns, **wanted._asdict()}
     with results_of(store, "summarize", model, x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, measure, attend):
             for name, (summary, difference) in batch.measured.items():
                 if name not in shapes:
-                    _check(name, batch.found[name].layer, _shape(summary), names, wanted)
+                    _check(name, batch.found[name].layer, _shape(summary), given.names, wanted)
                     shapes[name], differences[name] = _shape(summary)[1:], difference
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
@@ -194,7 +194,8 @@ def summarize(
                 "something else, it should do so in its own `_compute_attention`."
             )
     warn_of_nan(results.nan, results.rows)
-    return {name: _with_rows_as_variable(dataset, wanted) for name, dataset in results.open().items()}
+    datasets = results.open().items()
+    return {name: with_rows_of(x, _with_rows_as_variable(dataset, wanted)) for name, dataset in datasets}
 
 
 def _checked_rows(rows: Any) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pandas as pd
 import xarray as xr
 from keras import ops, tree
 
@@ -24,8 +25,26 @@ def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any
     return keras.utils.Progbar(expected, verbose=verbose, unit_name=unit)
 
 
+def in_arrays(x: Any) -> Any:
+    """The same with an array in place of a DataFrame. NumPy makes objects of one with several kinds of numbers."""
+    if not isinstance(x, pd.DataFrame):
+        return x
+    array = x.to_numpy()
+    is_number = [pd.api.types.is_numeric_dtype(dtype) for dtype in x.dtypes]
+    if array.dtype != object or not any(is_number):
+        return array
+    others = [column for column, numeric in zip(x.columns, is_number, strict=True) if not numeric]
+    if others:
+        raise ValueError(
+            f"The columns of `x` must hold numbers. These do not: {others}. Encode them as for the training of the "
+            f"model, or leave them out. Received a DataFrame with the dtypes: {x.dtypes.astype(str).unique().tolist()}"
+        )
+    return x.to_numpy("float64", na_value=np.nan)
+
+
 def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | None]:
     """The batches that `model.predict` would make of `x`, each as a tuple `(inputs,)`, and how many, if known."""
+    x = in_arrays(x)
     if isinstance(x, dict | list | tuple) or hasattr(x, "__array__"):
         arrays = tree.map_structure(lambda array: array if hasattr(array, "shape") else np.asarray(array), x)
         shapes = [tuple(array.shape) for array in tree.flatten(arrays)]
@@ -98,12 +117,14 @@ def chosen_samples(samples: int, limit: int, rng: np.random.Generator) -> np.nda
 
 
 def sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
-    """The numbers of all samples of the arrays `x`, or of some, and these samples."""
+    """The numbers of all samples of the arrays `x`, or of some, and these samples. A DataFrame remains one."""
     if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
         )
     chosen = chosen_samples(len(tree.flatten(x)[0]), limit, rng)
+    if isinstance(x, pd.DataFrame):
+        return chosen, x.iloc[chosen]
     return chosen, tree.map_structure(lambda array: np.asarray(array)[chosen], x)
 
 
@@ -112,7 +133,7 @@ def feature_array(name: str, given: Any) -> np.ndarray:
         raise ValueError(
             f"`{name}` must be an array with the features along axis 1. Received: {name} of type {type(given).__name__}"
         )
-    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(given)
+    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(in_arrays(given))
     if array.ndim < 2 or 0 in array.shape or array.dtype.kind not in "biuf":
         raise ValueError(
             f"`{name}` must be an array of numbers with the features along axis 1. Received: shape {array.shape}, "

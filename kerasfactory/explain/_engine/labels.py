@@ -1,30 +1,84 @@
-"""Names of axes and features."""
+"""Names of axes, features and samples."""
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy as np
+import pandas as pd
+import xarray as xr
 
+from kerasfactory._arguments import checked_names
 from kerasfactory.explain._engine.attention import all_layers, attention_axes
 from kerasfactory.explain._engine.observe import Batch, Found
 from kerasfactory.layers import FeatureTokenizer
 
+_Labeled = TypeVar("_Labeled", xr.DataArray, xr.Dataset)
+
+
+class Given(NamedTuple):
+    """What the user calls the features."""
+
+    names: list[str] | None  # the argument `feature_names`, an error if they fit no axis
+    columns: list[str] | None  # those of a DataFrame, which a model may put together to other features
+
+
+def given_labels(x: Any, feature_names: Any) -> Given:
+    """What `feature_names` and `x` say, if it is a DataFrame."""
+    names = None if feature_names is None else checked_names(feature_names)
+    if not isinstance(x, pd.DataFrame):
+        return Given(names, None)
+    columns = [str(column) for column in x.columns]
+    repeated = sorted({column for column in columns if columns.count(column) > 1})
+    if repeated and names is None:
+        raise ValueError(
+            "The columns of `x` are the names of its features, and must differ from each other. Rename them, or give "
+            f"`feature_names`. Received more than once: {repeated}"
+        )
+    return Given(names, columns)
+
+
+def with_rows_of(x: Any, result: _Labeled) -> _Labeled:
+    """The result with the index of `x` as its coordinate `sample`, if `x` is a DataFrame of these samples."""
+    if not isinstance(x, pd.DataFrame) or result.sizes.get("sample") != len(x):
+        return result
+    rows = x.index
+    if isinstance(rows, pd.MultiIndex):
+        taken = {None, *result.dims, *result.coords}
+        levels = [f"sample_level_{n}" if name in taken else name for n, name in enumerate(rows.names)]
+        return result.assign_coords(xr.Coordinates.from_pandas_multiindex(rows.set_names(levels), "sample"))
+    if isinstance(rows, pd.DatetimeIndex) and rows.tz is not None:  # NumPy has no time zones
+        rows = rows.tz_convert("UTC").tz_localize(None)
+    elif not isinstance(rows.dtype, np.dtype):
+        rows = pd.Index(np.asarray(rows), dtype=object)
+    return result.assign_coords(sample=rows.rename("sample"))
+
 
 def labels_of(
-    model: Any, batch: Batch, name: str, shape: tuple[int, ...], names: list[str] | None, folded: bool
+    model: Any, batch: Batch, name: str, shape: tuple[int, ...], given: Given, folded: bool
 ) -> dict[str, Any]:
     """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
-    if names is None and batch.inputs == 1:
-        tokenizers = [layer for layer in all_layers(model) if isinstance(layer, FeatureTokenizer)]
-        names = tokenizers[0].feature_names if len(tokenizers) == 1 else None
+    possible = [given.names] if given.names else [given.columns, _tokenizer_names(model, batch, given.columns)]
     call = batch.found[name]
     dims = ["sequence" if folded else "sample", *axis_names(call.layer, len(shape))]
     coordinates: dict[str, Any] = {"head": np.arange(shape[dims.index("head")])}
     for dim, size in zip(dims, shape, strict=True):
-        if names is not None and dim.startswith(("query", "key")) and size == len(names):
-            coordinates[dim] = names
+        fitting = [names for names in possible if names is not None and size == len(names)]
+        if fitting and dim.startswith(("query", "key")):
+            coordinates[dim] = fitting[0]
     attributes = attributes_of(call) | {"prediction_difference": batch.difference}
     return {"coords": coordinates, "dims": dims, "attrs": attributes}
+
+
+def _tokenizer_names(model: Any, batch: Batch, columns: list[str] | None) -> list[str] | None:
+    """What the model's own tokenizer calls its features, which are the columns, or else called otherwise."""
+    tokenizers = [layer for layer in all_layers(model) if isinstance(layer, FeatureTokenizer)]
+    names = tokenizers[0].feature_names if len(tokenizers) == 1 and batch.inputs == 1 else None
+    if names is not None and columns is not None and names != columns and sorted(names) == sorted(columns):
+        raise ValueError(
+            "The columns of `x` have the names of the model's features, in another order: the model would take one for "
+            f"the other. Put them into this order: {names}. Received the columns: {columns}"
+        )
+    return names
 
 
 def attributes_of(call: Found) -> dict[str, Any]:
