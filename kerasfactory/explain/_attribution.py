@@ -157,11 +157,11 @@ def attribute(
 
     Returns:
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
-        coordinates, and so are feature names where they are known, and `in_view` (sample, feature), whether a key is in
-        view. The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no
-        gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the
-        `masks` in force in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the
-        `keras_version`. Integrated gradients have a `completeness_error`: the largest difference, over the samples,
+        coordinates (or the index of a DataFrame, as for `capture`), and so are feature names where they are known, and
+        `in_view` (sample, feature), whether a key is in view. The attributes say the `method`, the `target` (a number,
+        `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the
+        order in which they are called, the `masks` in force in them (or `"none"`), the `special_tokens`, if there are
+        any, the `backend` and the `keras_version`. Integrated gradients have a `completeness_error`: the largest difference, over the samples,
         between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if
         all are 0.
 

@@ -63,15 +63,15 @@ def capture(
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
             gets them, as from `predict`.
-        x: What `model.predict` takes: an array, a dictionary or list of arrays, a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, a torch `DataLoader`, or a generator of batches that ends. Labels in it are
-            left out.
+        x: What `model.predict` takes: an array, a pandas DataFrame of numbers, a dictionary or list of arrays, a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, or a generator of batches that ends.
+            Labels in it are left out.
         layers: Names of the attention layers to capture; all of them if not given. A name that several layers
             of nested models share stands for all of them. A path (`block_1/attention`), or the end of one, tells them
             apart.
         feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
-            axis if it is as long. If not given, the names in the model's `FeatureTokenizer` are used where they
-            fit, provided that the model has one tokenizer and one input.
+            axis if it is as long. If not given, the columns of a DataFrame are used where they are as many, else the
+            names in the model's `FeatureTokenizer`, provided that the model has one tokenizer and one input.
         batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
@@ -85,8 +85,10 @@ def capture(
         dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions,
         in the order in which the model calls the layers.
 
-        - `sample`, `head`: with their numbers as coordinates. If the model folds another axis into the batch (as
-          windowed attention does), the first dimension holds all its sequences and is called `sequence`.
+        - `sample`, `head`: with their numbers as coordinates. If `x` is a DataFrame, its index is the coordinate
+          `sample`, in UTC if it has a time zone: `isel` finds samples by position, and `sel` by that index. If the
+          model folds another axis into the batch (as windowed attention does), the first dimension holds all its
+          sequences and is called `sequence`.
         - `query`, `key`: with the feature names as coordinates, where they are known. With several attention axes,
           `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
           by their number.
@@ -99,7 +101,9 @@ def capture(
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
-            number of feature names is wrong; if `x` is empty or without end, or its batches differ in length.
+            number of feature names is wrong; if `x` is empty or without end, or its batches differ in length; if
+            columns of a DataFrame hold something else than numbers, share a name, or are the features of the model's
+            tokenizer in another order.
             Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
         ImportError: If `store` is given, and Zarr is not installed.

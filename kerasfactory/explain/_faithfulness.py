@@ -116,8 +116,8 @@ def faithfulness(
 
     Args:
         model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
-        x: An array with the features along axis 1: `(sample, feature)`, `(sample, position, channel)`, or token ids,
-            `(sample, position)`; with `feature_mask`, of any shape.
+        x: An array, or a DataFrame of numbers, with the features along axis 1: `(sample, feature)`, `(sample, position,
+            channel)`, or token ids, `(sample, position)`; with `feature_mask`, of any shape.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
             to the sign; among equals, chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.

@@ -64,7 +64,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     Args:
         weights: The scores of a layer as `capture` returns them, a DataArray with the dimensions `sample` (or
             `sequence`), `head`, `query`, `key`; or the dictionary itself. The first dimension may be missing, as in
-            `scores.sel(sample=0)`. Scores in a store are read some samples at a time.
+            `scores.isel(sample=0)`. Scores in a store are read some samples at a time.
 
     Returns:
         xr.Dataset | dict[str, xr.Dataset]: For a dictionary, one for each name in it. With these variables:

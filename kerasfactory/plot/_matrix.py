@@ -38,11 +38,12 @@ def heatmap(
 
     Here, \(L_i\) are the samples and heads in which query \(i\) may look at any key, so that padding does not make the
     map pale. A mean hides what samples and heads do not share: draw single ones too, as with
-    `scores.sel(sample=0, head=1)`, or draw all `heads`.
+    `scores.isel(sample=0, head=1)`, or draw all `heads`.
 
     The map stays readable with many tokens. Of more than `top_k` named tokens, it shows those that receive most
     attention, on both axes. Positions without names are put into 64 bins: weights are summed over the keys in a bin and
-    averaged over the queries, as in the map of `explain.summarize`.
+    averaged over the queries, as in the map of `explain.summarize`. So are more than `top_k` dates or durations, since
+    their order says more than a choice of them would.
 
     Args:
         scores: A DataArray (query, key), with at most `sample` and `head` before these, as from `explain.capture` or

@@ -1,0 +1,189 @@
+"""A DataFrame means the same to every function: its numbers go in, its columns and its index come out."""
+
+import functools
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from kerasfactory import explain, plot
+from kerasfactory.explain import _controls
+from kerasfactory.layers import FeatureTokenizer
+
+pytestmark = pytest.mark.backend_independent
+
+COLUMNS = ["age", "pulse", 7]
+NAMES = ["age", "pulse", "7"]
+SAMPLES = 40
+
+
+@functools.cache
+def on_table(names=None, class_token=False):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    tokens = FeatureTokenizer(4, feature_names=names)(inputs)
+    if class_token:
+        tokens = keras.layers.ZeroPadding1D((1, 0))(tokens)
+    attended = keras.layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens)
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
+    model.compile(loss="mse")
+    return model
+
+
+def table_of(index=None, columns=COLUMNS):
+    values = np.random.default_rng(0).normal(size=(SAMPLES, 3))
+    index = pd.Index([f"patient {row // 2}" for row in range(SAMPLES)], name="patient") if index is None else index
+    return pd.DataFrame(values, index, columns)
+
+
+TABLE = table_of()
+Y = TABLE["age"].to_numpy() + 0.1 * TABLE["pulse"].to_numpy()
+VERBS = {
+    "capture": lambda model, x: explain.capture(model, x, verbose=0)["attention"],
+    "summarize": lambda model, x: explain.summarize(model, x, rows=[1], verbose=0)["attention"],
+    "rollout": lambda model, x: explain.rollout(explain.capture(model, x, verbose=0)),
+    "head_statistics": lambda model, x: explain.head_statistics(explain.capture(model, x, verbose=0)["attention"]),
+    "attribute": lambda model, x: explain.attribute(model, x, verbose=0),
+    "integrated_gradients": lambda model, x: explain.attribute(model, x, method="integrated_gradients", verbose=0),
+    "attention_gradient": lambda model, x: explain.attribute(model, x, method="attention_gradient", verbose=0),
+    "faithfulness": lambda model, x: explain.faithfulness(
+        model, x, explain.attribute(model, x, verbose=0), draws=5, background=x, verbose=0
+    ),
+    "attention_controls": lambda model, x: explain.attention_controls(model, x, Y, draws=2, steps=1, verbose=0),
+    "head_importance": lambda model, x: explain.head_importance(model, x, Y, verbose=0)["attention"],
+    "parameter_randomization": lambda model, x: explain.parameter_randomization(model, x, draws=2, verbose=0),
+    "seed_agreement": lambda model, x: explain.seed_agreement(
+        [explain.attribute(model, x, method=method, verbose=0) for method in ("attention", "value_norm")], draws=5
+    ),
+    "feature_claims": lambda model, x: explain.feature_claims(
+        model, x, Y, explain.attribute(model, x, verbose=0), draws=5, verbose=0
+    ),
+}
+# They look like positions, and would be taken for them by whoever looks samples up by their labels.
+REVERSED = pd.RangeIndex(SAMPLES - 1, -1, -1)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_numbers_are_those_of_an_array_and_the_labels_those_of_the_table(verb):
+    table = table_of(REVERSED)
+    result, of_array = VERBS[verb](on_table(), table), VERBS[verb](on_table(), table.to_numpy())
+    expected = of_array.assign_coords(
+        {dim: NAMES for dim in ("query", "key", "feature") if dim in of_array.dims}
+        | ({"sample": table.index.rename("sample")} if "sample" in of_array.dims else {})
+    )
+    if verb == "feature_claims":  # which names groups too
+        expected = expected.assign_coords(feature=result["feature"])
+        assert result["feature"].values[:3].tolist() == NAMES
+    xr.testing.assert_allclose(result.drop_attrs(), expected.drop_attrs(), rtol=1e-4, atol=1e-6)
+    if verb in ("capture", "attribute", "faithfulness", "attention_controls"):
+        assert result["sample"].values.tolist() == table.index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("index", "labels"),
+    [
+        (TABLE.index, ["patient 0", "patient 0"]),
+        (pd.date_range("2024-01-01", periods=SAMPLES), ["2024-01-01", "2024-01-02"]),
+        (pd.date_range("2024-01-01", periods=SAMPLES, tz="Asia/Tokyo"), ["2023-12-31 15:00", "2024-01-01 15:00"]),
+        (pd.timedelta_range("1h", periods=SAMPLES, freq="h"), ["1 h", "2 h"]),
+        (pd.period_range("2024-01", periods=SAMPLES, freq="M"), ["2024-01", "2024-02"]),
+        (pd.CategoricalIndex(["b", "a"] * (SAMPLES // 2)), ["b", "a"]),
+        (pd.Index([3, 1] * (SAMPLES // 2), dtype="Int64"), ["3", "1"]),
+        (
+            pd.MultiIndex.from_product([range(SAMPLES // 2), ["$l$", "$r$"]], names=["head", None]),
+            ["(0, '$l$')", "(0, '$r$')"],
+        ),
+    ],
+)
+def test_every_index_stays_with_its_rows_and_is_drawn(index, labels):
+    scores = explain.capture(on_table(), table_of(index), verbose=0)["attention"]
+    assert len(scores.get_index("sample")) == SAMPLES
+    fragment = plot.interactive(scores, samples=2)
+    assert f'"samples":["{labels[0]}","{labels[1]}"]' in fragment
+    assert labels[0].replace("$", r"\$") in plot.heatmap(scores[0]).get_title().replace("\n", " ")
+    explain.rollout(scores)
+    explain.head_statistics(scores)
+    attribution = explain.attribute(on_table(), table_of(index), verbose=0)
+    plot.features(attribution)
+    assert attribution.isel(sample=[1, 0]).get_index("sample").tolist() == scores.get_index("sample")[[1, 0]].tolist()
+
+
+def test_levels_of_an_index_are_coordinates():
+    index = pd.MultiIndex.from_product([range(SAMPLES // 2), ["l", "r"]], names=["patient", "key"])
+    scores = explain.capture(on_table(), table_of(index), verbose=0)["attention"]
+    assert scores.sel(patient=3, sample_level_1="r").sizes == {"head": 2, "query": 3, "key": 3}
+    np.testing.assert_array_equal(scores.sel(patient=3, sample_level_1="r").squeeze(), scores[7])
+
+
+def test_samples_that_are_drawn_keep_their_labels(monkeypatch):
+    monkeypatch.setattr(_controls, "_SAMPLES", 8)
+    result, of_array = (VERBS["attention_controls"](on_table(), x) for x in (TABLE, TABLE.to_numpy()))
+    assert result["sample"].values.tolist() == TABLE.index[of_array["sample"].values].tolist()
+    np.testing.assert_allclose(result["change"], of_array["change"], rtol=1e-4, atol=1e-6)
+
+
+def test_names_of_columns_can_be_asked_for_by_every_function():
+    model = on_table()
+    row = explain.attribute(model, TABLE, query="7", verbose=0)
+    np.testing.assert_array_equal(row, explain.attribute(model, TABLE.to_numpy(), query=2, verbose=0))
+    uniform = explain.attribute(model, TABLE, method="uniform", special_tokens=["pulse"], verbose=0)
+    np.testing.assert_allclose(uniform, np.tile([0.5, 0, 0.5], (SAMPLES, 1)))
+    explain.parameter_randomization(model, TABLE, draws=2, special_tokens=["pulse"], verbose=0)
+
+
+def test_a_function_of_yours_gets_an_array():
+    def method(model, x):
+        assert type(x) is np.ndarray
+        return np.abs(x)
+
+    explain.parameter_randomization(on_table(), TABLE, method=method, draws=2, verbose=0)
+
+
+def test_which_names_are_used():
+    def keys(model, x, **options):
+        scores = explain.capture(model, x, verbose=0, **options)["attention"]
+        return scores["key"].values.tolist() if "key" in scores.coords else None
+
+    own = ("a", "b", "c")
+    assert keys(on_table(own), TABLE) == NAMES
+    assert keys(on_table(own), TABLE, feature_names=["x", "y", "z"]) == ["x", "y", "z"]
+    assert keys(on_table(own), TABLE.to_numpy()) == list(own)
+    assert keys(on_table(), table_of(columns=range(3))) == ["0", "1", "2"]
+    assert keys(on_table(), table_of(columns=["a", "a", "b"]), feature_names=["x", "y", "z"]) == ["x", "y", "z"]
+    assert keys(on_table(class_token=True), TABLE) is None  # 4 keys, of which no column is the first
+    with pytest.raises(ValueError, match="one name for each key"):
+        keys(on_table(class_token=True), TABLE, feature_names=NAMES)
+
+
+def test_all_kinds_of_numbers_are_numbers():
+    table = TABLE.assign(pulse=TABLE["pulse"] > 0).astype({"age": "Float64"})
+    assert table.to_numpy().dtype == object
+    same = explain.capture(on_table(), table.astype("float64").to_numpy(), verbose=0)["attention"]
+    np.testing.assert_array_equal(explain.capture(on_table(), table, verbose=0)["attention"], same)
+    explain.faithfulness(on_table(), table, np.abs(TABLE), draws=5, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "table", "message"),
+    [
+        (None, TABLE.assign(age="old"), r"These do not: \['age'\]. Encode them"),
+        (None, table_of(columns=["1", 1, 2]), r"Rename them.*more than once: \['1'\]"),
+        (("pulse", "age", "7"), TABLE, r"another order.*into this order: \['pulse', 'age', '7'\]"),
+        (None, TABLE[:0], "`x` is empty"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(names, table, message):
+    for verb in ("capture", "summarize", "attribute"):
+        with pytest.raises(ValueError, match=message):
+            VERBS[verb](on_table(names), table)
+
+
+def test_a_store_gives_the_labels_back(tmp_path):
+    pytest.importorskip("zarr")
+    for _ in range(2):
+        stored = explain.capture(on_table(), TABLE, store=tmp_path / "scores.zarr", verbose=0)["attention"]
+        xr.testing.assert_allclose(stored, VERBS["capture"](on_table(), TABLE), atol=1e-6)
+    with pytest.raises(ValueError, match="differs in: feature_names"):
+        explain.capture(on_table(), table_of(columns=["a", "b", "c"]), store=tmp_path / "scores.zarr", verbose=0)
