@@ -161,9 +161,9 @@ def attribute(
         `in_view` (sample, feature), whether a key is in view. The attributes say the `method`, the `target` (a number,
         `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the
         order in which they are called, the `masks` in force in them (or `"none"`), the `special_tokens`, if there are
-        any, the `backend` and the `keras_version`. Integrated gradients have a `completeness_error`: the largest difference, over the samples,
-        between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if
-        all are 0.
+        any, the `backend` and the `keras_version`. Integrated gradients have a `completeness_error`: the largest
+        difference, over the samples, between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of
+        absolute values of a row; NaN if all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the

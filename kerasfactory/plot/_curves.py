@@ -70,7 +70,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         epochs = dataset["epoch"].values
         for name, ax in zip(STATISTICS, axes, strict=True):
-            for number, head in enumerate(labels_of(dataset.get_index("head"))):
+            for number, head in enumerate(labels_of(dataset["head"])):
                 ax.plot(
                     epochs,
                     dataset[name].values[:, number],

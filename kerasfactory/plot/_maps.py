@@ -73,7 +73,7 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
         array = array.isel(sample=slice(samples))
     title = [short(array.name, 2 * _LONGEST_NAME)] if array.name is not None else []
     title += [
-        f"{dim} {short(*labels_of(array[dim].expand_dims('one').to_index()))}"
+        f"{dim} {short(labels_of(array[dim])[0])}"
         for dim in ("sample", "head")
         if dim in array.coords and dim not in dims
     ]
@@ -87,15 +87,16 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     values = array.to_numpy().astype("float64")
     _check_values(values)
     values, queries, keys, note = _shortened(values, queries, keys, top_k)
-    sample_labels, head_labels = (labels_of(array.get_index(dim)) for dim in ("sample", "head"))
+    sample_labels, head_labels = (labels_of(array[dim]) for dim in ("sample", "head"))
     return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note)
 
 
-def labels_of(index: Any) -> list[str]:
-    """What a pandas index says, for people: dates as dates, durations with a unit, and all else as it is."""
+def labels_of(coordinate: xr.DataArray) -> list[str]:
+    """What a coordinate says, for people: dates as dates, durations with a unit, and all else as it is."""
+    index: Any = (coordinate if coordinate.dims else coordinate.expand_dims("one")).to_index()
     values = np.asarray(index if getattr(index, "tz", None) is None else index.tz_localize(None))
     if values.dtype.kind == "M":
-        texts = np.datetime_as_string(values, unit=_coarsest(values, _DATES)).tolist()
+        texts = values.astype(f"M8[{_coarsest(values, _DATES)}]").astype(str).tolist()
         return ["NaT" if text == "NaT" else text.replace("T", " ") for text in texts]
     if values.dtype.kind == "m":
         unit = _coarsest(values, _DURATIONS)
@@ -178,11 +179,10 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
 
 
 def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) -> Side:
-    if dim not in labeled.indexes:
+    if dim not in labeled.coords:
         return Side(None, edges)
-    index = labeled.indexes[dim]
-    labels = labels_of(index)
-    if index.dtype.kind in "mM":
+    labels = labels_of(labeled[dim])
+    if labeled[dim].to_index().dtype.kind in "mM":
         return Side(None, edges, labels)
     return Side(labels if len(labels) == len(edges) - 1 else None, edges)
 

@@ -194,7 +194,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
     farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         rows = np.arange(dataset.sizes["head"])
-        names = [as_matplotlib(short(head, 8)) for head in labels_of(dataset.get_index("head"))]
+        names = [as_matplotlib(short(head, 8)) for head in labels_of(dataset["head"])]
         for name, ax, largest in zip(STATISTICS, axes[:3], (1, 1, farthest or 1), strict=True):
             ax.hlines(rows, 0, dataset[name], color="#bbbbbb", linewidth=1)
             ax.plot(dataset[name], rows, "o", color=COLORS[0])
@@ -315,4 +315,4 @@ def _read_claims(claims: xr.Dataset) -> _Ranking:
 
 
 def _feature_names(labeled: xr.DataArray | xr.Dataset) -> list[str]:
-    return labels_of(labeled.get_index("feature"))
+    return labels_of(labeled["feature"])
