@@ -1,5 +1,10 @@
+import html
+
 import matplotlib as mpl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.cbook import is_math_text
 
 from kerasfactory._text import as_html, as_matplotlib, visible
 
@@ -44,3 +49,19 @@ def test_no_formula_can_begin_in_a_figure(settings, text):
     with mpl.rc_context(settings):
         assert as_matplotlib("$5 \\$ a_b^2 {50%} \n #1 & ~") == text
         assert as_matplotlib("one", 2, "") == "one\n2\n"
+
+
+ANY_TEXT = st.text(st.one_of(st.characters(), st.sampled_from("$\\_^{}<>&'\"`\n\r\t\x00\u202e\ud800\u2028")))
+
+
+@given(ANY_TEXT)
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_no_text_is_markup_and_all_of_it_is_there(text):
+    shown = visible(text)
+    assert len(shown.splitlines()) <= 1
+    shown.encode("utf-8")
+    assert visible(shown) == shown
+    assert not is_math_text(as_matplotlib(text))
+    assert as_matplotlib(text).replace(r"\$", "$") == shown  # which is what matplotlib does with what is no formula
+    assert not set(as_html(text)) & set("<>\"'")
+    assert html.unescape(as_html(text)) == shown

@@ -17,6 +17,8 @@ from scipy import stats
 
 from kerasfactory import plot
 
+pytestmark = pytest.mark.backend_independent  # what `explain` returns are NumPy's arrays
+
 DIMS = ["sample", "head", "query", "key"]
 NAMES = ["age", "pulse", "weight"]
 
