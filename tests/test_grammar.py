@@ -26,7 +26,7 @@ ORDER = [
     *("removal", "mask_value", "background", "groups", "block", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
     *("n", "draws", "steps", "strength", "tolerance", "margin", "level"),
-    *("every", "log_dir", "batch_size", "verbose", "store", "seed"),
+    *("statement", "every", "log_dir", "batch_size", "verbose", "store", "seed"),
 ]
 
 # What functions are about: only this may be positional, in this order.

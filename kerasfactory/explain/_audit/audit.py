@@ -18,22 +18,22 @@ from keras import ops
 import kerasfactory
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, checked_names, checked_seed, generator, positive_integer
-from kerasfactory._warnings import warn
+from kerasfactory._text import visible
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, measured_skill
 from kerasfactory.explain._audit.file import (
     ABSOLUTE,
-    SCHEMA,
-    as_json,
     differences,
     files_of,
     hash_of_json,
     hashed,
     intact,
-    load,
+    is_audit,
+    plain,
     save,
 )
 from kerasfactory.explain._audit.report import Audit
+from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import progress_bar
 from kerasfactory.explain._engine.observe import rounding_of
@@ -41,7 +41,7 @@ from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
 
-_DRAWS = 200
+_DRAWS, _MOST_DRAWS = 200, 100_000
 
 
 def audit(
@@ -64,6 +64,7 @@ def audit(
     block: int | None = None,
     tolerance: float = 0.02,
     level: float = 0.05,
+    statement: dict[str, str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
     seed: int = 0,
@@ -118,10 +119,10 @@ def audit(
     disprove; a ranking is tested by removal, which shows the model inputs that it may never have seen. The page says
     all this beside the verdicts.
 
-    The same call writes the same files. They contain no time, host or path, and not the data either. Weights,
-    configuration, data and labels are there as SHA-256. A checksum makes changes noticeable. It is no signature: a
-    changed number with a new checksum is found by `verify`, which computes the audit again. Sign the files if you must
-    know who made them.
+    The same call writes the same files. They contain no time, host or path, and not the data either, and nothing but
+    what is computed and what you state (`statement`). Weights, configuration, data and labels are there as SHA-256. A
+    checksum makes damage noticeable; `verify` computes everything again, so that a forged number is found though its
+    checksum is right; who made the file, only a signature says: see [Sign an audit](../learn/signed-audits.md).
 
     Args:
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
@@ -139,7 +140,7 @@ def audit(
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
-            page shows it. `verify` does not make it again.
+            page shows it. `verify` compares it with the one that it is given, and does not make it again.
         feature_names: Names of the features, as for `capture`.
         feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
         special_tokens: Token ids or names of what is no feature, as for `attribute`.
@@ -149,7 +150,10 @@ def audit(
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
-        level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5.
+        level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5. A test draws as many times as there
+            are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
+        statement: What you state and no computation can check, such as who made the audit and when, what the model is
+            for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
         batch_size: Samples in a batch.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
             `capture`.
@@ -158,15 +162,17 @@ def audit(
     Returns:
         Audit: The tables `claims` and `features`, the `path` of the page, and the page itself in a notebook. The JSON
             file has the keys `schema`, `settings`, `model`, `data`, `environment`, `capture`, `attribution`,
-            `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `calibration`, `claims`, `page`
-            and `checksum`. Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`, `statistic`
-            (`name`, `value`), `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made` (false for a
-            feature that is not ranked high), `interval` (two bounds) and `reason`. What was not tested is null.
+            `skill`, `controls`, `faithfulness`, `randomization`, `seeds`, `features`, `claims`, `calibration`,
+            `statement` and `checksum`. Each claim has `id`, `claim` (a sentence), `feature` (or null), `verdict`,
+            `statistic` (`name`, `value`), `p_value`, `p_opposite` (that the claim is false), `p_adjusted`, `is_made`
+            (false for a feature that is not ranked high), `interval` (two bounds) and `reason`. What was not tested is
+            null.
 
     Raises:
         ValueError: If `x`, `y` or `background` hold NaN or no numbers or do not fit each other; if `path` does not end
-            in `.html`, or another argument is out of range; if two of `model` and `models` are copies; and as
-            `attribute`, `faithfulness` and `recomposition_error`.
+            in `.html`, or another argument is out of range; if the page would be larger than
+            32 MiB; if two of `model` and `models` are copies; and as `attribute`, `faithfulness` and
+            `recomposition_error`.
         FileExistsError: If one of the files is there and is no audit.
         FileNotFoundError: If there is no folder for them.
 
@@ -205,7 +211,7 @@ def audit(
     settings = {
         "method": method,
         "task": checked_task(task),
-        "target": list(target) if isinstance(target, tuple) else target,
+        "target": target,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
         "feature_names": None if feature_names is None else checked_names(feature_names),
         "feature_mask": None if feature_mask is None else np.asarray(feature_mask).tolist(),
@@ -216,9 +222,9 @@ def audit(
         "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
         "seed": checked_seed(seed),
     }
-    found = None if calibration is None else calibration_record(calibration)
-    record = _record(model, x, y, background, groups, models, settings, batch_size, verbose)
-    record["calibration"] = found
+    settings = _checked_settings(settings)
+    given = _given(calibration, statement)
+    record = plain(_record(model, x, y, background, groups, models, settings, batch_size, verbose)) | given
     judge(record["claims"], level)
     if files is None:
         return Audit(record)
@@ -233,45 +239,56 @@ def verify(
     y: Any = None,
     *,
     models: Sequence[keras.Model] = (),
+    calibration: xr.Dataset | None = None,
     background: Any = None,
     groups: Any = None,
+    statement: dict[str, str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> list[str]:
-    """Computes an audit again and says what no longer holds.
+    """Computes an audit again and says what no longer holds. An empty list says: all that the file shows was checked.
 
-    First the two files are checked: whether their data have the checksum with which they were written, whether the page
-    shows what it did, and whether the two agree. If not, that is the answer, and nothing is computed. Otherwise the
-    audit is made again, for this model and these data, with the settings that it was made with, and compared: hashes,
-    verdicts and names must be the same. Numbers may differ by 0.001 of their value, or by 1e-5 if that is more (by
-    0.02 in half precision); p-values by 0.02. Other processors and backends round otherwise, and may differ by more.
+    One file alone, the page or the JSON, is enough. If both are there, both are checked, and must agree.
+
+    1. **The file.** Its data must be what an audit may hold, and have the checksum with which they were written. The
+       page is rendered again from them, and must be the same, byte for byte. If not, that is the answer, and nothing is
+       computed.
+    2. **What it says.** The audit is made again, for this model and these data, with the settings that the file names.
+       Hashes, names, verdicts and sentences must be the same. Numbers may differ by 0.001 of their value, or by 1e-5
+       if that is more (by 0.02 in half precision), and p-values by 0.02, small ones by less: by 0.002 and half of the
+       larger. Other processors and backends round otherwise, and may differ by more.
+    3. **What cannot be checked** is a finding, too: labels, models, a calibration or a statement that the audit was
+       made with and that are not given here, and other versions of Python, Keras, the backend or a library.
+
+    `verify` cannot see who made the file. The file that `audit` writes for this model and these data with other
+    settings is an audit as well, and so is one in which numbers were moved by less than what rounding may do. Only a
+    signature tells such files from yours: see [Sign an audit](../learn/signed-audits.md).
 
     Args:
         path: What `audit` returned, or the path of its page or of its JSON file. The other is looked for beside it.
         model: The model that is to be the one that was audited.
         x: The data that are to be those of the audit, as for `audit`.
         y: The labels, if the audit was made with labels. Without them the claims about single features and about the
-            loss are not checked, and a warning says so.
+            loss are not checked.
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
-            is not checked, and a warning says so.
-        background: The background data, if the audit was made with such.
-        groups: The labels of what belongs together, if the audit was made with such.
+            is not checked.
+        calibration: What `calibrate` returned, if the audit was made with it.
+        background: The background data, if the audit was made with such. Without them nothing is compared.
+        groups: The labels of what belongs together, if the audit was made with such. Without them nothing is compared.
+        statement: What the author states, if the audit has a statement: the same texts, in the same order.
         batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding: what is drawn at
             random does not depend on it.
         verbose: As for `audit`.
 
     Returns:
-        list[str]: A sentence for each thing that does not hold any more: a changed file, other weights, another
-            configuration, other data, labels or models, other verdicts, other numbers. Empty if all holds.
+        list[str]: A sentence for each thing that does not hold or was not checked: a changed, damaged or forged file,
+            other weights, another configuration, other data, labels or models, other verdicts, other numbers, other
+            versions, and what was not given. Empty if all holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not an audit, or one from a newer kerasfactory, or an audit that was not written; if the
-            background data are missing; and as `audit`.
-
-    Warns:
-        UserWarning: If labels or models are missing, or if the versions of Python, Keras, the backend or a library are
-            not those of the audit. As the numbers were computed with the new ones, this alone is no finding.
+        ValueError: If it is no audit at all, or an audit that was not written; if `x`, `y` or `background` are not as
+            for `audit`; if `calibration` or `statement` are not.
 
     Example:
         ```python
@@ -295,54 +312,112 @@ def verify(
         #> The data are not those of the audit.
         ```
     """
+    given = _given(calibration, statement)
+    x, y, background = _checked(x, y, background)
     record, findings = intact(files_of(path), Path(path))
-    if findings:
-        return findings
-    if record["schema"] != SCHEMA:
-        raise ValueError(
-            f"{Path(path)} was made by an older kerasfactory, {record['environment']['kerasfactory']}, which came "
-            "to its verdicts in other ways. Verify it with that version, or make a new audit."
-        )
-    x = _array("x", x)
-    if list(x.shape[1:]) != record["data"]["shape"][1:]:
+    if not findings:
+        findings = _compared(record, model, x, y, background, groups, models, given, batch_size, verbose)
+    return [visible(finding) for finding in findings]
+
+
+def _compared(
+    record: dict[str, Any],
+    model: Any,
+    x: np.ndarray,
+    y: np.ndarray | None,
+    background: np.ndarray | None,
+    groups: Any,
+    models: Any,
+    given: dict[str, Any],
+    batch_size: int | None,
+    verbose: Any,
+) -> list[str]:
+    """What is made again differs in, and what was not made again."""
+    data, settings = record["data"], record["settings"]
+    if list(x.shape[1:]) != data["shape"][1:]:
         return [
             f"The data are not those of the audit: a sample has shape {list(x.shape[1:])}, and had "
-            f"{record['data']['shape'][1:]}. Nothing else was checked."
+            f"{data['shape'][1:]}. Nothing else was checked."
         ]
-    if record["data"]["background"] and background is None:
-        raise ValueError("The audit was made with background data: give them, `background=...`.")
-    if record["data"]["groups"] and groups is None:
-        raise ValueError("The audit was made with groups of samples: give them, `groups=...`.")
-
-    settings = record["settings"]
+    needed = {"background": background, "groups": groups}
+    if missing := [name for name, value in needed.items() if data[name] and value is None]:
+        return [f"The audit was made with {name}: give them, `{name}=...`. Nothing was compared." for name in missing]
     batch_size = settings["batch_size"] if batch_size is None else batch_size
-    now = json.loads(as_json(_record(model, x, y, background, groups, models, settings, batch_size, verbose)))
-    now["calibration"] = record["calibration"]
-    before = {claim["id"]: claim for claim in record["claims"]}
-    unchecked = set()
-    if record["data"]["labels"] and y is None:
-        now["data"]["labels"] = record["data"]["labels"]
+    try:
+        now = plain(_record(model, x, y, background, groups, models, settings, batch_size, verbose))
+    except ValueError as error:
+        return [f"The audit cannot be made again with its settings, for this model and these data: {error}"]
+
+    findings, unchecked = _of_versions(record["environment"], now.pop("environment")), set()
+    if data["labels"] and y is None:
+        now["data"]["labels"] = data["labels"]
         now |= {section: record[section] for section in ("features", "skill")}
         if now["controls"] and record["controls"]:
             now["controls"]["loss"] = record["controls"]["loss"]
         unchecked |= {"attention-loss"} | {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        now["claims"] = [claim for claim in now["claims"] if claim["id"] not in unchecked]
-        now["claims"] += [claim for claim in record["claims"] if claim["id"] in unchecked]
-        warn("Without labels, `y`, what is said of the loss and of single features was not checked.")
+        findings.append("Without labels, `y`, what is said of the loss and of single features was not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
-        warn("Without `models`, the claim about models from other seeds was not checked.")
-    now["claims"] = [before[claim["id"]] if claim["id"] in unchecked else claim for claim in now["claims"]]
-    judge(now["claims"], record["settings"]["level"])
-    changed = [
-        f"{name} {version}, now {now['environment'].get(name)}"
-        for name, version in record["environment"].items()
-        if version != now["environment"].get(name)
+        findings.append("Without `models`, the claim about models from other seeds was not checked.")
+    for name, value in given.items():
+        now[name] = record[name] if value is None else value
+        if record[name] and value is None:
+            findings.append(f"The audit has a {name}, which was not checked: give it, `{name}=...`.")
+    now["claims"] = _with_unchecked(now["claims"], record["claims"], unchecked)
+    judge(now["claims"], settings["level"])
+    return differences(record, now, max(ABSOLUTE, rounding_of(model))) + findings
+
+
+def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as `verify` reads them, which takes no others."""
+    for name, value in settings.items():
+        try:
+            wrong = problem(plain(value), SETTINGS[name], f"`{name}`")
+        except (TypeError, ValueError):
+            wrong = f"`{name}` must be numbers or texts, and lists of them"
+        if wrong:
+            raise ValueError(f"{wrong}. Received: {name}={value!r}")
+    return plain(settings)
+
+
+def _with_unchecked(
+    claims: list[dict[str, Any]], before: list[dict[str, Any]], unchecked: set[str]
+) -> list[dict[str, Any]]:
+    """The claims, those that were not checked as they were before: all of them are judged together."""
+    kept = [dict(claim) for claim in before if claim["id"] in unchecked]
+    claims = [claim for claim in claims if claim["id"] not in unchecked] + kept
+    if not unchecked:
+        return claims
+    order = {claim["id"]: number for number, claim in enumerate(before)}
+    return sorted(claims, key=lambda claim: order.get(claim["id"], len(order)))
+
+
+def _of_versions(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    changed = [name for name in now if before[name] != now[name]]
+    if not changed:
+        return []
+    installed, recorded = (", ".join(f"{name} {found[name]}" for name in changed) for found in (now, before))
+    return [
+        f"This page cannot be checked with {installed}: the audit was made with {recorded}. What else is said here was "
+        "computed with the versions that are installed."
     ]
-    if changed:
-        warn(f"The audit was made with other versions: {'; '.join(changed)}.")
-    return differences(record, now, max(ABSOLUTE, rounding_of(model)))
+
+
+def _given(calibration: Any, statement: Any) -> dict[str, Any]:
+    """What an audit shows and does not compute, as JSON."""
+    found = None
+    if calibration is not None:
+        found = plain(calibration_record(calibration))
+        found = {key: found[key] for key in CALIBRATION if key in found} | found  # attributes have no order
+        if wrong := problem(found, CALIBRATION, "Its record"):
+            raise ValueError(f"`calibration` must be what `explain.calibrate` returned. {wrong}.")
+    if statement is not None and not STATEMENT.fits(statement):
+        raise ValueError(
+            f"`statement` must be {STATEMENT.said}, such as {{'author': 'A. Smith', 'date': '2026-05-04'}}. Received: "
+            f"statement={statement!r}"
+        )
+    return {"calibration": found, "statement": plain(statement)}
 
 
 def _writable(path: Any) -> tuple[Path, Path]:
@@ -351,13 +426,8 @@ def _writable(path: Any) -> tuple[Path, Path]:
         raise ValueError(f"`path` must end in .html; the JSON file goes beside it. Received: path={str(path)!r}")
     files = files_of(path)
     for file in files:
-        if file.exists():
-            try:
-                load(file)
-            except ValueError:
-                raise FileExistsError(
-                    f"{file} exists and is not an audit: it is not overwritten. Choose another `path`."
-                ) from None
+        if file.exists() and not is_audit(file):
+            raise FileExistsError(f"{file} exists and is not an audit: it is not overwritten. Choose another `path`.")
     if not files[0].parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(files[0].parent)!r} to write the audit into.")
     return files
@@ -397,8 +467,7 @@ def _record(
         if independent >= count
         else f"{independent} {_what_counts(groups, settings)} are fewer than the {count} claims."
     )
-    # So many draws that one claim alone can be significant after the adjustment.
-    subject = planned._replace(draws=max(_DRAWS, math.ceil(count / settings["level"])), untestable=few)
+    subject = planned._replace(draws=_DRAWS if few else _draws_for(count, settings["level"]), untestable=few)
     measured = {}
     for name, test in TESTS.items():
         measured[name], tested = test(subject)
@@ -424,6 +493,17 @@ def _record(
         **measured,
         "claims": claims,
     }
+
+
+def _draws_for(count: int, level: float) -> int:
+    """So many that one claim alone can be significant after the adjustment."""
+    if count / level > _MOST_DRAWS:
+        raise ValueError(
+            f"`level` must be at least {count / _MOST_DRAWS:.2g} for {count} claims: a test draws {count} / `level` "
+            f"times, and {_MOST_DRAWS:,} times at most. Received: level={level!r}. Give a larger one, or fewer "
+            "features, with `feature_mask`."
+        )
+    return max(_DRAWS, math.ceil(count / level))
 
 
 def _what_counts(groups: Any, settings: dict[str, Any]) -> str:

@@ -481,4 +481,5 @@ def measured_skill(
         return None, f"The loss that the model is compiled with cannot be used. {error}"
     rng = generator(settings["seed"], "skill")
     found = skill_of(loss, labels * 1, outputs, clusters, settings["level"], rng)
-    return {**found, "skill": as_float(found["skill"]), "skill_interval": bounds(np.array(found["skill_interval"]))}, ""
+    interval = bounds(np.array(found["skill_interval"]))
+    return {**{key: as_float(found[key]) for key in found if key != "skill_interval"}, "skill_interval": interval}, ""

@@ -1,35 +1,35 @@
 """The two files of an audit: written, read, and compared with what they should say."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import kerasfactory
-from kerasfactory.explain._audit.page import escaped, page, with_data, without_data
+from kerasfactory.explain._audit.page import data_of, page, with_data
+from kerasfactory.explain._audit.schema import NAME, SCHEMA, problem_of_record
 
-_NAME, _VERSION = "kerasfactory.audit", 2
-SCHEMA = f"{_NAME}/{_VERSION}"  # one string: each number in an audit is under the checksum
+_MOST_BYTES, _MOST_NESTED = 32 * 2**20, 12  # of a file
 # How far numbers that are computed again may lie from those that were written.
 _RELATIVE, ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
+_COUNTED = re.compile(r"(?<=better than )([0-9]{1,9})(?= of ([0-9]{1,9}) rankings)")  # a p-value in words
+
+_Keys = tuple[Any, ...]  # the way to a value in a record
 
 
 def hashed(array: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape} {array.dtype} ".encode() + array.tobytes()).hexdigest()
 
 
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def hash_of_json(data: Any) -> str:
-    return hashlib.sha256(_canonical(data).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _checksum(record: dict[str, Any]) -> str:
@@ -37,7 +37,19 @@ def _checksum(record: dict[str, Any]) -> str:
 
 
 def as_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """In ASCII: no text in it can be taken for another, and half a surrogate pair can be written."""
+    return json.dumps(record, indent=1, allow_nan=False, default=_of_numpy) + "\n"
+
+
+def _of_numpy(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no kind of JSON")
+
+
+def plain(data: Any) -> Any:
+    """The data as they come back from their file."""
+    return json.loads(as_json(data))
 
 
 def files_of(path: Any) -> tuple[Path, Path]:
@@ -48,16 +60,26 @@ def files_of(path: Any) -> tuple[Path, Path]:
     return file.with_suffix(".html"), file.with_suffix(".json")
 
 
-def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
-    shown = page(record)
-    record = {**record, "page": hashlib.sha256(shown.encode()).hexdigest()}
-    record["checksum"] = _checksum(record)
+def _content(record: dict[str, Any], suffix: str) -> bytes:
+    """What a file with this record holds: the only way from a record to bytes, for those who write and who check."""
     text = as_json(record)
-    contents = {json_file: text, html_file: with_data(shown, text)}
+    return (with_data(page(record), text) if suffix == ".html" else text).encode()
+
+
+def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
+    record = {**record, "checksum": _checksum(record)}
+    contents = {file: _content(record, file.suffix) for file in (json_file, html_file)}
+    largest = max(map(len, contents.values()))
+    wrong = problem_of_record(record) or (largest > _MOST_BYTES and f"the page would have {largest / 2**20:.0f} MiB")
+    if wrong:
+        raise ValueError(
+            f"This audit cannot be written, because `verify` would refuse it: {wrong}. Its numbers may be no larger "
+            f"than 1e100, and its page {_MOST_BYTES // 2**20} MiB: a larger `level` takes fewer draws."
+        )
     partial = {file: file.with_name(f"{file.name}.{os.getpid()}.partial") for file in contents}
     try:
         for file, content in contents.items():
-            partial[file].write_text(content, encoding="utf-8", newline="\n")
+            partial[file].write_bytes(content)
         for file in contents:  # nobody sees half a file
             os.replace(partial[file], file)
     finally:
@@ -65,105 +87,190 @@ def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
             partial[file].unlink(missing_ok=True)
 
 
-def load(file: Path) -> tuple[dict[str, Any], str, str]:
-    """What is in one of the two files: the record, the page without it, and the record as it is written there."""
+def is_audit(file: Path) -> bool:
     try:
-        text = file.read_text(encoding="utf-8")
-        shown, data = without_data(text) if file.suffix == ".html" else ("", text)
-        record = json.loads(data)
-        name, _, version = record["schema"].partition("/")
-        newer = int(version) > _VERSION
-        if name != _NAME:
-            raise ValueError(f"its schema is {name!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is not an audit made by `explain.audit`, or it is damaged: {error}") from None
-    if newer:
-        raise ValueError(
-            f"{file} was made by a newer kerasfactory: it has schema {version}, and this one reads up to {_VERSION}. "
-            "Verify it with that."
-        )
-    return record, shown, data
+        return _schema_of(_parsed(_read(file), file.suffix)).startswith(f"{NAME}/")
+    except ValueError:
+        return False
 
 
 def intact(files: tuple[Path, Path], given: Path) -> tuple[dict[str, Any], list[str]]:
-    """The record in the given one of the two files, and what was done to either since they were written."""
-    loaded = {given: load(given)}
-    findings = []
+    """The record in the given one of the two files, and what is wrong with either: one file alone is enough."""
+    records: dict[Path, dict[str, Any]] = {}
+    findings: list[str] = []
     for file in files:
-        if file not in loaded:
-            try:
-                loaded[file] = load(file)
-            except (FileNotFoundError, ValueError) as error:
-                findings.append(f"{file.name} is missing." if isinstance(error, FileNotFoundError) else str(error))
-                continue
-        record, shown, data = loaded[file]
-        text = as_json(record) if "NaN" not in data else ""
-        if record.get("checksum") != _checksum(record):
-            findings.append(f"The data in {file.name} were changed: they do not have their checksum any more.")
-        elif data != (escaped(text) if shown else text):
-            findings.append(f"The data in {file.name} are not written as an audit writes them.")
-        elif shown and hashlib.sha256(shown.encode()).hexdigest() != record["page"]:
-            findings.append(f"What {file.name} shows was changed.")
-        elif shown and record["environment"]["kerasfactory"] == kerasfactory.__version__ and shown != page(record):
-            findings.append(f"{file.name} does not show what its data say.")
-    if len(loaded) == 2:
-        one, other = (dict(_leaves(loaded[file][0])) for file in files)
-        paths = [path for path in {**one, **other} if repr(one.get(path)) != repr(other.get(path))]
+        if file == given or file.exists():
+            records[file], found = _examined(file)
+            findings += found
+    if all(records.get(file) for file in files):
+        one, other = (list(_leaves(records[file])) for file in files)
+        pairs = itertools.zip_longest(one, other, fillvalue=(("their length",), None))
+        paths = dict.fromkeys(path for pair in pairs if repr(pair[0]) != repr(pair[1]) for path, _ in pair)
         if paths:
-            findings.append(f"{files[0].name} and {files[1].name} differ in {_some_of(paths)}.")
-    return loaded[given][0], findings
+            findings.append(f"{files[0].name} and {files[1].name} differ in {_some_of([*map(_joined, paths)])}.")
+    return records[given], findings
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _examined(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The record in a file, empty if there is none that can be used, and what is wrong."""
+    content = _read(file)
+    try:
+        record = _parsed(content, file.suffix)
+        schema = _schema_of(record)
+        has_checksum = record.get("checksum") == _checksum(record)
+    except ValueError as error:
+        if f"{NAME}/".encode() not in content:
+            raise ValueError(f"{file} is not an audit made by `explain.audit`, or it is damaged: {error}") from None
+        return {}, [f"{file.name} is damaged: {error}"]
+    if schema != SCHEMA and schema.startswith(f"{NAME}/"):
+        return {}, [
+            f"{file.name} cannot be checked with kerasfactory {kerasfactory.__version__}, which reads {SCHEMA}: it is "
+            f"{_short(schema)}. Verify it with the version that made it, or make a new audit."
+        ]
+    if schema != SCHEMA:
+        raise ValueError(f"{file} is not an audit made by `explain.audit`: its schema is {_short(schema)!r}")
+    if not has_checksum:
+        return record, [f"The data in {file.name} were changed: they do not have their checksum any more."]
+    if wrong := problem_of_record(record):
+        return record, [f"The data in {file.name} are not those of an audit: {_short(wrong)}."]
+    if record["environment"]["kerasfactory"] != kerasfactory.__version__:
+        return record, []  # which is a finding elsewhere: another version may show the same in another way
+    if content == _content(record, file.suffix):
+        return record, []
+    if file.suffix == ".html":
+        return record, [f"{file.name} does not show what its data say."]
+    return record, [f"The data in {file.name} are not written as an audit writes them."]
+
+
+def _read(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(_MOST_BYTES + 1)
+
+
+def _parsed(content: bytes, suffix: str) -> Any:
+    """The JSON in a file; a `ValueError` for what no audit holds and what readers of JSON do not agree on."""
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
+    text = content.decode()
+    try:
+        found = json.loads(
+            data_of(text) if suffix == ".html" else text,
+            object_pairs_hook=_without_repetition,
+            parse_float=_finite,
+            parse_constant=_refused,
+        )
+    except (RecursionError, MemoryError):
+        raise ValueError("its data are nested too deeply, or too large") from None
+    level = [found]
+    for _ in range(_MOST_NESTED):
+        level = [part for one in level for part in _parts(one)]
+    if level:
+        raise ValueError("its data are nested too deeply")
+    return found
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its data have a key twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refused(text)
+
+
+def _refused(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _schema_of(record: Any) -> str:
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if not isinstance(schema, str):
+        raise ValueError("its data have no schema")
+    return schema
+
+
+def _leaves(value: Any, path: _Keys = ()) -> Iterator[tuple[_Keys, Any]]:
     """The paths and values of all that is no container. An entry of a list goes by its `id`, if it has one."""
     if isinstance(value, dict | list) and value:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(value, list) and isinstance(entry, dict):
                 key = entry.get("id", key)
-            yield from _leaves(entry, f"{path}/{key}" if path else str(key))
+            yield from _leaves(entry, (*path, key))
     else:
         yield path, value
 
 
 _SAID_OF_HASHES = {
-    "model/weights": "The weights of the model are not those that were audited.",
-    "model/configuration": "The configuration of the model is not the one that was audited.",
-    "data/x": "The data are not those of the audit.",
-    "data/labels": "The labels are not those of the audit.",
-    "data/background": "The background data are not those of the audit.",
-    "data/groups": "The groups of samples are not those of the audit.",
-    "seeds/models": "The models from other seeds are not those of the audit.",
+    ("model", "weights"): "The weights of the model are not those that were audited.",
+    ("model", "configuration"): "The configuration of the model is not the one that was audited.",
+    ("data", "x"): "The data are not those of the audit.",
+    ("data", "labels"): "The labels are not those of the audit.",
+    ("data", "background"): "The background data are not those of the audit.",
+    ("data", "groups"): "The groups of samples are not those of the audit.",
+    ("seeds", "models"): "The models from other seeds are not those of the audit.",
 }
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], absolute: float) -> list[str]:
-    """What two records say differently, in sentences; numbers if they lie further apart than rounding puts them."""
-    findings = []
+    """What two records say differently, in sentences; numbers if they lie further apart than rounding puts them.
+
+    Only the sections of the second record are compared.
+    """
     claims = {claim["id"]: claim for claim in now["claims"]}
-    for old in before["claims"]:
-        new = claims.get(old["id"], old)
-        if old["verdict"] != new["verdict"]:
-            findings.append(f"“{old['claim']}” was {old['verdict']} and is now {new['verdict']}. {new['reason']}")
-    by_section: dict[str, list[str]] = {}
-    one, other = dict(_leaves(before)), dict(_leaves(now))
-    for path in {**one, **other}:
-        section, _, rest = path.partition("/")
-        if section in ("environment", "page", "checksum") or rest.endswith(("/verdict", "/reason")):
-            continue
-        old, new = one.get(path), other.get(path)
-        if not _same(old, new, _PROBABILITY if re.search("/p_[a-z]+$", path) else absolute):
-            of_hash = _SAID_OF_HASHES.get(re.sub(r"/\d+$", "", path))
-            if of_hash:
-                findings += [of_hash] * (of_hash not in findings)
-            else:
-                by_section.setdefault(section, []).append(f"{rest} was {old} and is now {new}")
-    return findings + [f"In “{section}”, {_some_of(differing)}." for section, differing in by_section.items()]
+    changed = [old for old in before["claims"] if old["verdict"] != claims.get(old["id"], old)["verdict"]]
+    findings = [
+        f"“{_short(old['claim'])}” was {old['verdict']} and is now {claims[old['id']]['verdict']}. "
+        f"{claims[old['id']]['reason']}"
+        for old in changed
+    ]
+    said = {("claims", old["id"], key) for old in changed for key in ("verdict", "reason")}
+    for section in now:
+        one, other = (dict(_leaves(record[section], (section,))) for record in (before, now))
+        differing = []
+        for path in {**one, **other}:
+            if path in said or _same(one.get(path, ()), other.get(path, ()), path, absolute):
+                continue
+            of_hash = _SAID_OF_HASHES.get(path[:2])
+            if of_hash is None:
+                old, new = (_short(record.get(path, "not there")) for record in (one, other))
+                differing.append(f"{_joined(path[1:])} was {old} and is now {new}")
+            elif of_hash not in findings:
+                findings.append(of_hash)
+        if not differing and [*one] != [*other] and one.keys() == other.keys():
+            differing = ["the order was another"]
+        if differing:
+            findings.append(f"In “{section}”, {_some_of(differing)}.")
+    return findings
 
 
-def _same(old: Any, new: Any, absolute: float) -> bool:
-    if isinstance(old, float) and isinstance(new, float):
-        return math.isclose(old, new, rel_tol=_RELATIVE, abs_tol=absolute)
+def _same(old: Any, new: Any, path: _Keys, absolute: float) -> bool:
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, float):
+        # A p-value that is small stays small.
+        is_p = str(path[-1]).startswith("p_")
+        near = min(_PROBABILITY, _PROBABILITY / 10 + max(old, new) / 2) if is_p else absolute
+        return math.isclose(old, new, rel_tol=_RELATIVE, abs_tol=near)
+    if old != new and path[-1] == "reason":
+        counts = [[*map(int, found)] for text in (old, new) for found in _COUNTED.findall(text)]
+        if len(counts) == 2 and abs(counts[0][0] - counts[1][0]) <= _PROBABILITY * counts[1][1]:
+            old, new = (_COUNTED.sub("", text) for text in (old, new))
     return bool(old == new)
+
+
+def _joined(path: _Keys) -> str:
+    return "/".join(map(str, path))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def _some_of(entries: list[str]) -> str:

@@ -1,14 +1,14 @@
 """An audit as a page: one HTML file that needs nothing else, for people, with the data in it, for programs."""
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kerasfactory._text import as_html
+from kerasfactory.explain._audit.schema import SCHEMA
 
-_DATA = re.compile(r'(?<=<script type="application/json" id="audit">).*?(?=</script>)', re.DOTALL)
+_BEFORE_DATA, _AFTER_DATA = '<script type="application/json" id="audit">', "</script>"
 
 _TOO_GOOD = 0.98  # a skill above it is suspicious
 _NEEDED = "needed, not claimed"
@@ -66,6 +66,7 @@ def page(record: dict[str, Any]) -> str:
         _seeds,
         _calibration,
         _capture,
+        _statement,
         _model,
         _data,
         _environment,
@@ -77,6 +78,7 @@ def page(record: dict[str, Any]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="generator" content="{SCHEMA}">
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>{_STYLE}</style>
@@ -85,7 +87,7 @@ def page(record: dict[str, Any]) -> str:
 <main>
 <h1>{title}</h1>
 {"".join(section(record) for section in sections)}</main>
-<script type="application/json" id="audit"></script>
+{_BEFORE_DATA}{_AFTER_DATA}
 </body>
 </html>
 """
@@ -97,20 +99,15 @@ def verdict_counts(record: dict[str, Any]) -> str:
     return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in counted)
 
 
-def escaped(text: str) -> str:
-    """JSON in which no tag can begin."""
-    return text.replace("<", "\\u003c")
-
-
 def with_data(page: str, text: str) -> str:
-    """The page with the data, JSON, in it."""
-    return _DATA.sub(lambda _: escaped(text), page, count=1)
+    """The page with the data, JSON in which no tag can begin, in it."""
+    before, tag, after = page.rpartition(_BEFORE_DATA)
+    return before + tag + text.replace("<", "\\u003c") + after
 
 
-def without_data(text: str) -> tuple[str, str]:
-    """The page without its data, and the data as they are written in it, if there are any."""
-    found = _DATA.search(text)
-    return _DATA.sub("", text, count=1), found.group() if found else ""
+def data_of(text: str) -> str:
+    """The data in a page, or what stands in their place: whoever reads them renders the page again and compares it."""
+    return text.rpartition(_BEFORE_DATA)[2].partition(_AFTER_DATA)[0]
 
 
 def _section(title: str, note: str, *content: str) -> str:
@@ -300,7 +297,8 @@ def _faithfulness(record: dict[str, Any]) -> str:
         counts = dict(sorted(zip(found["removed"], found["mean_change"], strict=True)))  # two fractions may be one
         changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts.items())
         below = f"Change of the output by the number of features that are removed: {changes}."
-        parts.append(f"<h3>{found['name'].capitalize()}</h3>\n" + _null_figure(null, observed, caption, verdict, below))
+        heading = f"<h3>{as_html(found['name'].capitalize())}</h3>\n"
+        parts.append(heading + _null_figure(null, observed, caption, verdict, below))
     return _section(title, note, *parts)
 
 
@@ -337,14 +335,14 @@ def _seeds(record: dict[str, Any]) -> str:
     )
     found, claim = record["seeds"], _by_id(record)["seeds"]
     if found is None:
-        return _section(title, note, f"<p>Not tested. {_words(claim['reason'])}</p>\n")
+        return _section(title, note, f"<p>Not tested. {as_html(claim['reason'])}</p>\n")
     models = 1 + len(found["models"])
     caption = (
         f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
         f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
         f"{_number(found['overlap'])}, that of the models"
     )
-    in_view = [one for one in found["features"] if one["mean"] is not None]
+    in_view = [one for one in found["features"] if None not in (one["mean"], one["spread"])]
     ranked = sorted(in_view, key=lambda one: -one["mean"])
     ends = [(one["feature"], one["mean"], [one["mean"] - one["spread"], one["mean"] + one["spread"]]) for one in ranked]
     table = _table(
@@ -406,6 +404,17 @@ def _capture(record: dict[str, Any]) -> str:
     )
 
 
+def _statement(record: dict[str, Any]) -> str:
+    if record["statement"] is None:
+        return ""
+    rows = [[_cell(name), _cell(text, "value")] for name, text in record["statement"].items()]
+    return _section(
+        "Statement",
+        "Whoever made this audit says so. No computation checks it; the checksum covers it.",
+        _table("What the author of this audit states", ["What", "Statement"], rows),
+    )
+
+
 def _model(record: dict[str, Any]) -> str:
     return _section("Model", "Hashes are SHA-256.", _facts("What was audited", record["model"]))
 
@@ -423,8 +432,9 @@ def _environment(record: dict[str, Any]) -> str:
 def _settings(record: dict[str, Any]) -> str:
     return _section(
         "Check it",
-        "explain.verify(path, model, x, y) computes all this again and says what no longer holds. The same data "
-        "are in the JSON file beside this page, and in this page.",
+        "explain.verify(path, model, x, y) computes all this again and says what no longer holds. This file alone is "
+        "enough for it: the data are in it, and in the JSON file beside it. What else the audit was made with, it asks "
+        "for. A checksum is no signature: sign this file to say who made it.",
         _facts("How it was made", {**record["settings"], **(record["features"] or {})}),
     )
 
@@ -446,17 +456,13 @@ def _fact(value: Any) -> str:
     return f'<td class="value"><details><summary>{len(value)} entries</summary>{entries}</details></td>'
 
 
-def _words(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", as_html(text))
-
-
 def _cell(text: str, kind: str = "", below: str = "") -> str:
-    small = f"<br><small>{_words(below)}</small>" if below else ""
+    small = f"<br><small>{as_html(below)}</small>" if below else ""
     return f'<td class="{kind}">{as_html(text)}{small}</td>' if kind else f"<td>{as_html(text)}{small}</td>"
 
 
 def _verdict(verdict: str, reason: str = "") -> str:
-    return f"<td>{_span(verdict)}{f'<br><small>{_words(reason)}</small>' if reason else ''}</td>"
+    return f"<td>{_span(verdict)}{f'<br><small>{as_html(reason)}</small>' if reason else ''}</td>"
 
 
 def _span(verdict: str) -> str:
@@ -505,7 +511,8 @@ def _bars(rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> list[str
 def _histogram(null: Sequence[float], observed: float, label: str) -> str:
     """How often values as in `null` came about, and a line at the observed one."""
     low, high = min(*null, observed), max(*null, observed)
-    counts, _ = np.histogram(null, bins=40, range=(low, high))
+    at = np.array([(value - low) / ((high - low) or 1) for value in null])
+    counts = np.bincount(np.minimum(40 * at, 39).astype(int), minlength=40)
     width = 100 / len(counts)
     bars = "".join(
         f'<rect x="{number * width}" y="{100 - 96 * count / counts.max():.1f}" width="{width}" '

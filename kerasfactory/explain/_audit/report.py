@@ -22,7 +22,7 @@ class Audit(os.PathLike[str]):
     path of its page, as in `open(report)` or `explain.verify(report, model, x)`.
 
     Attributes:
-        record: The audit as a dictionary, as in the JSON file; `page` and `checksum` are in the file alone.
+        record: The audit as a dictionary, as in the JSON file; its `checksum` is in the file alone.
         path: The page that was written, a `pathlib.Path`, or `None`.
         claims: A `pandas.DataFrame` with a row for each claim. The index, `id`, is `capture`, `attention-uniform`,
             `attention-permuted`, `attention-loss`, `ranking-comprehensiveness`, `ranking-sufficiency`, `randomization`,
