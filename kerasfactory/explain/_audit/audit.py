@@ -122,7 +122,7 @@ def audit(
     The same call writes the same files. They contain no time, host or path, and not the data either, and nothing but
     what is computed and what you state (`statement`). Weights, configuration, data and labels are there as SHA-256. A
     checksum makes damage noticeable; `verify` computes everything again, so that a forged number is found though its
-    checksum is right; who made the file, only a signature says: see [Sign an audit](../learn/signed-audits.md).
+    checksum is right; who made the file, only a signature says: see [Sign an audit][signed-audits].
 
     Args:
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
@@ -262,7 +262,7 @@ def verify(
 
     `verify` cannot see who made the file. The file that `audit` writes for this model and these data with other
     settings is an audit as well, and so is one in which numbers were moved by less than what rounding may do. Only a
-    signature tells such files from yours: see [Sign an audit](../learn/signed-audits.md).
+    signature tells such files from yours: see [Sign an audit][signed-audits].
 
     Args:
         path: What `audit` returned, or the path of its page or of its JSON file. The other is looked for beside it.

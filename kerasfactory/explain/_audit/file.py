@@ -19,9 +19,13 @@ from kerasfactory.explain._audit.schema import NAME, SCHEMA, problem_of_record
 _MOST_BYTES, _MOST_NESTED = 32 * 2**20, 12  # of a file
 # How far numbers that are computed again may lie from those that were written.
 _RELATIVE, ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
-_COUNTED = re.compile(r"(?<=better than )([0-9]{1,9})(?= of ([0-9]{1,9}) rankings)")  # a p-value in words
+_COUNTED = re.compile(r"(?<=better than )(0|[1-9][0-9]{0,8})(?= of ([0-9]{1,9}) rankings)")  # a p-value in words
 
 _Keys = tuple[Any, ...]  # the way to a value in a record
+
+
+class _NoAuditError(ValueError):
+    """Nothing says that a file was ever an audit."""
 
 
 def hashed(array: np.ndarray) -> str:
@@ -89,7 +93,7 @@ def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
 
 def is_audit(file: Path) -> bool:
     try:
-        return _schema_of(_parsed(_read(file), file.suffix)).startswith(f"{NAME}/")
+        return bool(_schema_of(_parsed(_read(file), file.suffix)))
     except ValueError:
         return False
 
@@ -100,7 +104,12 @@ def intact(files: tuple[Path, Path], given: Path) -> tuple[dict[str, Any], list[
     findings: list[str] = []
     for file in files:
         if file == given or file.exists():
-            records[file], found = _examined(file)
+            try:
+                records[file], found = _examined(file)
+            except _NoAuditError as error:
+                if file == given:
+                    raise
+                found = [str(error)]
             findings += found
     if all(records.get(file) for file in files):
         one, other = (list(_leaves(records[file])) for file in files)
@@ -120,15 +129,13 @@ def _examined(file: Path) -> tuple[dict[str, Any], list[str]]:
         has_checksum = record.get("checksum") == _checksum(record)
     except ValueError as error:
         if f"{NAME}/".encode() not in content:
-            raise ValueError(f"{file} is not an audit made by `explain.audit`, or it is damaged: {error}") from None
+            raise _NoAuditError(f"{file} is not an audit made by `explain.audit`, or it is damaged: {error}") from None
         return {}, [f"{file.name} is damaged: {error}"]
-    if schema != SCHEMA and schema.startswith(f"{NAME}/"):
+    if schema != SCHEMA:
         return {}, [
             f"{file.name} cannot be checked with kerasfactory {kerasfactory.__version__}, which reads {SCHEMA}: it is "
             f"{_short(schema)}. Verify it with the version that made it, or make a new audit."
         ]
-    if schema != SCHEMA:
-        raise ValueError(f"{file} is not an audit made by `explain.audit`: its schema is {_short(schema)!r}")
     if not has_checksum:
         return record, [f"The data in {file.name} were changed: they do not have their checksum any more."]
     if wrong := problem_of_record(record):
@@ -190,8 +197,8 @@ def _refused(text: str) -> Any:
 
 def _schema_of(record: Any) -> str:
     schema = record.get("schema") if isinstance(record, dict) else None
-    if not isinstance(schema, str):
-        raise ValueError("its data have no schema")
+    if not isinstance(schema, str) or not schema.startswith(f"{NAME}/"):
+        raise ValueError("its data do not have the schema of an audit")
     return schema
 
 
