@@ -132,7 +132,9 @@ for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
 
 # %% [markdown]
 # The checksum finds that, and nothing needs to be computed. Whoever forges the checksums as well is found out when the
-# verdicts are computed again. Other weights, another configuration and other data are named, too.
+# verdicts are computed again, and whoever changes what the page shows, when it is rendered again from its data. Other
+# weights, another configuration, other data and other versions of the packages are named, too, and so is what was not
+# given and could not be checked. The page alone is enough for all this: its data are in it.
 #
 # ## What the audit says, and what it does not
 #
@@ -146,4 +148,5 @@ for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
 # Whether another training run would attend to the same features is left open here; given
 # `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb). How often such verdicts are wrong on models like
 # yours, [`explain.calibrate` counts](calibrate.ipynb). And the checksums are no signature: they show
-# that a file was changed, not who made it.
+# that a file was changed, not who made it. [How to sign the page](../learn/signed-audits.md), and what a signature proves that
+# `verify` does not.

@@ -1,6 +1,7 @@
 """The claims of an audit: how each is tested, the sentence, the verdict and the numbers behind it.
 
-A new claim is a new function in `TESTS`, or one more claim from a function that is there. No other file lists them.
+A new claim is a new function in `TESTS`, or one more claim from a function that is there. No other file lists them;
+`schema.py` describes what each function measures.
 """
 
 import math

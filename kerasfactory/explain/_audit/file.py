@@ -264,7 +264,7 @@ def _same(old: Any, new: Any, path: _Keys, absolute: float) -> bool:
         is_p = str(path[-1]).startswith("p_")
         near = min(_PROBABILITY, _PROBABILITY / 10 + max(old, new) / 2) if is_p else absolute
         return math.isclose(old, new, rel_tol=_RELATIVE, abs_tol=near)
-    if old != new and path[-1] == "reason":
+    if old != new and path[-1] == "reason" and str(path[1]).startswith("ranking-"):
         counts = [[*map(int, found)] for text in (old, new) for found in _COUNTED.findall(text)]
         if len(counts) == 2 and abs(counts[0][0] - counts[1][0]) <= _PROBABILITY * counts[1][1]:
             old, new = (_COUNTED.sub("", text) for text in (old, new))
