@@ -148,5 +148,5 @@ for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
 # Whether another training run would attend to the same features is left open here; given
 # `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb). How often such verdicts are wrong on models like
 # yours, [`explain.calibrate` counts](calibrate.ipynb). And the checksums are no signature: they show
-# that a file was changed, not who made it. [How to sign the page](../learn/signed-audits.md), and what a signature proves that
-# `verify` does not.
+# that a file was changed, not who made it. [Sign an audit](../learn/signed-audits.md) shows how to sign the page, and what a
+# signature proves that `verify` does not.

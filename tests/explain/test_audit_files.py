@@ -295,6 +295,17 @@ def test_a_loss_that_no_constant_has_leaves_the_skill_open(model, tmp_path):
 
 
 @pytest.mark.backend_independent
+def test_an_output_may_be_asked_for_by_its_number(tmp_path):
+    model = build()
+    model = keras.Model(model.input, layers.Dense(3, "softmax")(model.layers[-2].output))
+    asked = {"task": "classification", "target": np.int64(1), "path": tmp_path / "audit.html", "verbose": 0}
+    assert explain.audit(model, X[:20], **asked).record["faithfulness"]["target"] == 1
+    report = explain.audit(model, X[:5], method="attention_gradient", **asked)
+    assert report.record["attribution"]["target"] == 1
+    assert explain.verify(report, model, X[:5], verbose=0) == []
+
+
+@pytest.mark.backend_independent
 def test_nulls_that_differ_by_rounding_are_drawn():
     drawn = _page._histogram([0.1, np.nextafter(0.1, 1)], 0.1, "nearly equal")
     assert drawn.count("<rect") == 2

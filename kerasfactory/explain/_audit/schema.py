@@ -79,6 +79,7 @@ _HASH = _Kind(
     lambda value: _is_text(value) and len(value) == 64 and not set(value) - set("0123456789abcdef"),
 )
 _COUNT, _SIZE, _SHARE, _ANY = _integer(0), _integer(1, 2**31 - 1), _number(0, 1), _number()
+_INDEX_OR_TEXT = _Kind("an integer or a text", lambda value: _is_text(value) or _is_index(value))
 _INTERVAL = _Maybe((_ANY, _ANY))
 _EITHER = _Kind(
     "a number from 0", lambda value: (type(value) is float and 0 <= value <= _LARGEST) or _COUNT.fits(value)
@@ -93,7 +94,7 @@ SETTINGS = {
     "layers": _Maybe([_TEXT]),
     "feature_names": _Maybe([_TEXT]),
     "feature_mask": _Maybe(_Kind("integers, in lists as deep as a sample", _is_mask)),
-    "special_tokens": _Maybe([_Kind("an integer or a text", lambda value: _is_text(value) or _is_index(value))]),
+    "special_tokens": _Maybe([_INDEX_OR_TEXT]),
     "block": _Maybe(_SIZE),
     "tolerance": _above_0(_LARGEST),
     "level": _above_0(0.5),
@@ -188,7 +189,7 @@ RECORD = {
     "attribution": {
         "method": _TEXT,
         "query": _TEXT,
-        "target": _TEXT,
+        "target": _INDEX_OR_TEXT,
         "features": [{"feature": _TEXT, "attribution": _ANY, "interval": _INTERVAL}],
     },
     "skill": _Maybe(
@@ -214,7 +215,8 @@ RECORD = {
     ),
     "faithfulness": _Maybe(
         {
-            **dict.fromkeys(("removal", "background", "change", "target"), _TEXT),
+            **dict.fromkeys(("removal", "background", "change"), _TEXT),
+            "target": _INDEX_OR_TEXT,
             "draws": _COUNT,
             "null_samples": _COUNT,
             "tests": tuple({"name": _one_of(name), **_RANKING} for name in ("comprehensiveness", "sufficiency")),
