@@ -307,6 +307,13 @@ def test_an_output_may_be_asked_for_by_its_number(tmp_path):
 
 
 @pytest.mark.backend_independent
+def test_two_groups_of_one_name_are_two_claims(tmp_path):
+    names, x = ["a", "b + c", "a + b", "c"], X[:40, [0, 0, 1, 1]]
+    report = explain.audit(build(names), x, Y[:40], tmp_path / "audit.html", verbose=0)
+    assert report.features.index.tolist() == [*names, "a + b + c", "a + b + c (together)"]
+
+
+@pytest.mark.backend_independent
 def test_nulls_that_differ_by_rounding_are_drawn():
     drawn = _page._histogram([0.1, np.nextafter(0.1, 1)], 0.1, "nearly equal")
     assert drawn.count("<rect") == 2

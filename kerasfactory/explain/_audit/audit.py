@@ -42,6 +42,7 @@ from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
+_LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
 
 
 def audit(
@@ -317,7 +318,7 @@ def verify(
     record, findings = intact(files_of(path), Path(path))
     if not findings:
         findings = _compared(record, model, x, y, background, groups, models, given, batch_size, verbose)
-    return [visible(finding) for finding in findings]
+    return [visible(finding[:_LONGEST_FINDING]) for finding in findings]
 
 
 def _compared(

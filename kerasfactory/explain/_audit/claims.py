@@ -367,8 +367,11 @@ def _features(subject: Subject) -> Result:
             verbose=0,
             **settings,
         )
-    claims = []
+    claims, names = [], set[str]()
     for number, name in enumerate(map(str, result["feature"].values)):
+        while name in names:  # as of two groups: “a” with “b + c”, and “a + b” with “c”
+            name += " (together)"
+        names.add(name)
         found = result.isel(feature=number)
         verdict, reason, is_made = (found[key].item() for key in ("verdict", "reason", "claimed"))
         effect, p_value = as_float(found["effect"].item()), found["p_value"].item()

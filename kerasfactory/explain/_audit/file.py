@@ -72,9 +72,11 @@ def _content(record: dict[str, Any], suffix: str) -> bytes:
 
 def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
     record = {**record, "checksum": _checksum(record)}
-    contents = {file: _content(record, file.suffix) for file in (json_file, html_file)}
-    largest = max(map(len, contents.values()))
-    wrong = problem_of_record(record) or (largest > _MOST_BYTES and f"the page would have {largest / 2**20:.0f} MiB")
+    wrong, contents = problem_of_record(record), {}
+    if not wrong:
+        contents = {file: _content(record, file.suffix) for file in (json_file, html_file)}
+        largest = max(map(len, contents.values()))
+        wrong = f"the page would have {largest / 2**20:.0f} MiB" if largest > _MOST_BYTES else ""
     if wrong:
         raise ValueError(
             f"This audit cannot be written, because `verify` would refuse it: {wrong}. Its numbers may be no larger "

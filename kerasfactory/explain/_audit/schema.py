@@ -282,7 +282,7 @@ def problem_of_record(record: Any) -> str:
         return found.replace("record/", "", 1)
     ids = [claim["id"] for claim in record["claims"]]
     if len(set(ids)) < len(ids) or not set(_SHOWN) <= set(ids):
-        return "claims must have an id each, and an audit's claims"
+        return "claims must be those of an audit, and have an id each, which two features with one name do not"
     for claim in record["claims"]:
         if claim["feature"] is not None and claim["id"] != f"feature/{claim['feature']}":
             return "a claim about a feature must have its id"
