@@ -203,13 +203,13 @@ class Store:
             self._take_lock()
             try:
                 self._found = self._read_record()
-            except ValueError:
+                self._complete = (self._path / ".zmetadata").exists()  # written last of all
+                # A model that goes on from what the last batch left in it can leave out no batch.
+                if self._found and (self._complete or self._found["can_continue"]):
+                    self._done = self._found["batches"]
+            except BaseException:
                 self.__exit__()
                 raise
-            self._complete = (self._path / ".zmetadata").exists()  # written last of all
-            # A model that goes on from what the last batch left in it can leave out no batch.
-            if self._found and (self._complete or self._found["can_continue"]):
-                self._done = self._found["batches"]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -415,6 +415,11 @@ class Store:
         """Makes the directory, and in it arrays without rows, with their dimensions, coordinates and attributes."""
         self._path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        if self._read_record() != self._found:
+            raise RuntimeError(
+                f"Another process or thread has written to {self._path} since this call began. What it wrote is left as "
+                "it is. Make the call again, or choose another `store`."
+            )
         for path in self._path.iterdir():  # what a killed run had begun and never recorded
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
