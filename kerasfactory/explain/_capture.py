@@ -79,7 +79,8 @@ def capture(
             batch. After a crash or a kill the same call continues where it was: batches that are stored are read
             from `x` again, to make sure that they are the same, and the model does not run on them. It starts over
             if what the model does with a batch depends on those before, as with random numbers. Called once more,
-            it returns what is stored. Needs `pip install 'kerasfactory[store]'`.
+            it returns what is stored. Needs Zarr: `pip install ".[store]"` in a
+            clone of this repository.
 
     Returns:
         dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions,
@@ -143,7 +144,7 @@ def capture(
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
             arrays = {name: {"scores": rows} for name, rows in scores.items()}
             labeled = functools.partial(_labeled, model, batch, given)
-            results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+            results.append(batch, arrays, nan, labeled)
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)
