@@ -445,10 +445,10 @@ def test_a_finished_store_becomes_a_netcdf_file(model, expected, tmp_path):
 @pytest.mark.backend_independent
 def test_without_zarr_the_error_says_how_to_get_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(zarr, "__version__", "3.1.2")
-    with pytest.raises(ImportError, match=r'Zarr 3.1.3 or later.* pip install "\.\[store\]"$\'):
+    with pytest.raises(ImportError, match=r'Zarr 3.1.3 or later.* pip install "\.\[store\]"$'):
         stored(model, tmp_path / "scores.zarr")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImportError, match=r'pip install "\.\[store\]"$\'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[store\]"$'):
         stored(model, tmp_path / "scores.zarr")
 
 
