@@ -369,6 +369,81 @@ def test_the_store_of_another_call_is_refused(model, tmp_path, monkeypatch, fini
     assert files(path) == before
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 20, None])
+@pytest.mark.usefixtures("each_batch_is_written")
+def test_another_batch_size_is_no_other_call(model, expected, tmp_path, monkeypatch, batch_size):
+    path = tmp_path / "scores.zarr"
+    with monkeypatch.context() as patch:
+        stop_after_two_batches(patch)
+        with pytest.raises(Killed):
+            stored(model, path)
+    assert json.loads((path / ".zattrs").read_text())["kerasfactory"]["samples"] == 12
+    scores = stored(model, path, batch_size=batch_size)
+    for name in expected:
+        xr.testing.assert_identical(scores[name][:12].compute(), expected[name][:12])  # stored before, and not touched
+        xr.testing.assert_allclose(scores[name], expected[name], atol=1e-6)
+    before = files(path)
+    for other in (batch_size, 6, 7):
+        again = stored(model, path, batch_size=other)
+        assert all(again[name].identical(scores[name]) for name in scores)
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("batches", [[5, 5, 5, 5, 2], [6, 6, 10]])
+def test_a_model_that_goes_on_from_its_last_batch_needs_the_same_batches(batches, tmp_path):
+    model, path = two_layers(NextRandom()), tmp_path / "scores.zarr"
+    stored(model, path)
+    before = files(path)
+    with pytest.raises(
+        ValueError, match=r"was made in batches of other sizes.* Give the `batch_size` of the first call"
+    ):
+        stored(model, path, iter(np.split(X, np.cumsum(batches)[:-1])), batch_size=None)
+    assert files(path) == before
+
+
+def test_of_two_first_runs_the_later_leaves_the_other_alone(model, expected, tmp_path):
+    def batches():
+        yield X[:12]
+        lazy.update(stored(model, tmp_path / "scores.zarr"))
+        yield X[12:]
+
+    lazy = {}
+    with pytest.raises(RuntimeError, match="Another process or thread has written to"):
+        stored(other_weights(model), tmp_path / "scores.zarr", batches(), batch_size=None)
+    assert_same(lazy, expected)
+    assert_same(stored(model, tmp_path / "scores.zarr"), expected)
+
+
+def test_a_chunk_that_is_lost_or_changes_is_an_error(model, expected, tmp_path):
+    lazy = stored(model, tmp_path / "scores.zarr")
+    chunk = tmp_path / "scores.zarr" / "last" / "scores" / "0.0.0.0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    for use in (lambda: lazy["last"].mean().compute(), lambda: stored(model, tmp_path / "scores.zarr")):
+        with pytest.raises(ValueError, match=r"(is missing|has lost 1 files, such as 0.0.0.0)\. .*Delete the store"):
+            use()
+    chunk.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    for use in (lambda: lazy["last"].mean().compute(), lambda: stored(model, tmp_path / "scores.zarr")["last"].load()):
+        with pytest.raises(ValueError, match=r"0\.0\.0\.0 does not have the checksum that is written in it"):
+            use()
+    chunk.write_bytes(content)
+    assert_same(lazy, expected)
+
+
+def test_layers_with_names_that_no_file_may_have(tmp_path):
+    names = ["__init__", "a\\b", "Attention", "attention", " ", "a" * 300, "nul\0", "é", "7", "con"]
+    names += [] if BACKEND == "torch" else ["..", ".zattrs"]  # PyTorch takes no dots
+    inputs = x = keras.Input((5, 8))
+    for name in names:
+        x = layers.MultiHeadAttention(1, 2, name=name)(x, x)
+    model = keras.Model(inputs, x)
+    in_memory = explain.capture(model, X, verbose=0)
+    assert list(in_memory) == names
+    for _ in range(2):
+        assert_same(explain.capture(model, X, verbose=0, store=tmp_path / "a.zarr"), in_memory)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
 @pytest.mark.backend_independent
 def test_a_finished_store_does_not_grow(model, tmp_path):
     stored(model, tmp_path / "scores.zarr", X[:12])

@@ -39,6 +39,7 @@ except ImportError:  # Windows has no such locks
 
 _RECORD = "kerasfactory"
 _FORMAT = 2  # the first had no checksums
+_GROUP = {"zarr_format": 2}
 _LARGEST_CHUNK = 64 << 20  # readers hold whole chunks, and no codec takes 2 GiB
 _CHUNK = re.compile(r"\d+(\.\d+)*")
 _FILE = re.compile(rf"\.z(group|array|attrs|metadata)|{_CHUNK.pattern}")
@@ -112,6 +113,12 @@ class Directory:
             )
         if not isinstance(record, dict) or record.pop("sha256", None) != _digest(record):
             raise damaged(self.path / ".zattrs", "does not have the checksum that is written in it")
+        layers = record.get("layers", {})
+        groups = [layer["group"] for layer in layers.values()]
+        if groups != group_names(layers) or not all(
+            name.isidentifier() for one in layers.values() for name in _arrays(one)
+        ):
+            raise damaged(self.path / ".zattrs", "lists other places than this package writes to")
         version = record.pop("format")
         if version != _FORMAT:
             raise ValueError(
@@ -122,6 +129,10 @@ class Directory:
 
     def check(self, record: dict[str, Any]) -> None:
         """Makes sure that all is there that the record lists: metadata as they were, and all chunks."""
+        if self._json(".zgroup") != _GROUP:
+            raise damaged(self.path / ".zgroup", "is not what was written")
+        if record["complete"] and self._json(".zmetadata") != self._metadata_of_all(record):
+            raise damaged(self.path / ".zmetadata", "is not what was written")
         for name, layer in record["layers"].items():
             metadata = self._metadata(layer)
             if _digest_of_metadata(layer, metadata) != layer["metadata"]:
@@ -168,7 +179,7 @@ class Directory:
         others = [layer["group"] for layer in layers.values() if os.path.lexists(self.path / layer["group"])]
         if others:
             raise self._foreign(others)
-        self._write_json(".zgroup", {"zarr_format": 2})
+        self._write_json(".zgroup", _GROUP)
         self.write_record(record | {"batches": 0, "layers": layers})
         for name, dataset in datasets.items():
             # The checksum comes last: it is of what lies on the disk.
@@ -196,20 +207,16 @@ class Directory:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Takes away what is left of killed runs, and marks the store as complete."""
-        metadata = {".zgroup": {"zarr_format": 2}}
         for name, layer in record["layers"].items():
             for variable in layer["variables"]:  # a killed run may have begun on a batch that `x` has no more
                 array = self._array(self._files, layer, variable)
                 array.resize((record["rows"][name], *array.shape[1:]))
-            of_layer = self._metadata(layer)
-            self._write_json(f"{layer['group']}/.zmetadata", _consolidated(of_layer))
-            metadata |= {f"{layer['group']}/{file}": content for file, content in of_layer.items()}
+            self._write_json(f"{layer['group']}/.zmetadata", _consolidated(self._metadata(layer)))
         for folder in ["", *(folder for layer in record["layers"].values() for folder in _folders(layer))]:
             for name in self._names(folder):
                 if _PART.fullmatch(name):
                     (self.path / folder / name).unlink()
-        # Without it, opening takes xarray long.
-        self._write_json(".zmetadata", _consolidated({".zattrs": _attributes(record)} | metadata))
+        self._write_json(".zmetadata", self._metadata_of_all(record))  # without it, opening takes xarray long
         self.write_record(record)
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -256,6 +263,12 @@ class Directory:
         files = [".zattrs", ".zgroup", *(f"{a}/{file}" for a in _arrays(layer) for file in (".zarray", ".zattrs"))]
         return {file: self._json(f"{layer['group']}/{file}") for file in files}
 
+    def _metadata_of_all(self, record: dict[str, Any]) -> dict[str, Any]:
+        metadata = {".zattrs": _attributes(record), ".zgroup": self._json(".zgroup")}
+        for layer in record["layers"].values():
+            metadata |= {f"{layer['group']}/{file}": content for file, content in self._metadata(layer).items()}
+        return _consolidated(metadata)
+
     def _json(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_bytes())
@@ -269,15 +282,14 @@ class Directory:
 
     def _clear(self, record: dict[str, Any]) -> None:
         """Deletes our files of the layers in a record, and the folders that are empty then."""
+        folders = [folder for layer in record.get("layers", {}).values() for folder in reversed(_folders(layer))]
+        there = {folder: self._names(folder) for folder in folders if os.path.lexists(self.path / folder)}
         (self.path / ".zmetadata").unlink(missing_ok=True)
-        for layer in record.get("layers", {}).values():
-            for folder in reversed(_folders(layer)):
-                path = self.path / folder
-                if os.path.lexists(path):
-                    for name in filter(_is_ours, self._names(folder)):
-                        (path / name).unlink()
-                    if not any(path.iterdir()):
-                        path.rmdir()
+        for folder, names in there.items():
+            for name in filter(_is_ours, names):
+                (self.path / folder / name).unlink()
+            if not any((self.path / folder).iterdir()):
+                (self.path / folder).rmdir()
 
     def _foreign(self, names: list[str]) -> ValueError:
         return ValueError(
@@ -338,10 +350,13 @@ class WrittenFiles(Files):
     """Files as Zarr writes them: one at a time, and none after `stop`."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
-        self._store = LocalStore(path)
+        super().__init__(path)  # whatever is not written by the methods below is not written
         self._one_at_a_time = threading.Lock()
         self._stopped = False
+
+    @property
+    def read_only(self) -> bool:
+        return False
 
     def stop(self) -> None:
         with self._one_at_a_time:
@@ -363,6 +378,10 @@ class WrittenFiles(Files):
 
     async def set(self, key: str, value: Any) -> None:
         await asyncio.to_thread(self.write, key, value.to_bytes())
+
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        if not await self.exists(key):
+            await self.set(key, value)
 
     async def delete(self, key: str) -> None:
         with self._one_at_a_time:

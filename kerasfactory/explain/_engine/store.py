@@ -24,7 +24,7 @@ from keras import tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
-from kerasfactory.explain._engine.data import batches_of, size_of
+from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
 from kerasfactory.explain._engine.observe import Batch, build_model, rounding_of
 
 # Batches are collected up to this size: a file for each would cost more time than what is in it.
@@ -177,8 +177,10 @@ class Store:
         self.x, self.batch_size = self, None  # for `observe`
         self._model = model
         self._made_by = {"function": function, **arguments}
-        self._batch_size = None if batch_size is None else int(batch_size)
-        self._drawn: collections.deque[tuple[int, str]] = collections.deque()  # and not yet appended: see `__iter__`
+        self._batch_size = None if batch_size_of(x, 1) is None else batch_size or 32  # of arrays
+        self._drawn: collections.deque[dict[str, Any]] = (
+            collections.deque()
+        )  # of what was given and is not yet appended
         self._waiting: list[dict[str, xr.Dataset]] = []
         self._waiting_bytes = 0
         self._layout: dict[str, dict[Any, tuple]] = {}  # dimensions and lengths, by layer and variable
@@ -205,14 +207,18 @@ class Store:
         self._directory.release()
 
     def __len__(self) -> int:
-        if self._expected is None or (self._done and self._found["batch_sizes"] != [self._batch_size]):
+        if self._expected is None:
             raise TypeError("It is not known how many batches there will be.")
-        return max(self._expected - max(self._found["batches"] - 1, 0), 1) if self._done else self._expected
+        if not self._done:
+            return self._expected
+        done = self._done // self._batch_size if self._batch_size else self._found["batches"]
+        return 1 if self._complete else max(self._expected - done, 0) + 1
 
     def __iter__(self) -> Iterator[tuple]:
         digest, first = _Digest(), None
         for data in self._source:
             size = size_of(data)
+            digest.begin_batch(size)
             if first is None:
                 first = data
                 self._identify(data)
@@ -229,7 +235,7 @@ class Store:
                         "`store`, for all of them or for the new ones."
                     )
                 digest.add(data)
-                self._drawn.append((digest.samples, digest.hexdigest()))
+                self._drawn.append(digest.entries())
                 yield data
         if 0 < digest.samples < self._done:
             raise ValueError(
@@ -264,7 +270,7 @@ class Store:
             ValueError: If the batch has other variables, dimensions or lengths than the first, or if the results of the
                 first are not those in the store.
         """
-        samples, digest = self._drawn.popleft()
+        drawn = self._drawn.popleft()
         results = {name: labeled(name, arrays_of_layer) for name, arrays_of_layer in arrays.items()}
         layout = {
             name: {variable: (array.dims, array.shape[1:]) for variable, array in dataset.data_vars.items()}
@@ -283,7 +289,7 @@ class Store:
             )
         for name in results:
             _count(self.rows, self.nan, name, nan[name])
-        self._record |= {"batches": self._record["batches"] + 1, "samples": samples, "data": digest}
+        self._record |= {"batches": self._record["batches"] + 1, **drawn}
         self._waiting.append(results)
         self._waiting_bytes += sum(dataset.nbytes for dataset in results.values())
         if self._waiting_bytes >= _WRITTEN_AT_ONCE:
@@ -312,7 +318,7 @@ class Store:
         sample = _Digest()
         sample.add(_samples(data, 0, 1))
         weights = digest_of(weight.value for weight in self._model.weights)
-        made_by = self._made_by | {"x": sample.hexdigest(), "weights": weights}
+        made_by = self._made_by | {"x": sample.entries()["data"], "weights": weights}
         if self._found.get("batches"):
             differing = [key for key in made_by if made_by[key] != self._found["made_by"].get(key)]
             if differing:
@@ -323,15 +329,13 @@ class Store:
         if self._done:
             self._record = copy.deepcopy(self._found)
             self._written = dict(self.rows)
-            if self._batch_size not in self._record["batch_sizes"]:
-                self._record["batch_sizes"].append(self._batch_size)
         else:
             self._record = {
                 "made_by": made_by,
                 "batches": 0,
                 "samples": 0,
                 "data": "",
-                "batch_sizes": [self._batch_size],
+                "sizes": "",
                 "rows": {},
                 "nan": {},
                 "complete": False,
@@ -339,12 +343,19 @@ class Store:
 
     def _known(self, digest: "_Digest", first: tuple) -> tuple:
         """Samples that are stored, for `_compare`: all that are in the first batch."""
-        if digest.hexdigest() != self._found["data"]:
+        drawn = digest.entries()
+        if drawn["data"] != self._found["data"]:
             raise ValueError(
                 f"`x` is not what {self._path} was made of: it differs somewhere in its first {self._done} samples. "
                 "Shuffled data come in another order each time: turn that off. For other data choose another `store`."
             )
-        self._drawn.append((digest.samples, digest.hexdigest()))
+        if drawn["sizes"] != self._found["sizes"] and not self._found["can_continue"]:
+            raise ValueError(
+                f"{self._path} was made in batches of other sizes. What this model does with a batch depends on those "
+                "before, as with random numbers: other sizes give other results. Give the `batch_size` of the first "
+                "call, or choose another `store`."
+            )
+        self._drawn.append(drawn)
         return _samples(first, 0, min(size_of(first), self._done))
 
     def _compare(self, results: dict[str, xr.Dataset]) -> None:
@@ -361,16 +372,10 @@ class Store:
                     largest = np.nanmax(np.abs(stored), initial=0.0)
                     same &= np.allclose(stored, array, rtol=0, atol=tolerance * largest, equal_nan=True)
         if not same:
-            sizes = self._found["batch_sizes"]
             raise ValueError(
                 f"The model has the weights with which {self._path} was made, and gives other results for the first "
-                "batch: its code or its settings have changed, or its outputs are random"
-                + (
-                    f", or depend on the batches: `batch_size` was {sizes[0]} and is {self._batch_size}"
-                    if sizes != [self._batch_size]
-                    else ""
-                )
-                + ". Choose another `store`."
+                "batch: its code or its settings have changed, or its outputs are random, or they depend on which "
+                "samples are in a batch. Choose another `store`."
             )
 
     def _write(self) -> None:
@@ -405,28 +410,35 @@ class Store:
 
 
 class _Digest:
-    """A hash of samples, which is the same in whatever batches they come."""
+    """A hash of samples, which is the same in whatever batches they come, and one of the sizes of these batches."""
 
     def __init__(self) -> None:
         self.samples = 0
-        self._hashes: list[Any] = []  # of each input
+        self._inputs: list[Any] = []
         self._kinds: list[str] = []
+        self._sizes = hashlib.sha256()
+
+    def begin_batch(self, size: int) -> None:
+        self._sizes.update(f"{size},".encode())
 
     def add(self, data: tuple) -> None:
+        """Adds a batch, or a part of it."""
         self.samples += size_of(data)
         for number, tensor in enumerate(tree.flatten(data)):
             array = _backend.as_numpy(tensor)
-            if number == len(self._hashes):
-                self._hashes.append(hashlib.sha256())
+            if number == len(self._inputs):
+                self._inputs.append(hashlib.sha256())
                 self._kinds.append("")
             kind = f"{array.shape[1:]} {array.dtype}"
             if kind != self._kinds[number]:
-                self._hashes[number].update(kind.encode())
+                self._inputs[number].update(kind.encode())
                 self._kinds[number] = kind
-            self._hashes[number].update(_bytes_of(array))
+            self._inputs[number].update(_bytes_of(array))
 
-    def hexdigest(self) -> str:
-        return hashlib.sha256("".join(one.hexdigest() for one in self._hashes).encode()).hexdigest()
+    def entries(self) -> dict[str, Any]:
+        """For the record."""
+        data = hashlib.sha256("".join(one.hexdigest() for one in self._inputs).encode())
+        return {"samples": self.samples, "data": data.hexdigest(), "sizes": self._sizes.hexdigest()}
 
 
 def _samples(data: tuple, start: int, stop: int) -> tuple:
