@@ -47,13 +47,6 @@ _PART = re.compile(rf"({_FILE.pattern})\.[0-9a-f]{{32}}\.kerasfactory")  # of a 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 
 
-def damaged(path: Any, what: str) -> ValueError:
-    return ValueError(
-        f"{path} {what}. Something other than this package has changed the store. Delete the store and make it again, "
-        "or take it from a copy."
-    )
-
-
 class Directory:
     """The directory `path`, which need not exist yet."""
 
@@ -112,45 +105,45 @@ class Directory:
                 "one."
             )
         if not isinstance(record, dict) or record.pop("sha256", None) != _digest(record):
-            raise damaged(self.path / ".zattrs", "does not have the checksum that is written in it")
-        layers = record.get("layers", {})
-        groups = [layer["group"] for layer in layers.values()]
-        if groups != group_names(layers) or not all(
-            name.isidentifier() for one in layers.values() for name in _arrays(one)
-        ):
-            raise damaged(self.path / ".zattrs", "lists other places than this package writes to")
+            raise _damaged(self.path / ".zattrs", "does not have the checksum that is written in it")
         version = record.pop("format")
         if version != _FORMAT:
             raise ValueError(
                 f"{self.path} has format {version}, and this version of the package writes format {_FORMAT}. Choose "
                 "another `store`, or use the version that wrote it."
             )
+        layers = record.get("layers", {})
+        groups = [layer["group"] for layer in layers.values()]
+        if groups != group_names(layers) or not all(
+            name.isidentifier() for one in layers.values() for name in _arrays(one)
+        ):
+            raise _damaged(self.path / ".zattrs", "lists other places than this package writes to")
         return record
 
     def check(self, record: dict[str, Any]) -> None:
         """Makes sure that all is there that the record lists: metadata as they were, and all chunks."""
         if self._json(".zgroup") != _GROUP:
-            raise damaged(self.path / ".zgroup", "is not what was written")
+            raise _damaged(self.path / ".zgroup", "is not what was written")
         if record["complete"] and self._json(".zmetadata") != self._metadata_of_all(record):
-            raise damaged(self.path / ".zmetadata", "is not what was written")
+            raise _damaged(self.path / ".zmetadata", "is not what was written")
         for name, layer in record["layers"].items():
             metadata = self._metadata(layer)
             if _digest_of_metadata(layer, metadata) != layer["metadata"]:
-                raise damaged(self.path / layer["group"], "has other metadata than were written")
+                raise _damaged(self.path / layer["group"], "has other metadata than were written")
             if record["complete"] and self._json(f"{layer['group']}/.zmetadata") != _consolidated(metadata):
-                raise damaged(self.path / layer["group"] / ".zmetadata", "is not what was written")
+                raise _damaged(self.path / layer["group"] / ".zmetadata", "is not what was written")
             for array in _arrays(layer):
                 shape, chunks = (metadata[f"{array}/.zarray"][key] for key in ("shape", "chunks"))
                 rows = record["rows"][name]
                 if array in layer["variables"]:
                     if record["complete"] and shape[0] != rows:
-                        raise damaged(self.path / layer["group"] / array, f"has {shape[0]} rows instead of {rows}")
+                        raise _damaged(self.path / layer["group"] / array, f"has {shape[0]} rows instead of {rows}")
                     shape = [rows, *shape[1:]]  # a killed run may have made room for more
                 numbers = (range(-(-length // chunk)) for length, chunk in zip(shape, chunks, strict=True))
                 expected = (".".join(map(str, chunk)) or "0" for chunk in itertools.product(*numbers))
                 lost = sorted(set(expected) - self._names(f"{layer['group']}/{array}"))
                 if lost:
-                    raise damaged(self.path / layer["group"] / array, f"has lost {len(lost)} files, such as {lost[0]}")
+                    raise _damaged(self.path / layer["group"] / array, f"has lost {len(lost)} files, such as {lost[0]}")
 
     def begin(
         self, found: dict[str, Any], record: dict[str, Any], datasets: Mapping[str, xr.Dataset], rows: Mapping[str, int]
@@ -172,7 +165,7 @@ class Directory:
                 "it is. Make the call again, or choose another `store`."
             )
         self._clear(found)
-        layers = {
+        layers: dict[str, dict[str, Any]] = {
             name: {"group": group, "variables": list(dataset.data_vars), "coordinates": list(dataset.coords)}
             for (name, dataset), group in zip(datasets.items(), group_names(datasets), strict=True)
         }
@@ -189,9 +182,15 @@ class Directory:
             }
             for variable, array in dataset.data_vars.items():
                 encoding[variable]["chunks"] = _chunks((rows[name], *array.shape[1:]), array.dtype.itemsize)
-            group = layers[name]["group"]
-            arguments = {"mode": "a", "consolidated": False, "zarr_format": 2, "write_empty_chunks": True}
-            dataset.to_zarr(self._files, group=group, encoding=encoding, **arguments)
+            dataset.to_zarr(
+                self._files,
+                mode="a",
+                group=layers[name]["group"],
+                encoding=encoding,
+                consolidated=False,
+                zarr_format=2,
+                write_empty_chunks=True,
+            )
             layers[name]["metadata"] = _digest_of_metadata(layers[name], self._metadata(layers[name]))
         record["layers"] = layers
 
@@ -207,6 +206,7 @@ class Directory:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Takes away what is left of killed runs, and marks the store as complete."""
+        self._check_lock()
         for name, layer in record["layers"].items():
             for variable in layer["variables"]:  # a killed run may have begun on a batch that `x` has no more
                 array = self._array(self._files, layer, variable)
@@ -233,10 +233,10 @@ class Directory:
 
     def _array(self, files: "Files", layer: dict[str, Any], variable: str) -> Any:
         mode: Any = "r" if files.read_only else "r+"
-        array = zarr.open_array(files, path=f"{layer['group']}/{variable}", mode=mode, zarr_format=2)
-        # Also chunks that hold nothing but the fill value: else nobody could tell them from lost ones.
-        config = {"order": "C", "write_empty_chunks": True}
-        return zarr.Array(zarr.AsyncArray(array.metadata, array.store_path, config))  # type: ignore[arg-type]
+        array: Any = zarr.open_array(files, path=f"{layer['group']}/{variable}", mode=mode, zarr_format=2)
+        # Chunks that hold only the fill value are written too. Otherwise they could not be told from lost ones.
+        config: Any = {"order": "C", "write_empty_chunks": True}
+        return zarr.Array(zarr.AsyncArray(array.metadata, array.store_path, config))
 
     def _names(self, folder: str) -> set[str]:
         """What is in a folder of ours, where nothing may be a link, and nothing else than a file have a file's name."""
@@ -254,7 +254,7 @@ class Directory:
                     names.add(entry.name)
                 return names
         except (FileNotFoundError, NotADirectoryError):
-            raise damaged(self.path / folder, "is missing, or no folder") from None
+            raise _damaged(self.path / folder, "is missing, or no folder") from None
 
     def _metadata(self, layer: dict[str, Any]) -> dict[str, Any]:
         """Zarr's metadata of a layer, by the files that hold them."""
@@ -273,9 +273,9 @@ class Directory:
         try:
             return json.loads((self.path / name).read_bytes())
         except (ValueError, RecursionError):
-            raise damaged(self.path / name, "is not JSON") from None
+            raise _damaged(self.path / name, "is not JSON") from None
         except FileNotFoundError:
-            raise damaged(self.path / name, "is missing") from None
+            raise _damaged(self.path / name, "is missing") from None
 
     def _write_json(self, name: str, content: Any) -> None:
         self._files.write(name, json.dumps(content, indent=2).encode())
@@ -339,11 +339,11 @@ class Files(WrapperStore[LocalStore]):
                 try:
                     CRC32().decode(value.to_bytes())
                 except (RuntimeError, ValueError):
-                    raise damaged(self.path / key, "does not have the checksum that is written in it") from None
+                    raise _damaged(self.path / key, "does not have the checksum that is written in it") from None
         return value
 
     def _is_missing(self, key: str) -> None:
-        raise damaged(self.path / key, "is missing")
+        raise _damaged(self.path / key, "is missing")
 
 
 class WrittenFiles(Files):
@@ -463,4 +463,11 @@ def _link(path: Any) -> ValueError:
     return ValueError(
         f"{path} is a symbolic link, and a store is neither read nor written through links. Remove it, or give the "
         "place itself as `store`."
+    )
+
+
+def _damaged(path: Any, what: str) -> ValueError:
+    return ValueError(
+        f"{path} {what}. Something other than this package has changed the store. Delete the store and make it again, "
+        "or take it from a copy."
     )
