@@ -143,7 +143,9 @@ class Directory:
                 expected = (".".join(map(str, chunk)) or "0" for chunk in itertools.product(*numbers))
                 lost = sorted(set(expected) - self._names(f"{layer['group']}/{array}"))
                 if lost:
-                    raise _damaged(self.path / layer["group"] / array, f"has lost {len(lost)} files, such as {lost[0]}")
+                    raise _damaged(
+                        self.path / layer["group"] / array, f"has lost {len(lost)} of its files, such as {lost[0]}"
+                    )
 
     def begin(
         self, found: dict[str, Any], record: dict[str, Any], datasets: Mapping[str, xr.Dataset], rows: Mapping[str, int]
