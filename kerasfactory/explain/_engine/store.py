@@ -178,9 +178,8 @@ class Store:
         self._model = model
         self._made_by = {"function": function, **arguments}
         self._batch_size = None if batch_size_of(x, 1) is None else batch_size or 32  # of arrays
-        self._drawn: collections.deque[dict[str, Any]] = (
-            collections.deque()
-        )  # of what was given and is not yet appended
+        # What the record will say of batches that were given and are not yet appended.
+        self._drawn: collections.deque[dict[str, Any]] = collections.deque()
         self._waiting: list[dict[str, xr.Dataset]] = []
         self._waiting_bytes = 0
         self._layout: dict[str, dict[Any, tuple]] = {}  # dimensions and lengths, by layer and variable
