@@ -5,7 +5,7 @@
 #
 # The rows are cut into blocks, a Dask cluster captures them side by side, and every process writes what it captures to
 # disk. This notebook does it with 30,000 simulated rows, so that it runs in seconds, and kills a process on the way.
-# It needs `pip install 'kerasfactory[store]' 'dask[distributed]'`, and that you know
+# It needs `pip install ".[store]" "dask[distributed]"` in a clone of the repository, and that you know
 # [`capture`](existing_model.ipynb).
 
 # %% [markdown]
@@ -226,6 +226,8 @@ shutil.rmtree(folder)
 # - In a script, put what starts the cluster under `if __name__ == "__main__":`. A notebook needs no such line.
 # - A store belongs to one model, with its weights, and one block of data. Another model is refused, and so are rows that
 #   have changed or come in another order.
+# - xarray raises an error for a chunk that has changed, because each holds a checksum. A chunk that is lost it shows as NaN,
+#   which a mean leaves out. The same call of `capture` made again finds it: it raises an error if a file is lost.
 # - Blocks are what is done again if a *machine* is lost; after a killed process no more than the last few batches are.
 #   Make them large, so that starting the model does not count, and still many more than workers, so that none waits long.
 # - If statistics are all that you want, do not store scores at all: reduce each block in its worker, and return the small

@@ -76,10 +76,12 @@ def capture(
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
-            batch. After a crash or a kill the same call continues where it was: batches that are stored are read
-            from `x` again, to make sure that they are the same, and the model does not run on them. It starts over
-            if what the model does with a batch depends on those before, as with random numbers. Called once more,
-            it returns what is stored. Needs `pip install 'kerasfactory[store]'`.
+            batch. After a crash, a kill or a full disk the same call continues where it was, also with another
+            `batch_size`: samples that are stored are read from `x` again, to make sure that they are the same, and
+            the model does not run on them. It starts over if what the model does with a batch depends on those
+            before, as with random numbers. Called once more, it returns what is stored; a file that is lost or has
+            changed is an error, then or when the scores are read. Needs Zarr: `pip install ".[store]"` in a clone of
+            this package's repository.
 
     Returns:
         dict[str, xr.DataArray]: From the layer's name to its scores, `float32` (or `float64`), with these dimensions,
@@ -104,8 +106,10 @@ def capture(
             number of feature names is wrong; if `x` is empty or without end, or its batches differ in length; if
             columns of a DataFrame hold something else than numbers, share a name, or are the features of the model's
             tokenizer in another order.
-            Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments.
+            Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments; if files in it
+            are lost, changed or symbolic links; or if it was made before stores had checksums.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
+        OSError: If the `store` cannot be written, as to a full disk. What was stored before stays valid.
         ImportError: If `store` is given, and Zarr is not installed.
 
     Warns:
@@ -143,7 +147,7 @@ def capture(
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
             arrays = {name: {"scores": rows} for name, rows in scores.items()}
             labeled = functools.partial(_labeled, model, batch, given)
-            results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+            results.append(batch, arrays, nan, labeled)
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)

@@ -183,7 +183,7 @@ def summarize(
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
             nan = {name: np.isnan(summary["entropy"]).any(axis=(1, 2)) for name, summary in arrays.items()}
-            results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+            results.append(batch, arrays, nan, labeled)
         results.finish()
 
     for name, difference in differences.items():

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import textwrap
-import threading
 
 import keras
 import numpy as np
@@ -17,8 +16,10 @@ from keras import layers, ops
 
 from kerasfactory import explain
 from kerasfactory.explain._engine import store as _store
+from kerasfactory.explain._engine.observe import Batch
 
 zarr = pytest.importorskip("zarr")
+_directory = pytest.importorskip("kerasfactory.explain._engine.directory")
 BACKEND = keras.config.backend()
 X = np.random.default_rng(3).normal(size=(22, 5, 8)).astype("float32")  # three batches of 6 and one of 4
 NAMES = ["a", "b", "c", "d", "é"]
@@ -160,15 +161,14 @@ class Killed(BaseException):
 
 def stop_at_write(monkeypatch, count):
     """Writing raises at the `count`th write, and at all later ones."""
-    put, lock, left = zarr.storage._local._put, threading.Lock(), iter(range(count - 1))
+    write, left = _directory.WrittenFiles.write, iter(range(count - 1))
 
-    def counted(*arguments, **keywords):
-        with lock:  # Zarr writes in several threads: a kill would stop all of them
-            if next(left, None) is None:
-                raise Killed
-            return put(*arguments, **keywords)
+    def counted(*arguments):
+        if next(left, None) is None:
+            raise Killed
+        write(*arguments)
 
-    monkeypatch.setattr(zarr.storage._local, "_put", counted)
+    monkeypatch.setattr(_directory.WrittenFiles, "write", counted)
 
 
 def stop_after_two_batches(monkeypatch):
@@ -197,14 +197,17 @@ def plain_model():
     return keras.Sequential([keras.Input((5, 8)), layers.Dense(1, kernel_initializer="ones")])
 
 
+BATCH = Batch(6, 1, None, {}, {}, 0.0, changes_state=False)
+
+
 def store_measured(model, path, x=X[:16]):
     run = []
-    with _store.Store(path, "measured", model, x, 6, {"top_k": 8}, lambda model: 1e-5) as store:
+    with _store.Store(path, "measured", model, x, 6, {"top_k": 8}) as store:
         for data in store:
             run.append(len(data[0]))
             datasets = measured(data)
             nan = {name: np.zeros(len(next(iter(dataset.values()))), bool) for name, dataset in datasets.items()}
-            store.append(datasets, nan, lambda name, dataset: dataset)
+            store.append(BATCH, datasets, nan, lambda name, dataset: dataset)
         store.finish()
     return store.open(), run
 
@@ -343,10 +346,9 @@ def other_code(model):
         ({"model": other_code}, "gives other results for the first batch"),
         ({"layers": "last"}, "belongs to another call, which differs in: layers"),
         ({"feature_names": None}, "belongs to another call, which differs in: feature_names"),
-        ({"batch_size": 5}, "belongs to another call, which differs in: x"),
         ({"x": X + 1}, "belongs to another call, which differs in: x"),
-        ({"x": np.concatenate([X[:7], X[8:9], X[8:]])}, "differs somewhere in its first . batches"),
-        ({"x": X[:6]}, "`x` has 1 batches, fewer than the"),
+        ({"x": np.concatenate([X[:7], X[8:9], X[8:]])}, "differs somewhere in its first (12|22) samples"),
+        ({"x": X[:6]}, "`x` has 6 samples, fewer than the (12|22) in"),
     ],
 )
 @pytest.mark.usefixtures("each_batch_is_written")
@@ -367,10 +369,87 @@ def test_the_store_of_another_call_is_refused(model, tmp_path, monkeypatch, fini
     assert files(path) == before
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 20, None])
+@pytest.mark.usefixtures("each_batch_is_written")
+def test_another_batch_size_is_no_other_call(model, expected, tmp_path, monkeypatch, batch_size):
+    path = tmp_path / "scores.zarr"
+    with monkeypatch.context() as patch:
+        stop_after_two_batches(patch)
+        with pytest.raises(Killed):
+            stored(model, path)
+    assert json.loads((path / ".zattrs").read_text())["kerasfactory"]["samples"] == 12
+    scores = stored(model, path, batch_size=batch_size)
+    for name in expected:
+        xr.testing.assert_identical(scores[name][:12].compute(), expected[name][:12])  # stored before, and not touched
+        xr.testing.assert_allclose(scores[name], expected[name], atol=1e-6)
+    before = files(path)
+    for other in (batch_size, 6, 7):
+        again = stored(model, path, batch_size=other)
+        assert all(again[name].identical(scores[name]) for name in scores)
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("batches", [[5, 5, 5, 5, 2], [6, 6, 10]])
+def test_a_model_that_goes_on_from_its_last_batch_needs_the_same_batches(batches, tmp_path):
+    model, path = two_layers(NextRandom()), tmp_path / "scores.zarr"
+    stored(model, path)
+    before = files(path)
+    with pytest.raises(
+        ValueError, match=r"was made in batches of other sizes.* Give the `batch_size` of the first call"
+    ):
+        stored(model, path, iter(np.split(X, np.cumsum(batches)[:-1])), batch_size=None)
+    assert files(path) == before
+
+
+def test_of_two_first_runs_the_later_leaves_the_other_alone(model, expected, tmp_path):
+    def batches():
+        yield X[:12]
+        lazy.update(stored(model, tmp_path / "scores.zarr"))
+        yield X[12:]
+
+    lazy = {}
+    with pytest.raises(RuntimeError, match="Another process or thread has written to"):
+        stored(other_weights(model), tmp_path / "scores.zarr", batches(), batch_size=None)
+    assert_same(lazy, expected)
+    assert_same(stored(model, tmp_path / "scores.zarr"), expected)
+
+
+def test_a_chunk_that_is_lost_or_changes_is_an_error(model, expected, tmp_path):
+    lazy = stored(model, tmp_path / "scores.zarr")
+    chunk = tmp_path / "scores.zarr" / "last" / "scores" / "0.0.0.0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    for use in (lambda: lazy["last"].mean().compute(), lambda: stored(model, tmp_path / "scores.zarr")):
+        with pytest.raises(
+            ValueError, match=r"(is missing|has lost 1 of its files, such as 0.0.0.0)\. .*Delete the store"
+        ):
+            use()
+    chunk.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    for use in (lambda: lazy["last"].mean().compute(), lambda: stored(model, tmp_path / "scores.zarr")["last"].load()):
+        with pytest.raises(ValueError, match=r"0\.0\.0\.0 does not have the checksum that is written in it"):
+            use()
+    chunk.write_bytes(content)
+    assert_same(lazy, expected)
+
+
+def test_layers_with_names_that_no_file_may_have(tmp_path):
+    names = ["__init__", "a\\b", "Attention", "attention", " ", "a" * 300, "nul\0", "é", "7", "con"]
+    names += [] if BACKEND == "torch" else ["..", ".zattrs"]  # PyTorch takes no dots
+    inputs = x = keras.Input((5, 8))
+    for name in names:
+        x = layers.MultiHeadAttention(1, 2, name=name)(x, x)
+    model = keras.Model(inputs, x)
+    in_memory = explain.capture(model, X, verbose=0)
+    assert list(in_memory) == names
+    for _ in range(2):
+        assert_same(explain.capture(model, X, verbose=0, store=tmp_path / "a.zarr"), in_memory)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
 @pytest.mark.backend_independent
 def test_a_finished_store_does_not_grow(model, tmp_path):
     stored(model, tmp_path / "scores.zarr", X[:12])
-    with pytest.raises(ValueError, match="`x` has more batches than the 2"):
+    with pytest.raises(ValueError, match="`x` has more samples than the 12"):
         stored(model, tmp_path / "scores.zarr")
 
 
@@ -392,13 +471,13 @@ def test_a_directory_of_somebody_else_is_left_alone(model, tmp_path):
     xr.Dataset({"mine": ("x", [1.0])}).to_zarr(path, zarr_format=2)
     before = files(path)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"holds what this package did not store: \.zmetadata, mine"):
+        with pytest.raises(ValueError, match=r"holds what this package did not store: \.zattrs, \.zmetadata, mine"):
             stored(model, path)
     assert files(path) == before
 
 
 @pytest.mark.backend_independent
-@pytest.mark.skipif(_store.fcntl is None, reason="Windows has no such locks")
+@pytest.mark.skipif(_directory.fcntl is None, reason="Windows has no such locks")
 def test_two_do_not_write_at_once(model, expected, tmp_path):
     path = tmp_path / "scores.zarr"
 
@@ -443,10 +522,10 @@ def test_a_finished_store_becomes_a_netcdf_file(model, expected, tmp_path):
 @pytest.mark.backend_independent
 def test_without_zarr_the_error_says_how_to_get_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(zarr, "__version__", "3.1.2")
-    with pytest.raises(ImportError, match=r"Zarr 3.1.3 or later: pip install 'kerasfactory\[store\]'"):
+    with pytest.raises(ImportError, match=r'Zarr 3.1.3 or later.* pip install "\.\[store\]"$'):
         stored(model, tmp_path / "scores.zarr")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImportError, match=r"pip install 'kerasfactory\[store\]'"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[store\]"$'):
         stored(model, tmp_path / "scores.zarr")
 
 
@@ -465,10 +544,12 @@ def test_nan_are_told_of_stored_scores_too(model, tmp_path):
 
 @pytest.mark.backend_independent
 def test_batches_of_another_kind_are_refused(tmp_path):
-    with _store.Store(tmp_path / "a.zarr", "measured", plain_model(), X, 6, {}, lambda model: 1e-5) as store:
+    with _store.Store(tmp_path / "a.zarr", "measured", plain_model(), X, 6, {}) as store:
         batches = iter(store)
         next(batches)
-        append = functools.partial(store.append, nan={"a": np.zeros(6, bool)}, labeled=lambda name, dataset: dataset)
+        append = functools.partial(
+            store.append, BATCH, nan={"a": np.zeros(6, bool)}, labeled=lambda name, dataset: dataset
+        )
         append({"a": xr.Dataset({"b": (("sample", "key"), X[:6, 0])})})
         next(batches)
         with pytest.raises(ValueError, match="must have the dimensions and lengths of the first"):

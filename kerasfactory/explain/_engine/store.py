@@ -1,20 +1,19 @@
 """Results that grow batch by batch: in memory, or streamed to disk and continued after a kill at any moment.
 
-The store on disk is a directory in Zarr's format 2, which xarray reads as it is. Each layer is a group, and each of its
-variables an array that grows along its first dimension. Three facts make it survive a kill:
+Three facts make the store on disk survive a kill:
 
-- Zarr writes every file beside its place and renames it: after a kill a file is the old one or the new one.
-- The record in the root's attributes, one such file, says how many batches and rows count. It is written after them.
+- A file is the old one or the new one: see `directory`, which keeps them.
+- The record says how many samples and rows count. It is written after them.
 - What was written before its record was is written again, at the same place, by the run that continues.
 
 So nothing is lost, and nothing is there twice. A power failure is another matter: nothing is forced onto the disk.
 """
 
 import collections
+import contextlib
+import copy
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,11 @@ from keras import tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
-from kerasfactory.explain._engine.data import batches_of
-from kerasfactory.explain._engine.observe import build_model, rounding_of
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
+from kerasfactory.explain._engine.observe import Batch, build_model, rounding_of
 
 # Batches are collected up to this size: a file for each would cost more time than what is in it.
 _WRITTEN_AT_ONCE = 4 << 20
-_LARGEST_CHUNK = 64 << 20  # readers hold whole chunks, and no codec takes 2 GiB
-_RECORD = "kerasfactory"
 
 
 def results_of(
@@ -46,7 +38,7 @@ def results_of(
 
         with results_of(store, "capture", model, x, batch_size, arguments) as results:
             for batch in observe(model, results.x, layers, results.batch_size, verbose, measure):
-                results.append(arrays, nan, labeled, batch.expected, batch.changes_state)
+                results.append(batch, arrays, nan, labeled)
             results.finish()
         datasets = results.open()
 
@@ -55,7 +47,7 @@ def results_of(
     """
     if store is None:
         return Memory(x, batch_size)
-    return Store(store, function, model, x, batch_size, arguments, rounding_of)
+    return Store(store, function, model, x, batch_size, arguments)
 
 
 class Memory:
@@ -76,20 +68,19 @@ class Memory:
 
     def append(
         self,
+        batch: Batch,
         arrays: dict[str, dict[str, np.ndarray]],
         nan: dict[str, np.ndarray],
         labeled: Callable[[str, Any], xr.Dataset],
-        expected: int | None = None,
-        changes_state: bool = False,
     ) -> None:
-        """Adds what was made of a batch, one of so many if that is known."""
+        """Adds what was made of a batch."""
         for name, arrays_of_layer in arrays.items():
             start = self.rows.get(name, 0)
             if name not in self._arrays:
                 self._arrays[name] = {}
                 self._without_rows[name] = _without_rows(labeled(name, arrays_of_layer))
             for variable, values in arrays_of_layer.items():
-                grown = _grown(self._arrays[name].get(variable), values, start, expected)
+                grown = _grown(self._arrays[name].get(variable), values, start, batch.expected)
                 self._arrays[name][variable] = grown
             _count(self.rows, self.nan, name, nan[name])
 
@@ -152,8 +143,8 @@ def warn_of_nan(nan: dict[str, list[int]], rows: dict[str, int]) -> None:
 class Store:
     """Datasets, one for each layer, that grow batch by batch in a directory: see `results_of`.
 
-    It stands in for the `x` of `observe`: it gives the first batch, by which the model is known again, and then those
-    that are not stored yet.
+    It stands in for the `x` of `observe`. It gives samples that are stored, by which the model is known again, and then
+    those that are not stored yet.
 
     Args:
         path: The directory, `*.zarr`. Made if it is not there; continued if it belongs to the same call.
@@ -162,13 +153,13 @@ class Store:
         x: What `observe` takes.
         batch_size: As for `observe`.
         arguments: All else on which the results depend, as JSON.
-        tolerance: From the model to how far apart, relative to the largest entry, two runs of it may lie.
 
     Raises:
         ImportError: If Zarr is not installed, or too old.
-        ValueError: If `path` is no `*.zarr`, or holds something else; if the model, its weights, `x` or the arguments
-            are not those that the store was made with.
+        ValueError: If `path` is no `*.zarr`, or holds something else, or has been changed; if the model, its weights,
+            `x` or the arguments are not those that the store was made with.
         RuntimeError: If another process is writing to it.
+        OSError: If it cannot be written, as to a full disk. What is stored stays valid.
     """
 
     def __init__(
@@ -179,72 +170,76 @@ class Store:
         x: Any,
         batch_size: int | None,
         arguments: Mapping[str, Any],
-        tolerance: Callable[[Any], float],
     ):
         self._path = _checked_path(path)
-        self._zarr = _import_zarr()
+        self._directory = _directory(self._path)
         self._source, self._expected = batches_of(x, batch_size)
         self.x, self.batch_size = self, None  # for `observe`
-        self._model, self._tolerance = model, tolerance
+        self._model = model
         self._made_by = {"function": function, **arguments}
-        self._digests: collections.deque[str] = collections.deque()  # of batches drawn and not yet appended
+        self._batch_size = None if batch_size_of(x, 1) is None else batch_size or 32  # of arrays
+        # What the record will say of batches that were given and are not yet appended.
+        self._drawn: collections.deque[dict[str, Any]] = collections.deque()
         self._waiting: list[dict[str, xr.Dataset]] = []
         self._waiting_bytes = 0
         self._layout: dict[str, dict[Any, tuple]] = {}  # dimensions and lengths, by layer and variable
-        self._lock: int | None = None
         self._found: dict[str, Any] = {}  # the record as the store has it
         self._record: dict[str, Any] = {}  # as it will be when all that waits is written
-        self._complete = False
-        self._done = 0  # batches that need not be run again
+        self._done = 0  # samples on which the model need not run again
         self._written: dict[str, int] = {}  # rows, by layer
 
     def __enter__(self) -> "Store":
-        if self._path.exists():
-            self._take_lock()
-            try:
-                self._found = self._read_record()
-            except ValueError:
-                self.__exit__()
-                raise
-            self._complete = (self._path / ".zmetadata").exists()  # written last of all
+        try:
+            if os.path.lexists(self._path):
+                self._directory.take_lock()
+                self._found = self._directory.read()
             # A model that goes on from what the last batch left in it can leave out no batch.
-            if self._found and (self._complete or self._found["can_continue"]):
-                self._done = self._found["batches"]
+            if self._found.get("batches") and (self._found["complete"] or self._found["can_continue"]):
+                self._directory.check(self._found)
+                self._done = self._found["samples"]
+        except BaseException:
+            self._directory.release()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._directory.release()
 
     def __len__(self) -> int:
         if self._expected is None:
-            raise TypeError("Nobody knows how many batches there will be.")
-        return max(self._expected - max(self._done - 1, 0), 1)
+            raise TypeError("It is not known how many batches there will be.")
+        if not self._done:
+            return self._expected
+        done = self._done // self._batch_size if self._batch_size else self._found["batches"]
+        return 1 if self._complete else max(self._expected - done, 0) + 1
 
     def __iter__(self) -> Iterator[tuple]:
-        number, digest = 0, ""
-        for number, data in enumerate(self._source, start=1):
-            digest = digest_of(tree.flatten(data), digest)
-            if number == 1:
-                self._identify(data, digest)
-            if number == self._done and digest != self._record["data"]:
-                raise ValueError(
-                    f"`x` is not what {self._path} was made of: it differs somewhere in its first {number} batches. "
-                    "Shuffled data come in another order each time: turn that off. For other data choose another "
-                    "`store`."
-                )
-            if number > self._done and self._complete:
-                raise ValueError(
-                    f"`x` has more batches than the {self._done} that {self._path} was made of. Choose another "
-                    "`store`, for all of them or for the new ones."
-                )
-            if number == 1 or number > self._done:
-                self._digests.append(digest)
+        digest, first = _Digest(), None
+        for data in self._source:
+            size = size_of(data)
+            digest.begin_batch(size)
+            if first is None:
+                first = data
+                self._identify(data)
+            stored = min(max(self._done - digest.samples, 0), size)  # of its samples
+            if stored:
+                digest.add(_samples(data, 0, stored))
+                if digest.samples == self._done:
+                    yield self._known(digest, first)
+            if stored < size:
+                data = _samples(data, stored, size)
+                if self._complete:
+                    raise ValueError(
+                        f"`x` has more samples than the {self._done} that {self._path} was made of. Choose another "
+                        "`store`, for all of them or for the new ones."
+                    )
+                digest.add(data)
+                self._drawn.append(digest.entries())
                 yield data
-        if 0 < number < self._done:
+        if 0 < digest.samples < self._done:
             raise ValueError(
-                f"`x` has {number} batches, fewer than the {self._done} in {self._path}. Choose another `store`."
+                f"`x` has {digest.samples} samples, fewer than the {self._done} in {self._path}. Choose another "
+                "`store`."
             )
 
     @property
@@ -257,28 +252,24 @@ class Store:
         """Of each layer that has NaN: the number of rows that hold one, and the first of them."""
         return self._record["nan"]
 
+    @property
+    def _complete(self) -> bool:
+        return bool(self._done and self._found["complete"])
+
     def append(
         self,
+        batch: Batch,
         arrays: dict[str, Any],
         nan: dict[str, np.ndarray],
         labeled: Callable[[str, Any], xr.Dataset],
-        expected: int | None = None,
-        changes_state: bool = False,
     ) -> None:
         """Adds what was made of the batch drawn last; see `results_of`.
-
-        Args:
-            arrays: By layer.
-            nan: By layer: which rows hold a NaN.
-            labeled: Makes a Dataset of the arrays of a layer.
-            expected: Not used: room is made on disk as it is needed.
-            changes_state: For the first batch, whether what the model does with a batch depends on those before.
 
         Raises:
             ValueError: If the batch has other variables, dimensions or lengths than the first, or if the results of the
                 first are not those in the store.
         """
-        digest = self._digests.popleft()
+        drawn = self._drawn.popleft()
         results = {name: labeled(name, arrays_of_layer) for name, arrays_of_layer in arrays.items()}
         layout = {
             name: {variable: (array.dims, array.shape[1:]) for variable, array in dataset.data_vars.items()}
@@ -289,7 +280,7 @@ class Store:
             if self._done:
                 self._compare(results)
                 return
-            self._record["can_continue"] = not changes_state
+            self._record["can_continue"] = not batch.changes_state
         if layout != self._layout:
             raise ValueError(
                 "All batches in a store must have the dimensions and lengths of the first, which are "
@@ -297,7 +288,7 @@ class Store:
             )
         for name in results:
             _count(self.rows, self.nan, name, nan[name])
-        self._record |= {"batches": self._record["batches"] + 1, "data": digest}
+        self._record |= {"batches": self._record["batches"] + 1, **drawn}
         self._waiting.append(results)
         self._waiting_bytes += sum(dataset.nbytes for dataset in results.values())
         if self._waiting_bytes >= _WRITTEN_AT_ONCE:
@@ -305,18 +296,11 @@ class Store:
 
     def finish(self) -> None:
         """Writes what is waiting, and marks the store as complete."""
-        if self._complete:
-            return
-        root = self._write()
-        for name, rows in self.rows.items():
-            for variable in self._layout[name]:  # a killed run may have begun on a batch that `x` has no more
-                array = root[f"{name}/{variable}"]
-                array.resize((rows, *array.shape[1:]))
-        for path in self._path.rglob("*.partial"):  # of runs that were killed
-            if path.is_file():
-                path.unlink()
-        for name in (*self.rows, ""):  # without it xarray warns that opening takes long
-            self._zarr.consolidate_metadata(self._path, path=name, zarr_format=2)
+        if not self._complete:
+            self._write()
+            self._record["complete"] = True
+            with self._explained():
+                self._directory.finish(self._record)
 
     def open(self) -> dict[str, xr.Dataset]:
         """The results, which are read from the disk when they are used; in pieces, if Dask is installed."""
@@ -324,44 +308,17 @@ class Store:
         for name, variables in self._layout.items():
             ((first_dimension, *_), _) = next(iter(variables.values()))
             numbers = {first_dimension: np.arange(self.rows[name])}
-            datasets[name] = xr.open_zarr(self._path, group=name).assign_coords(numbers)
+            datasets[name] = self._directory.open(self._record["layers"][name]).assign_coords(numbers)
         return datasets
 
-    def _read_record(self) -> dict[str, Any]:
-        """What the directory says of itself, nothing if nothing was stored in it."""
-        file = self._path / ".zattrs"
-        attributes = json.loads(file.read_text()) if file.exists() else {}
-        record = attributes.get(_RECORD)
-        if record is None:
-            of_ours = {".zgroup"} if attributes else {".zgroup", ".zattrs"}  # what the first moments leave
-            names = {path.name for path in self._path.iterdir() if path.suffix != ".partial"}
-            others = sorted(names - of_ours)
-            if others:
-                raise ValueError(
-                    f"{self._path} holds what this package did not store: {', '.join(others[:3])}. Choose "
-                    "another `store`."
-                )
-        return record if record and record["batches"] else {}
-
-    def _take_lock(self) -> None:
-        """Two that write would undo each other's work; one that was killed has let go of its lock."""
-        if fcntl is None or self._lock is not None:
-            return
-        self._lock = os.open(self._path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.__exit__()
-            raise RuntimeError(
-                f"Another process or thread is writing to {self._path}. Wait until it has finished, or choose another "
-                "`store`."
-            ) from None
-
-    def _identify(self, data: tuple, digest: str) -> None:
+    def _identify(self, data: tuple) -> None:
         """Makes sure that the store is of this call, or begins the record of a new one."""
         build_model(self._model, data)
-        made_by = self._made_by | {"x": digest, "weights": digest_of(weight.value for weight in self._model.weights)}
-        if self._found:
+        sample = _Digest()
+        sample.add(_samples(data, 0, 1))
+        weights = digest_of(weight.value for weight in self._model.weights)
+        made_by = self._made_by | {"x": sample.entries()["data"], "weights": weights}
+        if self._found.get("batches"):
             differing = [key for key in made_by if made_by[key] != self._found["made_by"].get(key)]
             if differing:
                 raise ValueError(
@@ -369,19 +326,46 @@ class Store:
                     "`store`, or delete this one."
                 )
         if self._done:
-            self._record = self._found
+            self._record = copy.deepcopy(self._found)
             self._written = dict(self.rows)
         else:
-            self._record = {"made_by": made_by, "batches": 0, "data": "", "rows": {}, "nan": {}}
+            self._record = {
+                "made_by": made_by,
+                "batches": 0,
+                "samples": 0,
+                "data": "",
+                "sizes": "",
+                "rows": {},
+                "nan": {},
+                "complete": False,
+            }
+
+    def _known(self, digest: "_Digest", first: tuple) -> tuple:
+        """Samples that are stored, for `_compare`: all that are in the first batch."""
+        drawn = digest.entries()
+        if drawn["data"] != self._found["data"]:
+            raise ValueError(
+                f"`x` is not what {self._path} was made of: it differs somewhere in its first {self._done} samples. "
+                "Shuffled data come in another order each time: turn that off. For other data choose another `store`."
+            )
+        if drawn["sizes"] != self._found["sizes"] and not self._found["can_continue"]:
+            raise ValueError(
+                f"{self._path} was made in batches of other sizes. What this model does with a batch depends on those "
+                "before, as with random numbers: other sizes give other results. Give the `batch_size` of the first "
+                "call, or choose another `store`."
+            )
+        self._drawn.append(drawn)
+        return _samples(first, 0, min(size_of(first), self._done))
 
     def _compare(self, results: dict[str, xr.Dataset]) -> None:
         """The model is the one whose results are stored if it gives them again; its weights are not all of it."""
-        root = self._zarr.open_group(self._path, mode="r", zarr_format=2)
-        tolerance = self._tolerance(self._model)
+        tolerance = rounding_of(self._model)
         same = results.keys() == self.rows.keys()
         for name, dataset in results.items() if same else ():
-            for variable, array in dataset.data_vars.items():
-                stored = root[f"{name}/{variable}"][: len(array)] if f"{name}/{variable}" in root else np.empty(0)
+            layer = self._record["layers"][name]
+            same &= list(dataset.data_vars) == layer["variables"]
+            for variable, array in dataset.data_vars.items() if same else ():
+                stored = self._directory.first_rows(layer, str(variable), len(array))
                 same &= stored.shape == array.shape
                 if same and array.dtype.kind == "f":  # whole numbers, such as a rank, may jump where values are close
                     largest = np.nanmax(np.abs(stored), initial=0.0)
@@ -389,44 +373,83 @@ class Store:
         if not same:
             raise ValueError(
                 f"The model has the weights with which {self._path} was made, and gives other results for the first "
-                "batch: its code or its settings have changed, or its outputs are random. Choose another `store`."
+                "batch: its code or its settings have changed, or its outputs are random, or they depend on which "
+                "samples are in a batch. Choose another `store`."
             )
 
-    def _write(self) -> Any:
-        """Writes what is waiting, and after it the record, which makes it count. Returns the root."""
-        if not self._done and not self._written:
-            self._begin()
-        root = self._zarr.open_group(self._path, mode="r+", zarr_format=2)
-        if self._waiting:
+    def _write(self) -> None:
+        """Writes what is waiting, and after it the record, which makes it count."""
+        if not self._waiting:
+            return
+        with self._explained():
+            if not self._written:
+                datasets = {name: _without_rows(dataset) for name, dataset in self._waiting[0].items()}
+                self._directory.begin(self._found, self._record, datasets, self.rows)
             for name, variables in self._layout.items():
-                start = self._written.get(name, 0)
-                for variable, (_, lengths) in variables.items():
-                    rows = np.concatenate([batch[name][variable].values for batch in self._waiting])
-                    array = root[f"{name}/{variable}"]
-                    array.resize((start + len(rows), *lengths))
-                    array[start:] = rows
-            root.attrs[_RECORD] = self._record
-            self._written = dict(self.rows)
-            self._waiting.clear()
-            self._waiting_bytes = 0
-        return root
+                rows = {
+                    str(variable): np.concatenate([batch[name][variable].values for batch in self._waiting])
+                    for variable in variables
+                }
+                self._directory.append(self._record["layers"][name], self._written.get(name, 0), rows)
+            self._directory.write_record(self._record)
+        self._written = dict(self.rows)
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
-    def _begin(self) -> None:
-        """Makes the directory, and in it arrays without rows, with their dimensions, coordinates and attributes."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        for path in self._path.iterdir():  # what a killed run had begun and never recorded
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-        root = self._zarr.open_group(self._path, mode="a", zarr_format=2)
-        root.attrs[_RECORD] = self._record | {"batches": 0}
-        for name, dataset in self._waiting[0].items():
-            chunks = {}
-            for variable, array in dataset.data_vars.items():
-                rows = sum(len(batch[name][variable]) for batch in self._waiting)
-                chunks[variable] = {"chunks": _chunks((rows, *array.shape[1:]), array.dtype.itemsize)}
-            empty = _without_rows(dataset)
-            empty.to_zarr(self._path, group=name, mode="a", encoding=chunks, consolidated=False, zarr_format=2)
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.add_note(
+                f"{self._path} could not be written. What was stored in it is valid. When the cause is mended, the "
+                "same call continues from there."
+            )
+            raise
+
+
+class _Digest:
+    """A hash of samples, which is the same in whatever batches they come, and one of the sizes of these batches."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._inputs: list[Any] = []
+        self._kinds: list[str] = []
+        self._sizes = hashlib.sha256()
+
+    def begin_batch(self, size: int) -> None:
+        self._sizes.update(f"{size},".encode())
+
+    def add(self, data: tuple) -> None:
+        """Adds a batch, or a part of it."""
+        self.samples += size_of(data)
+        for number, tensor in enumerate(tree.flatten(data)):
+            array = _backend.as_numpy(tensor)
+            if number == len(self._inputs):
+                self._inputs.append(hashlib.sha256())
+                self._kinds.append("")
+            kind = f"{array.shape[1:]} {array.dtype}"
+            if kind != self._kinds[number]:
+                self._inputs[number].update(kind.encode())
+                self._kinds[number] = kind
+            self._inputs[number].update(_bytes_of(array))
+
+    def entries(self) -> dict[str, Any]:
+        """For the record."""
+        data = hashlib.sha256("".join(one.hexdigest() for one in self._inputs).encode())
+        return {"samples": self.samples, "data": data.hexdigest(), "sizes": self._sizes.hexdigest()}
+
+
+def _samples(data: tuple, start: int, stop: int) -> tuple:
+    if (start, stop) == (0, size_of(data)):
+        return data
+    return tree.map_structure(lambda tensor: tensor[start:stop], data)
+
+
+def _bytes_of(array: np.ndarray) -> bytes:
+    if array.dtype.kind == "O":  # strings
+        return "".join(f"{entry!r}," for entry in array.ravel()).encode()
+    return array.tobytes()
 
 
 def _checked_path(store: Any) -> Path:
@@ -444,33 +467,29 @@ def _checked_path(store: Any) -> Path:
     return path
 
 
-def _import_zarr() -> Any:
+def _directory(path: Path) -> Any:
     try:
         import zarr
         from packaging.version import Version  # comes with Zarr
 
-        old = Version(zarr.__version__) < Version("3.1.3")  # did not write files beside their places yet
+        old = Version(zarr.__version__) < Version("3.1.3")
     except ImportError:
         old = True
     if old:
-        raise ImportError("`store` needs Zarr 3.1.3 or later: pip install 'kerasfactory[store]'")
-    return zarr
+        raise ImportError(
+            "`store` needs Zarr 3.1.3 or later. In a clone of this package's repository, install it with: "
+            'pip install ".[store]"'
+        )
+    from kerasfactory.explain._engine.directory import Directory
+
+    return Directory(path)
 
 
-def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape, with its first dimensions halved until it is small enough for readers."""
-    chunks = list(shape)
-    while np.prod(chunks, dtype=float) * itemsize > _LARGEST_CHUNK:
-        axis = next(axis for axis, length in enumerate(chunks) if length > 1)
-        chunks[axis] = -(-chunks[axis] // 2)
-    return tuple(chunks)
-
-
-def digest_of(tensors: Any, before: str = "") -> str:
-    """A hash of all values, and of what came before."""
-    digest = hashlib.sha256(before.encode())
+def digest_of(tensors: Any) -> str:
+    """A hash of all values."""
+    digest = hashlib.sha256()
     for tensor in tensors:
         array = _backend.as_numpy(tensor)
         digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes())  # "O": strings
+        digest.update(_bytes_of(array))
     return digest.hexdigest()
