@@ -33,6 +33,7 @@ is_usable = _chosen.is_usable
 on_cpu = _chosen.on_cpu
 outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
+value_of = _chosen.value_of
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
 

@@ -16,8 +16,20 @@ PRIVATE_NAMES = {
 }
 
 
+# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts the new ones into the model at
+# the end of an epoch.
+_IN_USE = (
+    "The model is in use in another thread: on JAX, `fit`, `evaluate` and `predict` take its weights until they end, and "
+    "neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or give a copy, "
+    "`keras.models.clone_model(model)` with `set_weights`, made before. To see attention while a model trains, give "
+    "`explain.AttentionMonitor` to `fit` as a callback: it runs in the thread that trains."
+)
+
+
 def as_numpy(tensor):
     """The values of a tensor, not copied where that can be helped."""
+    if _is_deleted(tensor):
+        raise RuntimeError(_IN_USE)
     return np.asarray(tensor)
 
 
@@ -28,7 +40,17 @@ def as_tensor(array):
 
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
     """`step(state, data)`, compiled as `model.predict` would be, also if it runs once."""
-    return step if run_eagerly or not jit_compile else jax.jit(step)
+    run = step if run_eagerly or not jit_compile else jax.jit(step)
+
+    def call(state, data):
+        try:
+            return run(state, data)
+        except (RuntimeError, ValueError):
+            if any(map(_is_deleted, jax.tree.leaves(state))):
+                raise RuntimeError(_IN_USE) from None
+            raise
+
+    return call
 
 
 def concrete(tensor):
@@ -61,6 +83,10 @@ def is_usable(tensor):
     return concrete(tensor) is not None or in_scope(tensor)
 
 
+def _is_deleted(tensor):
+    return isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer) and tensor.is_deleted()
+
+
 def on_cpu(tensor):
     """Whether the CPU computes with the tensor."""
     return jax.default_backend() == "cpu"
@@ -78,6 +104,17 @@ def predict_step(model, state, data):
     """
     outputs, non_trainable = model.predict_step(state, data)
     return outputs, (state[0], non_trainable)
+
+
+def value_of(variable):
+    """The value of a variable that has one, or an error if a training has it."""
+    try:
+        value = variable.value
+    except TypeError:  # Keras took it out, and finds nothing to initialize it with
+        raise RuntimeError(_IN_USE) from None
+    if _is_deleted(value):
+        raise RuntimeError(_IN_USE)
+    return value
 
 
 def weak_reference(tensor, owner):

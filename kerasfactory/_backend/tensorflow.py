@@ -92,6 +92,11 @@ def predict_step(model, state, data):
     return stateless_predict_step(model, state, data)
 
 
+def value_of(variable):
+    """The value of a variable that has one."""
+    return variable.value
+
+
 def weak_reference(tensor, owner):
     """A weak reference to the traced `tensor`, which lives as long as its graph. The owner's name is not needed."""
     return weakref.ref(tensor)

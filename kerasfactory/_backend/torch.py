@@ -85,6 +85,11 @@ def predict_step(model, state, data):
             module.training = training
 
 
+def value_of(variable):
+    """The value of a variable that has one."""
+    return variable.value
+
+
 def weak_reference(tensor, owner):
     """A weak reference to the traced `tensor`. The owner's name is not needed."""
     return weakref.ref(tensor)
