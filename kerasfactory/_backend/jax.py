@@ -16,11 +16,11 @@ PRIVATE_NAMES = {
 }
 
 
-# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts the new ones into the model at
-# the end of an epoch.
+# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts new ones into the model at the
+# end of an epoch.
 _IN_USE = (
-    "The model is in use in another thread: on JAX, `fit`, `evaluate` and `predict` take its weights until they end, and "
-    "neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or give a copy, "
+    "The model is in use in another thread: on JAX, `fit`, `evaluate` and `predict` take its weights until they end. "
+    "Neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or give a copy, "
     "`keras.models.clone_model(model)` with `set_weights`, made before. To see attention while a model trains, give "
     "`explain.AttentionMonitor` to `fit` as a callback: it runs in the thread that trains."
 )
