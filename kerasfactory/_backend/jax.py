@@ -1,29 +1,42 @@
 """JAX."""
 
+import contextlib
 import copy
 import weakref
 
 import jax
 import numpy as np
 
-from kerasfactory._backend._shared import missing
+from kerasfactory._backend._shared import after_fork, forked, missing
 
 PRIVATE_NAMES = {
+    "jax._src.xla_bridge": ("backends_are_initialized",),
     "jax._src.core": ("trace_ctx",),
     "jax._src.interpreters.ad.JVPTrace": ("parent_trace",),
     "jax._src.interpreters.batching.BatchTrace": ("parent_trace",),
     "jax.core.Tracer": ("_trace",),
 }
 
-
-# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts new ones into the model at the
-# end of an epoch.
+# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts new ones into the model at
+# the end of an epoch.
 _IN_USE = (
-    "The model is in use in another thread: on JAX, `fit`, `evaluate` and `predict` take its weights until they end. "
-    "Neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or give a copy, "
-    "`keras.models.clone_model(model)` with `set_weights`, made before. To see attention while a model trains, give "
-    "`explain.AttentionMonitor` to `fit` as a callback: it runs in the thread that trains."
+    "The model is in use by `fit`, `evaluate` or `predict`, in another thread or around this call. On JAX they take "
+    "its weights until they end, and neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or "
+    "make a copy of the model before. To see attention while a model trains, give `explain.AttentionMonitor` to `fit`; "
+    "a callback of your own finds the weights in `self.model`."
 )
+
+_of_running = []  # whether this process was forked from one in which JAX had started
+
+
+def _note_fork():
+    with contextlib.suppress(ImportError):
+        from jax._src.xla_bridge import backends_are_initialized
+
+        _of_running.extend([True] * backends_are_initialized())
+
+
+after_fork(_note_fork)
 
 
 def as_numpy(tensor):
@@ -36,6 +49,12 @@ def as_numpy(tensor):
 def as_tensor(array):
     """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
     return jax.device_put(array)
+
+
+def check_process():
+    """Raises an error in a process that was forked when JAX had started: it would wait for ever."""
+    if _of_running:
+        raise RuntimeError(forked("JAX"))
 
 
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
@@ -56,6 +75,11 @@ def compiled(step, run_eagerly, jit_compile, runs_once=False):
 def concrete(tensor):
     """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
     return None if isinstance(tensor, jax.core.Tracer) else tensor
+
+
+def evaluation(model, layers):
+    """Pairs of a module and methods that put it into evaluation mode: here, an argument of the call says it all."""
+    return ()
 
 
 def gradient(function, inputs):

@@ -6,7 +6,10 @@ import keras
 import torch
 from keras import ops
 
-from kerasfactory._backend._shared import missing, stateless_predict_step
+from kerasfactory._backend._shared import after_fork, missing, stateless_predict_step
+
+_of_forked = []  # whether this process was forked from one that imported this file
+after_fork(lambda: _of_forked.append(True))
 
 PRIVATE_NAMES = {"torch._C._functorch": ("is_functorch_wrapped_tensor",)}
 
@@ -19,6 +22,13 @@ def as_numpy(tensor):
 def as_tensor(array):
     """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
     return ops.convert_to_tensor(torch.from_numpy(array))
+
+
+def check_process():
+    """Has a process that was forked compute in one thread: where there are more, it waits for those of its parent."""
+    if _of_forked:
+        _of_forked.clear()
+        torch.set_num_threads(1)
 
 
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
@@ -71,18 +81,42 @@ def outside_traces():
     return torch.no_grad()
 
 
+def evaluation(model, layers):
+    """What puts the model and its layers into evaluation mode, as `predict` does, as pairs of a module and methods.
+
+    They are to stand in front of the module's own for one thread, where others may be training. A mode that only
+    Keras' own layers have, and do not look at, is left. That of other layers of Keras is set.
+    """
+    for layer in model.modules():
+        is_own = type(layer).__module__.startswith(("keras.src.", "kerasfactory."))
+        if isinstance(layer, keras.layers.Layer) and layer.training and not is_own:
+            layer.training = False  # they may look at it in a `call` that sets attributes
+    for layer in layers:
+        if isinstance(layer, keras.layers.TorchModuleWrapper):
+            for module in layer.module.modules():
+                yield module, {"train": lambda mode=True, module=module: module, "forward": _evaluated(module)}
+
+
+def _evaluated(module):
+    """`module.forward` in evaluation mode."""
+    forward = module.forward
+    if getattr(forward, "__self__", None) is not module or isinstance(module, torch.jit.ScriptModule):
+        return forward
+
+    def of_twin(*args, **kwargs):
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__, training=False)
+        return forward.__func__(twin, *args, **kwargs)
+
+    return of_twin
+
+
 def predict_step(model, state, data):
     """What `model.predict` does with a batch, on the values in `state` instead of the variables.
 
     Returns the outputs and the state after them.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return stateless_predict_step(model, state, data)
-    finally:
-        for module, training in modes:
-            module.training = training
+    return stateless_predict_step(model, state, data)
 
 
 def value_of(variable):

@@ -27,7 +27,7 @@ from kerasfactory.explain._engine.attention import (
     unread_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
-from kerasfactory.explain._engine.undo import LOCK, twin
+from kerasfactory.explain._engine.undo import alone, twin
 from kerasfactory.layers._attention import keeping_aside
 
 
@@ -242,7 +242,7 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 
 def kept(model: Any, key: Any, chosen: dict[str, Any], make: Callable[[], Any]) -> Any:
     """What `make` returned for this key, until an attribute of a layer is set or other layers are chosen."""
-    with LOCK:
+    with alone():
         kept_of_model, fingerprint = _KEPT.setdefault(model, {}), _fingerprint(chosen, model)
         if key not in kept_of_model or not _same_fingerprint(kept_of_model[key][0], fingerprint):
             kept_of_model[key] = (fingerprint, make())
@@ -341,7 +341,7 @@ def build_model(model: Any, data: Any) -> None:
     if all(layer.built for layer in all_layers(model)):
         return
     # The scores are computed with weights that are no more.
-    with LOCK, keras.StatelessScope(), keeping_aside():
+    with alone(), keras.StatelessScope(), keeping_aside():
         model(data[0])
 
 

@@ -12,10 +12,17 @@ from typing import Any
 
 import keras
 
+from kerasfactory import _backend
+
 # One forward pass at a time: what stands in front of methods is put there, and taken away, in turn.
-LOCK = threading.RLock()
+_LOCK = threading.RLock()
 _NOTHING = object()
 _PUT: list[tuple[dict[str, Any], str, Any, Any]] = []  # attributes, a name in them, what was put there, what was before
+
+
+def alone() -> Any:
+    """A context that only one thread is in: no other has a forward pass of ours in it."""
+    return _LOCK
 
 
 def stand_in(layer: Any, **methods: Callable) -> None:
@@ -47,16 +54,13 @@ def undone(layers: Sequence[Any], hook: str) -> Iterator[None]:
 
     The `hook` is the layers' method for `(name, value)` that is called before an attribute is set.
     """
-    with LOCK:
+    with alone():
         start = len(_PUT)
         written = [_Written(layer, hook) for layer in layers]
         try:
             yield
         finally:
-            while len(_PUT) > start:
-                attributes, name, put, before = _PUT.pop()
-                if attributes.get(name) is put:
-                    _restore(attributes, name, before)
+            _take_away(start)
             for one in written:
                 one.take_back()
 
@@ -65,6 +69,23 @@ def _put(layer: Any, name: str, method: Callable) -> None:
     # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
     _PUT.append((layer.__dict__, name, method, layer.__dict__.get(name, _NOTHING)))
     layer.__dict__[name] = method
+
+
+def _take_away(start: int) -> None:
+    while len(_PUT) > start:
+        attributes, name, put, before = _PUT.pop()
+        if attributes.get(name) is put:
+            _restore(attributes, name, before)
+
+
+def _begin_in_child() -> None:
+    """The thread that had a forward pass when this process was forked is not in it."""
+    global _LOCK
+    _LOCK = threading.RLock()
+    _take_away(0)
+
+
+_backend.after_fork(_begin_in_child)
 
 
 def _restore(attributes: dict[str, Any], name: str, before: Any) -> None:
