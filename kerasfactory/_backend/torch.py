@@ -1,5 +1,6 @@
 """PyTorch."""
 
+import functools
 import weakref
 
 import keras
@@ -87,25 +88,33 @@ def evaluation(model, layers):
     They are to stand in front of the module's own for one thread, where others may be training. A mode that only
     Keras' own layers have, and do not look at, is left. That of other layers of Keras is set.
     """
-    for layer in model.modules():
+    reached = list(model.modules())
+    for layer in reached:
         is_own = type(layer).__module__.startswith(("keras.src.", "kerasfactory."))
         if isinstance(layer, keras.layers.Layer) and layer.training and not is_own:
             layer.training = False  # they may look at it in a `call` that sets attributes
-    for layer in layers:
-        if isinstance(layer, keras.layers.TorchModuleWrapper):
-            for module in layer.module.modules():
-                yield module, {"train": lambda mode=True, module=module: module, "forward": _evaluated(module)}
+    wrapped = [layer.module for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
+    modes = {module: module.training for outer in wrapped for module in outer.modules()}
+    modes |= {module: False for module in reached if module in modes}
+
+    def train(module, mode=True):
+        modes.update(dict.fromkeys(module.modules(), mode))
+        return module
+
+    for module in list(modes):
+        methods = {"train": functools.partial(train, module), "forward": _in_mode_of_thread(module, modes)}
+        yield module, methods
 
 
-def _evaluated(module):
-    """`module.forward` in evaluation mode."""
+def _in_mode_of_thread(module, modes):
+    """`module.forward`, with what `modes` says in place of `module.training`."""
     forward = module.forward
     if getattr(forward, "__self__", None) is not module or isinstance(module, torch.jit.ScriptModule):
         return forward
 
     def of_twin(*args, **kwargs):
         twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__, training=False)
+        twin.__dict__.update(module.__dict__, training=modes[module])
         return forward.__func__(twin, *args, **kwargs)
 
     return of_twin
