@@ -77,7 +77,7 @@ def gated_model(kind="ours", run_eagerly=False):
     x = layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l1")(inputs)
     x = Remembering(name="remembering")(x)
     if kind == "ours":
-        attention = InterpretableMultiHeadAttention(8, 2, name="attention")
+        attention = InterpretableMultiHeadAttention(8, 2, dropout_rate=0.0, name="attention")
         attended, inner = attention(x), attention.mha
     elif kind == "grouped":
         inner = layers.GroupQueryAttention(4, 2, 1, name="attention", **KEY_WINDOW)
@@ -129,7 +129,7 @@ ACTIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:The model's outputs for the first batch differ", "ignore:The gradients could not")
-@pytest.mark.parametrize("action", ["capture", "summarize", "head_importance"])
+@pytest.mark.parametrize("action", ["capture", "head_importance"])
 def test_a_first_fit_in_the_middle_of_a_first_pass_ends_with_its_own_weights(action):
     alone, model = gated_model(), gated_model()
     expected = fit(alone)
@@ -160,12 +160,19 @@ def values(result):
 
 
 @pytest.mark.filterwarnings("ignore:The gradients could not")
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("kind", ["ours", "keras", "grouped"])
+@pytest.mark.parametrize(
+    ("kind", "action"),
+    [
+        *(("ours", action) for action in ACTIONS),
+        ("keras", "summarize"),
+        ("grouped", "capture"),
+        ("grouped", "summarize"),
+    ],
+)
 def test_another_threads_call_in_the_middle_of_a_pass_is_its_own(kind, action):
+    expected = call(gated_model(kind), OTHER)
+    result = ACTIONS[action](gated_model(kind))
     model = gated_model(kind)
-    expected = call(model, OTHER)
-    result = ACTIONS[action](model)
     with meanwhile(lambda: call(model, OTHER), times=12) as calls:
         again = ACTIONS[action](model)
     for found in calls:
@@ -205,7 +212,7 @@ def test_reading_scores_does_not_bring_back_those_of_an_earlier_call():
     assert_equal([layer.attention_scores], [expected])
 
 
-def test_a_thousand_reads_beside_captures():
+def test_many_reads_beside_captures():
     model = gated_model(run_eagerly=True)
     attention = model.get_layer("attention")
     tokens = [ops.convert_to_tensor(OTHER * scale) for scale in (0.5, 1, 2)]
@@ -218,7 +225,7 @@ def test_a_thousand_reads_beside_captures():
     def read():
         wrong = 0
         try:
-            for number in range(1000):
+            for number in range(300):
                 attention(tokens[number % 3])
                 scores = ops.convert_to_numpy(attention.attention_scores)
                 wrong += not np.allclose(scores, expected[number % 3], atol=1e-6)
@@ -390,7 +397,7 @@ def test_memory_stays_after_many_captures_and_calls():
             attention(x)
             attention.attention_scores  # noqa: B018
 
-    work(20, 50)
+    work(50, 200)
     before = megabytes()
-    work(500, 2000)
-    assert megabytes() - before < 20
+    work(100, 400)
+    assert megabytes() - before < 4  # 20 MB for 500 captures and 2,000 calls
