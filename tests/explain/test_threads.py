@@ -46,8 +46,10 @@ def meanwhile(task, times=1):
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         MEANWHILE[here] = run
-        yield results
-        MEANWHILE.pop(here, None)
+        try:
+            yield results
+        finally:
+            MEANWHILE.pop(here, None)
     assert results, "no pass came by"
 
 
