@@ -26,7 +26,7 @@ _IN_USE = (
     "a callback of your own finds the weights in `self.model`."
 )
 
-_of_running = []  # whether this process was forked from one in which JAX had started
+_of_running: list[bool] = []  # whether this process was forked from one in which JAX had started
 
 
 def _note_fork():

@@ -15,14 +15,14 @@ PRIVATE_NAMES = {
     "tensorflow.python.framework.func_graph.FuncGraph": ("outer_graph",),
 }
 
-_of_running = []  # whether this process was forked from one in which TensorFlow had started
+_of_running: list[bool] = []  # whether this process was forked from one in which TensorFlow had started
 
 
 def _note_fork():
     with contextlib.suppress(ImportError, AttributeError):
-        from tensorflow.python.eager import context
+        from tensorflow.python.eager.context import context
 
-        _of_running.extend([True] * context.context()._initialized)
+        _of_running.extend([True] * context()._initialized)
 
 
 after_fork(_note_fork)

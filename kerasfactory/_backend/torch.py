@@ -42,6 +42,44 @@ def concrete(tensor):
     return None if tensor.device.type == "meta" else tensor.detach()
 
 
+def evaluation(model, layers):
+    """What puts the model and its layers into evaluation mode, as `predict` does, as pairs of a module and methods.
+
+    They are to stand in front of the module's own for one thread, where others may be training. A mode that only
+    Keras' own layers have, and do not look at, is left. That of other layers of Keras is set.
+    """
+    reached = list(model.modules())
+    for layer in reached:
+        is_own = type(layer).__module__.startswith(("keras.src.", "kerasfactory."))
+        if isinstance(layer, keras.layers.Layer) and layer.training and not is_own:
+            layer.training = False  # they may look at it in a `call` that sets attributes
+    wrapped = [layer.module for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
+    modes = {module: module.training for outer in wrapped for module in outer.modules()}
+    modes |= {module: False for module in reached if module in modes}
+
+    def train(module, mode=True):
+        modes.update(dict.fromkeys(module.modules(), mode))
+        return module
+
+    for module in list(modes):
+        methods = {"train": functools.partial(train, module), "forward": _in_mode_of_thread(module, modes)}
+        yield module, methods
+
+
+def _in_mode_of_thread(module, modes):
+    """`module.forward`, with what `modes` says in place of `module.training`."""
+    forward = module.forward
+    if getattr(forward, "__self__", None) is not module or isinstance(module, torch.jit.ScriptModule):
+        return forward
+
+    def of_twin(*args, **kwargs):
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__, training=modes[module])
+        return forward.__func__(twin, *args, **kwargs)
+
+    return of_twin
+
+
 def gradient(function, inputs):
     """The gradient of the first result of `function(inputs)` with respect to the inputs, and the second result.
 
@@ -80,44 +118,6 @@ def on_cpu(tensor):
 def outside_traces():
     """A context in which PyTorch records no gradients."""
     return torch.no_grad()
-
-
-def evaluation(model, layers):
-    """What puts the model and its layers into evaluation mode, as `predict` does, as pairs of a module and methods.
-
-    They are to stand in front of the module's own for one thread, where others may be training. A mode that only
-    Keras' own layers have, and do not look at, is left. That of other layers of Keras is set.
-    """
-    reached = list(model.modules())
-    for layer in reached:
-        is_own = type(layer).__module__.startswith(("keras.src.", "kerasfactory."))
-        if isinstance(layer, keras.layers.Layer) and layer.training and not is_own:
-            layer.training = False  # they may look at it in a `call` that sets attributes
-    wrapped = [layer.module for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
-    modes = {module: module.training for outer in wrapped for module in outer.modules()}
-    modes |= {module: False for module in reached if module in modes}
-
-    def train(module, mode=True):
-        modes.update(dict.fromkeys(module.modules(), mode))
-        return module
-
-    for module in list(modes):
-        methods = {"train": functools.partial(train, module), "forward": _in_mode_of_thread(module, modes)}
-        yield module, methods
-
-
-def _in_mode_of_thread(module, modes):
-    """`module.forward`, with what `modes` says in place of `module.training`."""
-    forward = module.forward
-    if getattr(forward, "__self__", None) is not module or isinstance(module, torch.jit.ScriptModule):
-        return forward
-
-    def of_twin(*args, **kwargs):
-        twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__, training=modes[module])
-        return forward.__func__(twin, *args, **kwargs)
-
-    return of_twin
 
 
 def predict_step(model, state, data):

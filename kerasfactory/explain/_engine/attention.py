@@ -286,7 +286,7 @@ def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> 
 
 def _with_attributes(layer: Any, method: Callable, **values: Any) -> Callable:
     """A method of the layer that sees other values of attributes that the layer has. Other threads see the layer's."""
-    if getattr(method, "__self__", None) is layer:
+    if isinstance(method, types.MethodType) and method.__self__ is layer:
         return types.MethodType(method.__func__, twin(layer, **values))
 
     def of_the_layer(*args, **kwargs):  # somebody has put a function in the place of the method
