@@ -279,8 +279,9 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
         Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves, and so does a model that is
-        rematerialized as a whole on JAX: the latest call that was not compiled decides. It is the latest of all threads: where several call
-        the layer, each has its own scores with `return_attention_scores=True`. What `explain` does is no call.
+        rematerialized as a whole on JAX: the latest call that was not compiled decides. It is the latest
+        of all threads: where several call the layer, each has its own scores with `return_attention_scores=True`.
+        What `explain` does is no call.
 
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
