@@ -12,6 +12,7 @@ import numpy as np
 from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
 from kerasfactory._backend._keras import get_loss as get_loss
 from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
+from kerasfactory._backend._shared import after_fork as after_fork
 from kerasfactory._backend._shared import missing as missing
 
 _BACKENDS = ("tensorflow", "jax", "torch")
@@ -25,14 +26,17 @@ _chosen = importlib.import_module(f"{__name__}.{keras.config.backend()}")
 
 as_numpy = _chosen.as_numpy
 as_tensor = _chosen.as_tensor
+check_process = _chosen.check_process
 compiled = _chosen.compiled
 concrete = _chosen.concrete
+evaluation = _chosen.evaluation
 gradient = _chosen.gradient
 in_scope = _chosen.in_scope
 is_usable = _chosen.is_usable
 on_cpu = _chosen.on_cpu
 outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
+value_of = _chosen.value_of
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
 

@@ -1,6 +1,7 @@
 """What the files of this package share."""
 
 import importlib
+import os
 
 import keras
 
@@ -11,6 +12,21 @@ def missing(name, purpose):
     return ImportError(
         f"{purpose} needs `{name}`, a private name that the installed {library.__name__} {library.__version__} does "
         f"not have. Install an older version of {library.__name__}, or a newer one of kerasfactory."
+    )
+
+
+def after_fork(function):
+    """Has the function called in each process that is forked from this one. Windows has none."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
+def forked(library):
+    """What to tell a process that was forked when the library had started."""
+    return (
+        f"This process was forked when {library} had started, whose threads only its parent has: anything that "
+        f"{library} computes here would wait for ever, `model.predict` too. Start processes with "
+        '`multiprocessing.get_context("spawn")`, and load the model in them.'
     )
 
 

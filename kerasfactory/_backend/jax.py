@@ -1,23 +1,48 @@
 """JAX."""
 
+import contextlib
 import copy
 import weakref
 
 import jax
 import numpy as np
 
-from kerasfactory._backend._shared import missing
+from kerasfactory._backend._shared import after_fork, forked, missing
 
 PRIVATE_NAMES = {
+    "jax._src.xla_bridge": ("backends_are_initialized",),
     "jax._src.core": ("trace_ctx",),
     "jax._src.interpreters.ad.JVPTrace": ("parent_trace",),
     "jax._src.interpreters.batching.BatchTrace": ("parent_trace",),
     "jax.core.Tracer": ("_trace",),
 }
 
+# Keras hands the buffers of the weights to its compiled step, which deletes them, and puts new ones into the model at
+# the end of an epoch.
+_IN_USE = (
+    "The model is in use by `fit`, `evaluate` or `predict`, in another thread or around this call. On JAX they take "
+    "its weights until they end, and neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or "
+    "make a copy of the model before. To see attention while a model trains, give `explain.AttentionMonitor` to `fit`; "
+    "a callback of your own finds the weights in `self.model`."
+)
+
+_of_running: list[bool] = []  # whether this process was forked from one in which JAX had started
+
+
+def _note_fork():
+    with contextlib.suppress(ImportError):
+        from jax._src.xla_bridge import backends_are_initialized
+
+        _of_running.extend([True] * backends_are_initialized())
+
+
+after_fork(_note_fork)
+
 
 def as_numpy(tensor):
     """The values of a tensor, not copied where that can be helped."""
+    if _is_deleted(tensor):
+        raise RuntimeError(_IN_USE)
     return np.asarray(tensor)
 
 
@@ -26,14 +51,35 @@ def as_tensor(array):
     return jax.device_put(array)
 
 
+def check_process():
+    """Raises an error in a process that was forked when JAX had started: it would wait for ever."""
+    if _of_running:
+        raise RuntimeError(forked("JAX"))
+
+
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
     """`step(state, data)`, compiled as `model.predict` would be, also if it runs once."""
-    return step if run_eagerly or not jit_compile else jax.jit(step)
+    run = step if run_eagerly or not jit_compile else jax.jit(step)
+
+    def call(state, data):
+        try:
+            return run(state, data)
+        except (RuntimeError, ValueError):
+            if any(map(_is_deleted, jax.tree.leaves(state))):
+                raise RuntimeError(_IN_USE) from None
+            raise
+
+    return call
 
 
 def concrete(tensor):
     """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
     return None if isinstance(tensor, jax.core.Tracer) else tensor
+
+
+def evaluation(model, layers):
+    """Pairs of a module and methods that put it into evaluation mode: here, an argument of the call says it all."""
+    return ()
 
 
 def gradient(function, inputs):
@@ -61,6 +107,10 @@ def is_usable(tensor):
     return concrete(tensor) is not None or in_scope(tensor)
 
 
+def _is_deleted(tensor):
+    return isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer) and tensor.is_deleted()
+
+
 def on_cpu(tensor):
     """Whether the CPU computes with the tensor."""
     return jax.default_backend() == "cpu"
@@ -78,6 +128,17 @@ def predict_step(model, state, data):
     """
     outputs, non_trainable = model.predict_step(state, data)
     return outputs, (state[0], non_trainable)
+
+
+def value_of(variable):
+    """The value of a variable that has one, or an error if a training has it."""
+    try:
+        value = variable.value
+    except TypeError:  # Keras took it out, and finds nothing to initialize it with
+        raise RuntimeError(_IN_USE) from None
+    if _is_deleted(value):
+        raise RuntimeError(_IN_USE)
+    return value
 
 
 def weak_reference(tensor, owner):

@@ -6,12 +6,26 @@ import weakref
 import numpy as np
 import tensorflow as tf
 
-from kerasfactory._backend._shared import stateless_predict_step
+from kerasfactory._backend._shared import after_fork, forked, stateless_predict_step
 
 PRIVATE_NAMES = {
+    "tensorflow.python.eager.context.Context": ("_initialized",),
+    "tensorflow.python.eager.context": ("context",),
     "tensorflow.python.eager.polymorphic_function.polymorphic_function.Function": ("_omit_frequent_tracing_warning",),
     "tensorflow.python.framework.func_graph.FuncGraph": ("outer_graph",),
 }
+
+_of_running: list[bool] = []  # whether this process was forked from one in which TensorFlow had started
+
+
+def _note_fork():
+    with contextlib.suppress(ImportError, AttributeError):
+        from tensorflow.python.eager.context import context
+
+        _of_running.extend([True] * context()._initialized)
+
+
+after_fork(_note_fork)
 
 
 def as_numpy(tensor):
@@ -22,6 +36,12 @@ def as_numpy(tensor):
 def as_tensor(array):
     """A tensor of the array's memory, which must begin at a multiple of 64 bytes, and not change any more."""
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def check_process():
+    """Raises an error in a process that was forked when TensorFlow had started: it would wait for ever."""
+    if _of_running:
+        raise RuntimeError(forked("TensorFlow"))
 
 
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
@@ -48,6 +68,11 @@ def compiled(step, run_eagerly, jit_compile, runs_once=False):
 def concrete(tensor):
     """The tensor itself if it holds values, `None` if it belongs to a function being traced."""
     return tensor if hasattr(tensor, "numpy") else None
+
+
+def evaluation(model, layers):
+    """Pairs of a module and methods that put it into evaluation mode: here, an argument of the call says it all."""
+    return ()
 
 
 def gradient(function, inputs):
@@ -90,6 +115,11 @@ def predict_step(model, state, data):
     Returns the outputs and the state after them.
     """
     return stateless_predict_step(model, state, data)
+
+
+def value_of(variable):
+    """The value of a variable that has one."""
+    return variable.value
 
 
 def weak_reference(tensor, owner):

@@ -1,12 +1,16 @@
 """PyTorch."""
 
+import functools
 import weakref
 
 import keras
 import torch
 from keras import ops
 
-from kerasfactory._backend._shared import missing, stateless_predict_step
+from kerasfactory._backend._shared import after_fork, missing, stateless_predict_step
+
+_of_forked = []  # whether this process was forked from one that imported this file
+after_fork(lambda: _of_forked.append(True))
 
 PRIVATE_NAMES = {"torch._C._functorch": ("is_functorch_wrapped_tensor",)}
 
@@ -21,6 +25,13 @@ def as_tensor(array):
     return ops.convert_to_tensor(torch.from_numpy(array))
 
 
+def check_process():
+    """Has a process that was forked compute in one thread: where there are more, it waits for those of its parent."""
+    if _of_forked:
+        _of_forked.clear()
+        torch.set_num_threads(1)
+
+
 def compiled(step, run_eagerly, jit_compile, runs_once=False):
     """`step(state, data)`, without gradients. Not compiled: `torch.compile` would change nothing but the time."""
     return torch.no_grad()(step)
@@ -29,6 +40,44 @@ def compiled(step, run_eagerly, jit_compile, runs_once=False):
 def concrete(tensor):
     """The tensor, detached, if it holds values, `None` if it only carries a shape."""
     return None if tensor.device.type == "meta" else tensor.detach()
+
+
+def evaluation(model, layers):
+    """What puts the model and its layers into evaluation mode, as `predict` does, as pairs of a module and methods.
+
+    They are to stand in front of the module's own for one thread, where others may be training. A mode that only
+    Keras' own layers have, and do not look at, is left. That of other layers of Keras is set.
+    """
+    reached = list(model.modules())
+    for layer in reached:
+        is_own = type(layer).__module__.startswith(("keras.src.", "kerasfactory."))
+        if isinstance(layer, keras.layers.Layer) and layer.training and not is_own:
+            layer.training = False  # they may look at it in a `call` that sets attributes
+    wrapped = [layer.module for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
+    modes = {module: module.training for outer in wrapped for module in outer.modules()}
+    modes |= {module: False for module in reached if module in modes}
+
+    def train(module, mode=True):
+        modes.update(dict.fromkeys(module.modules(), mode))
+        return module
+
+    for module in list(modes):
+        methods = {"train": functools.partial(train, module), "forward": _in_mode_of_thread(module, modes)}
+        yield module, methods
+
+
+def _in_mode_of_thread(module, modes):
+    """`module.forward`, with what `modes` says in place of `module.training`."""
+    forward = module.forward
+    if getattr(forward, "__self__", None) is not module or isinstance(module, torch.jit.ScriptModule):
+        return forward
+
+    def of_twin(*args, **kwargs):
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__, training=modes[module])
+        return forward.__func__(twin, *args, **kwargs)
+
+    return of_twin
 
 
 def gradient(function, inputs):
@@ -76,13 +125,12 @@ def predict_step(model, state, data):
 
     Returns the outputs and the state after them.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return stateless_predict_step(model, state, data)
-    finally:
-        for module, training in modes:
-            module.training = training
+    return stateless_predict_step(model, state, data)
+
+
+def value_of(variable):
+    """The value of a variable that has one."""
+    return variable.value
 
 
 def weak_reference(tensor, owner):

@@ -131,10 +131,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         self._flash_attention = kwargs.get("flash_attention")
         self._attention_axes = kwargs.get("attention_axes")
 
-        # The scores of the latest call that was not compiled, or a function that makes them.
-        self._scores: Any = None
-        # Of the latest call in a function being compiled: a reference to one of its tensors, and what makes the scores.
-        self._traced_scores: Any = None
+        self._latest = _Latest()
 
     def build(self, query_shape, key_shape=None, value_shape=None):
         key_shape = key_shape or query_shape
@@ -166,7 +163,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             with keras.RematScope(mode=None):  # rematerialized, it would lose masks
                 return AttentionScores(self)(query, key, value, **kwargs)
 
-        self._scores = scores
+        self._keep(_Latest(scores, self._kept().traced))
         return (output, self.attention_scores) if return_scores else output
 
     def call(
@@ -253,9 +250,19 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
                 return _backend.with_numpy_dtype(scores())
 
         if _backend.concrete(tensors[0]) is None:
-            self._traced_scores = (held[0], scores)
+            self._keep(_Latest(self._kept().scores, (held[0], scores)))
         else:
-            self._scores, self._traced_scores = eager_scores, None
+            self._keep(_Latest(eager_scores))
+
+    def _keep(self, of_call):
+        aside = getattr(latest, "aside", None)
+        if aside is None:
+            self._latest = of_call
+        else:
+            aside[id(self)] = of_call
+
+    def _kept(self):
+        return (getattr(latest, "aside", None) or {}).get(id(self), self._latest)
 
     @property
     def attention_scores(self):
@@ -272,17 +279,20 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
         Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves, and so does a model that is
-        rematerialized as a whole on JAX: the latest call that was not compiled decides.
+        rematerialized as a whole on JAX: the latest call that was not compiled decides. It is the latest
+        of all threads: where several call the layer, each has its own scores with `return_attention_scores=True`.
+        What `explain` does is no call.
 
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
                 of a subclassed model that has seen no data yet.
         """
-        if self._traced_scores is not None:
-            query, scores = self._traced_scores
+        of_call = self._kept()
+        if of_call.traced is not None:
+            query, scores = of_call.traced
             if query() is not None and _backend.in_scope(query()):
                 return scores()
-        if self._scores is None and self._traced_scores is not None:
+        if of_call.scores is None and of_call.traced is not None:
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
                 "function (such as `fit`, `predict` or `evaluate`), or while Keras worked out the shapes of a model "
@@ -291,9 +301,9 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
                 "`explain.capture(model, x)`; or return the scores from the compiled function by calling the layer "
                 "with `return_attention_scores=True`."
             )
-        if callable(self._scores):
-            self._scores = self._scores()
-        return self._scores
+        if callable(of_call.scores):
+            of_call.scores = of_call.scores()
+        return of_call.scores
 
     def compute_output_shape(self, query_shape, key_shape=None, value_shape=None):
         key_shape = key_shape or query_shape
@@ -378,6 +388,19 @@ class AttentionScores(keras.layers.Layer):
     @classmethod
     def from_config(cls, config):
         return cls(**{**config, "attention": keras.saving.deserialize_keras_object(config["attention"])})
+
+
+class _Latest:
+    """What a layer keeps of its latest calls. Another thread's call is another object: it changes nothing in this one.
+
+    Args:
+        scores: The scores of the latest call that was not compiled, or a function that makes them.
+        traced: Of the latest call in a function being compiled: a reference to one of its tensors, and what makes the
+            scores.
+    """
+
+    def __init__(self, scores: Any = None, traced: Any = None):
+        self.scores, self.traced = scores, traced
 
 
 def _held(tensor: Any, name: str) -> Any:

@@ -1,6 +1,8 @@
 """Keras' attention, in the way that is fastest at the moment. The scores are made when somebody asks for them."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -35,8 +37,23 @@ PRIVATE_NAMES = {
     )
 }
 
-# What the latest attention in this thread computed with, for the layer around it to take: `latest.call`.
+# Of this thread. `latest.call`: what the latest attention computed with, for the layer around it to take.
+# `latest.aside`: see `keeping_aside`.
 latest = threading.local()
+
+
+@contextlib.contextmanager
+def keeping_aside() -> Iterator[None]:
+    """Has layers keep what they know of their calls in this thread in a dictionary, by their `id`, until the end of it.
+
+    Elsewhere, and afterward, a layer's latest call is the one that it was.
+    """
+    before = getattr(latest, "aside", None)
+    latest.aside = dict(before or {})
+    try:
+        yield
+    finally:
+        latest.aside = before
 
 
 class Mask(NamedTuple):

@@ -5,10 +5,9 @@ This is the one place that knows, and the one place in `explain` that touches pr
 
 import contextlib
 import difflib
-import functools
 import inspect
 import itertools
-import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ import numpy as np
 from keras import ops
 
 from kerasfactory import _backend
+from kerasfactory.explain._engine.undo import stand_in, twin, undone
 from kerasfactory.layers import InterpretableMultiHeadAttention
-from kerasfactory.layers._attention import Attention, Mask, mask_in_parts
+from kerasfactory.layers._attention import Attention, Mask, keeping_aside, mask_in_parts
 
 # The layers that are read: these and their subclasses. Each has the methods and attributes that `PRIVATE_NAMES` lists.
 READ_LAYERS = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -29,7 +29,7 @@ UNREAD_LAYERS = {keras.layers.Attention: "without heads"}
 # `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
 _HAS_WINDOWS = "sliding_window" in inspect.signature(keras.layers.MultiHeadAttention).parameters  # not in Keras 3.14
 PRIVATE_NAMES = {
-    "keras.layers.Layer": ("_flatten_layers", "_layers", "_losses", "_loss_ids"),
+    "keras.layers.Layer": ("_flatten_layers", "_layers", "_clear_losses", "_setattr_hook"),
     "keras.layers.MultiHeadAttention": (
         "_compute_attention",
         "_compute_attention_mask",
@@ -55,7 +55,6 @@ PRIVATE_NAMES = {
         "_flash_attention",
         *(["_compute_sliding_window_mask"] if _HAS_WINDOWS else []),
     ),
-    "kerasfactory.layers.InterpretableMultiHeadAttention": ("_scores", "_traced_scores"),
 }
 
 
@@ -70,6 +69,22 @@ def private(owner: Any, name: str) -> Any:
 def all_layers(model: Any) -> list[Any]:
     """The model, and all layers in it, at any depth."""
     return private(model, "_flatten_layers")()
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Takes back what a forward pass of this thread writes into layers; ours do not touch the values of variables.
+
+    What other threads write meanwhile, as a training does, stays.
+    """
+    layers = all_layers(model)
+    with undone(layers, "_setattr_hook"), keeping_aside():
+        for layer in layers:
+            # A call begins by clearing the losses of the last one. In a pass of ours none are kept.
+            stand_in(layer, _clear_losses=lambda: None)
+        for module, methods in _backend.evaluation(model, layers):
+            stand_in(module, **methods)
+        yield
 
 
 class Call(NamedTuple):
@@ -176,13 +191,6 @@ def choose_attention(model: Any, layers: Any) -> dict[str, Any]:
     return {name: layer for name, (layer, _) in named.items() if name in chosen}
 
 
-def forget_scores(model: Any) -> None:
-    """Has this package's layers forget the scores of their latest call."""
-    for layer in all_layers(model):
-        if isinstance(layer, InterpretableMultiHeadAttention):
-            layer._scores = layer._traced_scores = None
-
-
 def attention_axes(layer: Any) -> Sequence[int]:
     """The axes of the query over which the layer attends."""
     return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
@@ -221,8 +229,10 @@ def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs
     if type(layer) is Attention and len(args[0].shape) == 4:
         return layer.scores(args[0], args[1], args[3])
     # Keras' layers are asked for scores by argument or, the grouped one, by attribute.
-    with _attributes(layer, _return_attention_scores=True, _flash_attention=False):
-        return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
+    compute_attention = _with_attributes(
+        layer, compute_attention, _return_attention_scores=True, _flash_attention=False
+    )
+    return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
 
 
 def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
@@ -242,7 +252,7 @@ def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
             weights = ops.where(ops.any(scores != 0, axis=-1, keepdims=True), scores, uniform)
         return combined(layer, edit(scores, weights), value), scores
 
-    layer.__dict__["_compute_attention"] = edited  # Keras and PyTorch would take note of an attribute that is set
+    stand_in(layer, _compute_attention=edited)
 
 
 def differentiate_rightly(layer: Any) -> None:
@@ -254,13 +264,13 @@ def differentiate_rightly(layer: Any) -> None:
     if not is_keras_method(compute_attention):
         return
     edit_scores(layer, lambda scores, weights: weights)
-    edited = layer.__dict__["_compute_attention"]
+    edited = private(layer, "_compute_attention")
 
     def masked_only(*args, **kwargs):
         masked = _argument(args, kwargs, 3, "attention_mask") is not None
         return (edited if masked else compute_attention)(*args, **kwargs)
 
-    layer.__dict__["_compute_attention"] = masked_only
+    stand_in(layer, _compute_attention=masked_only)
 
 
 def _is_masked_and_fused(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -274,15 +284,20 @@ def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> 
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-@contextlib.contextmanager
-def _attributes(layer: Any, **values: Any) -> Iterator[None]:
-    """Gives the layer other values of attributes that it has."""
-    before = {name: layer.__dict__[name] for name in values if name in layer.__dict__}
-    layer.__dict__.update({name: values[name] for name in before})
-    try:
-        yield
-    finally:
-        layer.__dict__.update(before)
+def _with_attributes(layer: Any, method: Callable, **values: Any) -> Callable:
+    """A method of the layer that sees other values of attributes that the layer has. Other threads see the layer's."""
+    if isinstance(method, types.MethodType) and method.__self__ is layer:
+        return types.MethodType(method.__func__, twin(layer, **values))
+
+    def of_the_layer(*args, **kwargs):  # somebody has put a function in the place of the method
+        before = {name: layer.__dict__[name] for name in values if name in layer.__dict__}
+        layer.__dict__.update({name: values[name] for name in before})
+        try:
+            return method(*args, **kwargs)
+        finally:
+            layer.__dict__.update(before)
+
+    return of_the_layer
 
 
 _ORDER = itertools.count()
@@ -315,11 +330,11 @@ class Watch:
         windows = [private(layer, "_compute_sliding_window_mask")] if window_of(layer) else []
         mask_methods = [self.call, self.compute_mask, private(layer, "_compute_causal_mask"), *windows]
         self.masks_in_parts = attend is not None and self.attends_as_keras and is_keras_method(*mask_methods)
-        # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
-        layer.__dict__.update(
-            call=_in_this_thread(self._watched_call, self.call),
-            _compute_attention=_in_this_thread(self._watched_attention, self.compute_attention),
-            _compute_attention_mask=_in_this_thread(self._watched_mask, self.compute_mask),
+        stand_in(
+            layer,
+            call=self._watched_call,
+            _compute_attention=self._watched_attention,
+            _compute_attention_mask=self._watched_mask,
         )
 
     def _watched_call(self, *args, **kwargs):
@@ -373,17 +388,6 @@ class Watch:
                 self.stop()
 
 
-def _in_this_thread(watched: Callable, original: Callable) -> Callable:
-    """`watched` in the thread that calls this, and the original in all others."""
-    thread = threading.get_ident()
-
-    @functools.wraps(original)
-    def either(*args, **kwargs):
-        return (watched if threading.get_ident() == thread else original)(*args, **kwargs)
-
-    return either
-
-
 def window_of(layer: Any) -> int | None:
     """The layer's `sliding_window`; Keras 3.14 has none."""
     return getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
@@ -423,11 +427,13 @@ def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args
 
     def own(query, key, value, allowed):
         # The mask is whole: the layer has nothing to add to it. And not every flash attention takes one.
-        with _attributes(layer, _flash_attention=False, _sliding_window=None, sliding_window=None):
-            if allowed is not None and is_keras_method(compute_mask):
-                # The layer brings it into its own form. It reads lengths off the second axis, where they are here, too.
-                allowed = compute_mask(query[..., 0], value[..., 0], attention_mask=allowed)
-            return compute_attention(query, key, value, attention_mask=allowed, training=training)[0]
+        others = {"_flash_attention": False, "_sliding_window": None, "sliding_window": None}
+        if allowed is not None and is_keras_method(compute_mask):
+            # The layer brings it into its own form. It reads lengths off the second axis, where they are here, too.
+            whole_mask = _with_attributes(layer, compute_mask, **others)
+            allowed = whole_mask(query[..., 0], value[..., 0], attention_mask=allowed)
+        attention = _with_attributes(layer, compute_attention, **others)
+        return attention(query, key, value, attention_mask=allowed, training=training)[0]
 
     return Heads(layer, query, key, value, mask, own)
 

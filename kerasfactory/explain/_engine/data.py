@@ -44,6 +44,7 @@ def in_arrays(x: Any) -> Any:
 
 def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | None]:
     """The batches that `model.predict` would make of `x`, each as a tuple `(inputs,)`, and how many, if known."""
+    _backend.check_process()
     x = in_arrays(x)
     if isinstance(x, dict | list | tuple) or hasattr(x, "__array__"):
         arrays = tree.map_structure(lambda array: array if hasattr(array, "shape") else np.asarray(array), x)

@@ -11,7 +11,13 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
-from kerasfactory.explain._engine.attention import differentiate_rightly, edit_scores, find_attention, float_scores
+from kerasfactory.explain._engine.attention import (
+    differentiate_rightly,
+    edit_scores,
+    find_attention,
+    float_scores,
+    unchanged,
+)
 from kerasfactory.explain._engine.observe import (
     Found,
     compile_options,
@@ -19,7 +25,6 @@ from kerasfactory.explain._engine.observe import (
     relative_difference,
     rounding_of,
     state_of,
-    unchanged,
 )
 
 _EAGERLY = {"run_eagerly": True, "jit_compile": False}

@@ -5,7 +5,6 @@ forward pass writes into layers is taken out again.
 """
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +22,13 @@ from kerasfactory.explain._engine.attention import (
     all_layers,
     choose_attention,
     find_attention,
-    forget_scores,
     is_keras_method,
-    private,
+    unchanged,
     unread_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
-
-# While a forward pass is watched, methods of ours stand in front of the layers' own. One pass at a time.
-_LOCK = threading.RLock()
+from kerasfactory.explain._engine.undo import alone, twin
+from kerasfactory.layers._attention import keeping_aside
 
 
 class Batch(NamedTuple):
@@ -118,10 +115,10 @@ def observe(
 
 
 def state_of(model: Any) -> tuple[list, list]:
-    """The values of its variables."""
+    """The values of its variables, or an error if they are with another thread."""
     # TensorFlow's value is the variable itself.
     trainable, non_trainable = (
-        [ops.cast(variable.value, variable.dtype) for variable in variables]
+        [ops.cast(_backend.value_of(variable), variable.dtype) for variable in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     )
     return trainable, non_trainable
@@ -129,8 +126,8 @@ def state_of(model: Any) -> tuple[list, list]:
 
 def compile_options(model: Any) -> dict[str, Any]:
     """How `model.predict` would compile it."""
-    with unchanged(model):  # Keras works this out when it is asked, and writes the answer into the model
-        return {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+    model = twin(model)  # Keras works this out when it is asked, and writes the answer into the model
+    return {"run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
 
 
 def _differ(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -236,7 +233,7 @@ def _measured(seen: dict[str, list[Call]], measure: Callable, found: dict[str, F
 
 def _in_order(measured: dict[str, Any], found: dict[str, Found]) -> dict[str, Any]:
     """What JAX returns from a compiled function is in the order of the alphabet."""
-    return {name: measured[name] for name in found if name in measured}
+    return {name: measured[name] for name in list(found) if name in measured}  # another thread may be finding some
 
 
 # Compiling takes longer than running many a batch: functions are kept, by a key, while their model lives.
@@ -245,22 +242,24 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 
 def kept(model: Any, key: Any, chosen: dict[str, Any], make: Callable[[], Any]) -> Any:
     """What `make` returned for this key, until an attribute of a layer is set or other layers are chosen."""
-    kept_of_model, fingerprint = _KEPT.setdefault(model, {}), _fingerprint(chosen, model)
-    if key not in kept_of_model or not _same_fingerprint(kept_of_model[key][0], fingerprint):
-        kept_of_model[key] = (fingerprint, make())
-    return kept_of_model[key][1]
+    with alone():
+        kept_of_model, fingerprint = _KEPT.setdefault(model, {}), _fingerprint(chosen, model)
+        if key not in kept_of_model or not _same_fingerprint(kept_of_model[key][0], fingerprint):
+            kept_of_model[key] = (fingerprint, make())
+        return kept_of_model[key][1]
 
 
 _PLAIN = (bool, int, float, str, type(None))
-# Keras' own notes, which no output depends on; the last two change while a model trains on JAX.
-_CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced")
+# Notes that no output depends on: Keras' own, of which the last two change while a model trains on JAX, and that of
+# this package's layer.
+_CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced", "_latest")
 
 
 def _fingerprint(chosen: dict[str, Any], model: Any) -> list:
     """All that a traced function may have made a constant of: it changes if any attribute of any layer is set."""
     entries: list[Any] = list(chosen)
     for layer in all_layers(model):
-        for name, value in vars(layer).items():
+        for name, value in dict(vars(layer)).items():  # another thread may be adding one
             if name in _CHANGED_BY_USE:
                 continue
             entries.append(name)
@@ -306,29 +305,6 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, seen: set[s
         )
 
 
-@contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[None]:
-    """Takes back what a forward pass writes into layers; the values of variables are not touched by one of ours."""
-    with _LOCK:
-        before = [
-            (layer, dict(layer.__dict__), list(private(layer, "_losses")), set(private(layer, "_loss_ids")))
-            for layer in all_layers(model)
-        ]
-        try:
-            yield
-        finally:
-            for layer, attributes, losses, loss_ids in before:
-                # Not cleared and filled again: another thread may be using the layer.
-                for name in set(layer.__dict__) - set(attributes):
-                    del layer.__dict__[name]
-                for name, value in attributes.items():
-                    if name not in layer.__dict__ or layer.__dict__[name] is not value:
-                        layer.__dict__[name] = value
-                private(layer, "_losses")[:] = losses
-                private(layer, "_loss_ids").clear()
-                private(layer, "_loss_ids").update(loss_ids)
-
-
 class _EnoughSeen(BaseException):
     """Everything is known that is wanted. Keras takes hold of an `Exception` on its way."""
 
@@ -364,9 +340,9 @@ def build_model(model: Any, data: Any) -> None:
     """Gives a model its weights that has none yet, as `predict` would."""
     if all(layer.built for layer in all_layers(model)):
         return
-    with keras.StatelessScope():
+    # The scores are computed with weights that are no more.
+    with alone(), keras.StatelessScope(), keeping_aside():
         model(data[0])
-    forget_scores(model)  # computed with weights that are no more
 
 
 def relative_difference(outputs: Any, watched_outputs: Any) -> float:

@@ -11,8 +11,9 @@ import numpy as np
 from keras import ops, tree
 
 from kerasfactory import _backend
+from kerasfactory.explain._engine.attention import unchanged
 from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
-from kerasfactory.explain._engine.observe import build_model, compile_options, kept, state_of, unchanged
+from kerasfactory.explain._engine.observe import build_model, compile_options, kept, state_of
 
 _TASKS = ("classification", "multilabel", "regression")
 # The losses of Keras by what they say of the outputs. One that is not here says nothing, as a function of one's own.

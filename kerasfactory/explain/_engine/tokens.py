@@ -20,9 +20,11 @@ from kerasfactory.explain._engine.attention import (
     choose_attention,
     differentiate_rightly,
     find_attention,
+    unchanged,
 )
 from kerasfactory.explain._engine.data import size_of
-from kerasfactory.explain._engine.observe import compile_options, state_of, unchanged
+from kerasfactory.explain._engine.observe import compile_options, state_of
+from kerasfactory.explain._engine.undo import stand_in
 from kerasfactory.layers import FeatureTokenizer
 
 _TOKEN_LAYERS = (keras.layers.Embedding, FeatureTokenizer)
@@ -236,8 +238,7 @@ def _change_output(layer: Any, change: Callable[[_Place, Any], Any]) -> None:
         return change(_Place(layer, next(numbers)), call(*args, **kwargs))
 
     for name in {"call", "quantized_call"} & set(dir(layer)):
-        # Straight into the dictionary: Keras and PyTorch would take note of an attribute that is set.
-        layer.__dict__[name] = functools.partial(changed, getattr(layer, name))
+        stand_in(layer, **{name: functools.partial(changed, getattr(layer, name))})
 
 
 def as_float(tensor: Any) -> Any:
