@@ -5,17 +5,20 @@ user's `x` with labels that are made: permuted ones, which no feature says anyth
 feature that is known.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import pandas as pd
 import xarray as xr
 from keras import ops
 from scipy import stats
@@ -25,10 +28,16 @@ from kerasfactory._arguments import checked_level, checked_seed, positive_intege
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._engine.data import check_rows_finite, feature_array, progress_bar
+from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.outputs import outputs_of
 from kerasfactory.explain._engine.statistics import clusters_of
 
-_SCHEMA = "kerasfactory.calibration/1"
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+_SCHEMA = "kerasfactory.calibration/2"
 _OWN, _PERMUTED, _PLANTED = _ARMS = ("own labels", "permuted", "planted")
 _NEEDED = "needed, not claimed"
 _OF_CLASSES = ("classification", "multilabel")
@@ -101,7 +110,7 @@ def calibrate(
         train: A function of the arrays `(x, y)` that builds, compiles and trains a model and returns it. It is called
             `2 * n + 1` times, each time after `keras.utils.set_random_seed`. The global random state is not restored
             afterward.
-        x: Your data, (sample, feature): a table of finite numbers.
+        x: Your data, (sample, feature): an array or a DataFrame of finite numbers. `train` gets an array.
         y: Your labels, in the form that the model's loss takes: numbers, classes or one-hot rows, one for each sample.
         method: Of the attribution that claims which features are high, as for `attribute`.
         task: As for `attribute`.
@@ -118,7 +127,7 @@ def calibrate(
         level: The error level of the tests, as for `feature_claims`. The intervals cover 1 - `level`.
         batch_size: Samples in a batch, as for `feature_claims`.
         verbose: As for `capture`. The steps are the models.
-        store: A file, `*.json`, to which the counts of each model are written as soon as they are known. Another call
+        store: A file, `*.jsonl`, to which the counts of each model are written as soon as they are known. Another call
             with the same data and arguments continues from there. Only `n` may differ. Whether `train` is the same
             function is not checked.
         seed: Of all that is drawn. The seed of each model is made of it and of the number of the model.
@@ -191,22 +200,22 @@ def calibrate(
     reading = {"method": method, "task": task, "target": target, "layers": layers}
     settings = {**reading, "strength": strength, "level": checked_level(level), "seed": checked_seed(seed)}
     made_by = json.loads(json.dumps({"schema": _SCHEMA, **settings, "data": _digest(data)}))
-    file, found = _stored(store, made_by)
     progress = progress_bar(1 + 2 * n, verbose, "model")
-    for arm, run in [(_OWN, 0), *itertools.product((_PERMUTED, _PLANTED), range(n))]:
-        key, own = f"{arm}/{run}", found.get(f"{_OWN}/0")
-        if key not in found:
-            rng = np.random.default_rng([*b"calibrate", settings["seed"], _ARMS.index(arm), run])
-            try:
-                found[key] = _run(train, data, _labels(data, arm, own, rng), reading, level, batch_size, rng)
-            except Exception as error:
-                error.add_note(f"`calibrate` was at the model of {arm}, run {run}.")
-                raise
-            if arm == _OWN:
-                found[key]["strength"] = strength or float(np.clip(found[key]["skill"] or 0, _WEAKEST, _STRONGEST))
-            if file is not None:
-                _write(file, {"made_by": made_by, "models": found})
-        progress.add(1)
+    with _stored(store, made_by) as (found, keep):
+        for arm, run in [(_OWN, 0), *itertools.product((_PERMUTED, _PLANTED), range(n))]:
+            key, own = f"{arm}/{run}", found.get(f"{_OWN}/0")
+            if key not in found:
+                rng = np.random.default_rng([*b"calibrate", settings["seed"], _ARMS.index(arm), run])
+                try:
+                    of_run = _run(train, data, _labels(data, arm, own, rng), reading, level, batch_size, rng)
+                except Exception as error:
+                    error.add_note(f"`calibrate` was at the model of {arm}, run {run}.")
+                    raise
+                if arm == _OWN:
+                    of_run["strength"] = strength or float(np.clip(of_run["skill"] or 0, _WEAKEST, _STRONGEST))
+                found[key] = of_run
+                keep(key, of_run)
+            progress.add(1)
     return _summarized(found, n, {"method": method, "level": level, "seed": seed})
 
 
@@ -238,6 +247,7 @@ class _Data(NamedTuple):
     x: np.ndarray  # (sample, column)
     y: np.ndarray  # (sample, ...)
     feature_mask: np.ndarray | None  # (column,)
+    names: list[str] | None  # of the columns of a DataFrame
     groups: np.ndarray | None  # (sample,), numbers
     block: int | None
     columns: list[list[int]]  # of each feature
@@ -252,6 +262,7 @@ class _Labels(NamedTuple):
 
 
 def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | None) -> _Data:
+    names = given_labels(x, None).columns
     x = feature_array("x", x)
     if x.ndim != 2:
         raise ValueError(
@@ -276,7 +287,7 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     if feature_mask is not None:
         mask = np.asarray(feature_mask)
         columns = [np.flatnonzero(mask == number).tolist() for number in np.unique(mask[mask >= 0])]
-    return _Data(x, y, mask, None if groups is None else clusters, block, columns)
+    return _Data(x, y, mask, names, None if groups is None else clusters, block, columns)
 
 
 def _labels(data: _Data, arm: str, own: dict[str, Any] | None, rng: np.random.Generator) -> _Labels:
@@ -387,12 +398,13 @@ def _run(
     with warnings.catch_warnings():
         if labels.is_made:  # the first model has warned of the same
             warnings.simplefilter("ignore", UserWarning)
-        attribution = attribute(model, x, **reading, **running)
+        labeled = x if data.names is None else pd.DataFrame(x, columns=data.names)
+        attribution = attribute(model, labeled, **reading, **running)
         groups = None if data.groups is None else data.groups[held_out]
         dependence: dict[str, Any] = {"feature_mask": data.feature_mask, "groups": groups, "block": data.block}
         claims = feature_claims(model, x, y, attribution, level=level, **dependence, **running)
     columns = [] if labels.planted is None else data.columns[labels.planted]
-    has_planted = claims["member"].values[:, columns].any(axis=1)
+    has_planted = np.asarray(claims["member"].values[:, columns].any(axis=1))
     found = _counted(claims, has_planted)
     if labels.planted is not None:
         found["planted"] = str(claims["feature"].values[labels.planted])
@@ -492,38 +504,90 @@ def _digest(data: _Data) -> str:
     return digest.hexdigest()
 
 
-def _stored(store: Any, made_by: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """The file, if there is to be one, and what is in it of each model that is done."""
+@contextlib.contextmanager
+def _stored(store: Any, made_by: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[str, Any], None]]]:
+    """What a file holds of each model that is done, and a function that adds to it.
+
+    A line of the file is JSON and, before it, its checksum. A kill leaves the last line unfinished: it does not count.
+    """
     if store is None:
-        return None, {}
-    if not isinstance(store, str | os.PathLike) or Path(store).suffix != ".json":
-        raise ValueError(f"`store` must be the path of a file whose name ends in .json. Received: store={store!r}")
-    file = Path(store)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(file.parent)!r} to write `store` into.")
-    if not file.exists():
-        return file, {}
+        yield {}, lambda key, of_run: None
+        return
+    first = _line("made_by", made_by)
+    with _opened(store) as stream:
+        content = stream.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        entries = [_parsed(store, line) for line in whole.splitlines()]
+        if not entries and not first.startswith(content):  # a kill may have left a part of it
+            raise _not_a_calibration(store)
+        key, before = entries[0] if entries else ("made_by", made_by)
+        if key != "made_by" or not isinstance(before, dict):
+            raise _not_a_calibration(store)
+        differing = [key for key in made_by if made_by[key] != before.get(key)]
+        if differing:
+            raise ValueError(
+                f"{store} belongs to another call, which differs in: {', '.join(differing)}. Choose another `store`, "
+                "or delete this one."
+            )
+        stream.truncate(len(whole))
+        stream.seek(len(whole))
+
+        def keep(key, value):
+            stream.write(_line(key, value))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+        if not entries:
+            keep("made_by", made_by)
+        yield dict(entries[1:]), keep
+
+
+@contextlib.contextmanager
+def _opened(store: Any) -> Iterator[Any]:
+    """The file, which nobody else writes to meanwhile."""
+    if not isinstance(store, str | os.PathLike) or Path(store).suffix != ".jsonl":
+        raise ValueError(f"`store` must be the path of a file whose name ends in .jsonl. Received: store={store!r}")
+    if not Path(store).parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(Path(store).parent)!r} to write `store` into.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        before, models = content["made_by"], content["models"]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(
-            f"{file} holds something else than models of `calibrate`: it is not overwritten. Choose another `store`."
-        ) from None
-    differing = [key for key in made_by if made_by[key] != before.get(key)]
-    if differing:
-        raise ValueError(
-            f"{file} belongs to another call, which differs in: {', '.join(differing)}. Choose another `store`, or "
-            "delete this one."
+        number = os.open(
+            store, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666
         )
-    return file, models
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{store} is a link: it is not followed. Give the file that it leads to.") from None
+        raise
+    with os.fdopen(number, "r+b") as stream:
+        try:
+            if fcntl is not None:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"Another process or thread is writing to {store}. Wait until it has finished, or choose another "
+                "`store`."
+            ) from None
+        yield stream
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """After a kill the file is the old one or the new one."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+def _line(key: str, value: Any) -> bytes:
+    entry = json.dumps([key, value], sort_keys=True).encode()
+    return f"{_checksum(entry)} ".encode() + entry + b"\n"
+
+
+def _parsed(store: Any, line: bytes) -> tuple[str, Any]:
+    checksum, _, entry = line.partition(b" ")
+    if checksum.decode("latin-1") != _checksum(entry):
+        raise _not_a_calibration(store)
+    key, value = json.loads(entry)
+    return key, value
+
+
+def _checksum(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
+
+
+def _not_a_calibration(store: Any) -> ValueError:
+    return ValueError(
+        f"{store} holds something else than models of `calibrate`, or it was changed: it is not overwritten. Choose "
+        "another `store`."
+    )

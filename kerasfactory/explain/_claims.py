@@ -105,7 +105,8 @@ def feature_claims(
 
     Args:
         model: A `keras.Model` with one input, (sample, feature), and one output.
-        x: Held-out data, (sample, feature): an array. The model must not have been trained on them.
+        x: Held-out data, (sample, feature): an array, or a DataFrame of numbers. The model must not have been trained
+            on them.
         y: Labels in the form that the loss takes, one for each sample.
         attribution: (sample, feature), as from `attribute`: a number for each column of `x`, or for each feature of
             `feature_mask`.

@@ -256,10 +256,10 @@ def test_a_call_that_was_stopped_goes_on_where_it_stopped(train, tmp_path):
         return train(x, y)
 
     whole = calibrate(train, x, y, n=2)
-    store = tmp_path / "calibration.json"
+    store = tmp_path / "calibration.jsonl"
     with pytest.raises(KeyboardInterrupt):
         calibrate(functools.partial(counted, stop=4), x, y, n=2, store=store)
-    assert len(json.loads(store.read_text())["models"]) == 3
+    assert len(store.read_text().splitlines()) == 1 + 3
     calls.clear()
     continued = calibrate(counted, x, y, n=2, store=store)
     assert len(calls) == 2
@@ -270,19 +270,65 @@ def test_a_call_that_was_stopped_goes_on_where_it_stopped(train, tmp_path):
     more = calibrate(counted, x, y, n=3, store=store)
     assert len(calls) == 2
     np.testing.assert_array_equal(more["skill"][:, :2], whole["skill"])
-    assert [file.name for file in tmp_path.iterdir()] == ["calibration.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["calibration.jsonl"]
 
     with pytest.raises(ValueError, match=r"differs in: seed\. Choose another `store`"):
         calibrate(train, x, y, n=2, store=store, seed=1)
     with pytest.raises(ValueError, match="differs in: data"):
         calibrate(train, x, -y, n=2, store=store)
-    store.write_text("{}")
-    with pytest.raises(ValueError, match="not overwritten"):
-        calibrate(train, x, y, n=2, store=store)
-    with pytest.raises(ValueError, match=r"\.json"):
+    with pytest.raises(ValueError, match=r"\.jsonl"):
         calibrate(train, x, y, store=tmp_path / "calibration.zarr")
     with pytest.raises(FileNotFoundError, match="no folder"):
-        calibrate(train, x, y, store=tmp_path / "missing" / "calibration.json")
+        calibrate(train, x, y, store=tmp_path / "missing" / "calibration.jsonl")
+
+
+@pytest.mark.backend_independent
+def test_a_stored_calibration_that_was_changed_is_refused_and_a_last_line_that_was_cut_is_made_again(train, tmp_path):
+    x, y = table(120)
+    store = tmp_path / "calibration.jsonl"
+    whole = calibrate(train, x, y, n=1, store=store)
+    content = store.read_bytes()
+    changed = [
+        content.replace(b'"supported": 0', b'"supported": 7', 1),
+        content[1:],
+        b"{}\n",
+        b"\n",
+        b"\xff" * 5 + b"\n",
+    ]
+    changed += [
+        content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in range(0, len(content), 97)
+    ]
+    for damaged in changed:
+        assert damaged != content
+        store.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not overwritten"):
+            calibrate(train, x, y, n=1, store=store)
+        assert store.read_bytes() == damaged
+    for length in (0, 10, len(content) - 1, len(content) - 30):  # as a kill leaves it
+        store.write_bytes(content[:length])
+        assert calibrate(train, x, y, n=1, store=store).identical(whole)
+        assert store.read_bytes() == content
+
+
+@pytest.mark.backend_independent
+def test_one_call_at_a_time_writes_to_a_stored_calibration_and_none_through_a_link(train, tmp_path):
+    x, y = table(120)
+    store, other = tmp_path / "calibration.jsonl", tmp_path / "other.txt"
+
+    def while_training(x, y):
+        with pytest.raises(RuntimeError, match="Another process or thread is writing"):
+            calibrate(train, x, -y, n=1, store=store)
+        return train(x, y)
+
+    alone = calibrate(train, x, y, n=1)
+    assert calibrate(while_training, x, y, n=1, store=store).identical(alone)
+    assert calibrate(train, x, y, n=1, store=store).identical(alone)
+    other.write_text("mine")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(other)
+    with pytest.raises(ValueError, match="is a link"):
+        calibrate(train, x, y, n=1, store=link)
+    assert other.read_text() == "mine"
 
 
 @pytest.mark.backend_independent

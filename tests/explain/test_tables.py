@@ -187,3 +187,17 @@ def test_a_store_gives_the_labels_back(tmp_path):
         xr.testing.assert_allclose(stored, VERBS["capture"](on_table(), TABLE), atol=1e-6)
     with pytest.raises(ValueError, match="differs in: feature_names"):
         explain.capture(on_table(), table_of(columns=["a", "b", "c"]), store=tmp_path / "scores.zarr", verbose=0)
+
+
+def test_an_audit_names_columns_and_is_verified_with_the_table_or_its_numbers(tmp_path):
+    model = on_table()
+    report = explain.audit(model, TABLE, Y, tmp_path / "audit.html", verbose=0)
+    assert report.record["data"]["feature_names"] == NAMES
+    assert report.features.index[:3].tolist() == NAMES
+    for x in (TABLE, TABLE.to_numpy()):
+        assert explain.verify(report, model, x, Y, verbose=0) == []
+
+
+def test_a_calibration_names_columns():
+    result = explain.calibrate(lambda x, y: on_table(), TABLE, Y, n=2, strength=0.5, verbose=0)
+    assert set(result["planted"].values) <= set(NAMES)

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pandas as pd
 import scipy
 import xarray as xr
 from keras import ops
@@ -35,7 +36,7 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
-from kerasfactory.explain._engine.data import progress_bar
+from kerasfactory.explain._engine.data import in_arrays, progress_bar
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
@@ -128,7 +129,7 @@ def audit(
     Args:
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
         x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature),
-            (sample, position, channel) or token ids, (sample, position).
+            (sample, position, channel) or token ids, (sample, position). Or a DataFrame, with a name for each column.
         y: Labels, one for each sample, in the form that the model's loss takes. Without them, and without a loss of
             single samples to compute, claims about single features are undetermined.
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
@@ -446,13 +447,16 @@ def _record(
     verbose: Any,
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
-    x, y, background = _checked(x, y, background)
+    table, (x, y, background) = x, _checked(x, y, background)
     clusters = clusters_of(len(x), groups, settings["block"])
     settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
     keys = ("method", "task", "target", "layers", "feature_names", "special_tokens", "seed")
-    attribution = attribute(model, x, batch_size=batch_size, verbose=0, **{key: settings[key] for key in keys})
+    labeled = table if isinstance(table, pd.DataFrame) else x
+    attribution = attribute(model, labeled, batch_size=batch_size, verbose=0, **{key: settings[key] for key in keys})
+    if labeled is table and "feature" in attribution.coords:  # so that an array is enough to verify it
+        settings = settings | {"feature_names": [str(name) for name in attribution["feature"].values]}
     # Before anything that takes long: labels may not fit.
     skill, no_loss = measured_skill(model, x, y, clusters, settings, batch_size)
     rows = (model, x, y, background, groups, models, digests, attribution, settings, batch_size)
@@ -551,7 +555,7 @@ def _array(name: str, given: Any) -> np.ndarray:
         raise ValueError(
             f"`{name}` must be an array with the samples along axis 0. Received: {name} of type {type(given).__name__}"
         )
-    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(given)
+    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(in_arrays(given))
     if array.ndim == 0 or array.size == 0 or array.dtype.kind not in "biuf":
         raise ValueError(
             f"`{name}` must hold numbers, and at least one sample. Received an array of shape {array.shape} and dtype "
