@@ -35,7 +35,7 @@ LENGTHS = [
 ]
 # The same examples each time. JAX compiles each of them for more than a second.
 few = settings(
-    max_examples=12 if BACKEND == "jax" else 60,
+    max_examples=8 if BACKEND == "jax" else 60,
     derandomize=True,
     deadline=None,
     database=None,
