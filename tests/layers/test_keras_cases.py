@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from importlib.util import find_spec
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 
 BACKEND = keras.config.backend()
 GATE = "use_gate" in inspect.signature(keras.layers.MultiHeadAttention).parameters
+TORCH_EXPORT = find_spec("keras.src.export.torch") is not None
 PROJECTIONS = ("query", "key", "value", "output")
 
 
@@ -231,13 +233,12 @@ def test_constraints_hold_after_training(data, part):
     assert any(numbers(weight).min() < 0 for weight in layer.weights if weight.name != part)
 
 
-@pytest.mark.parametrize("output_shape", [None, (3, 4)])
 @pytest.mark.parametrize(
-    ("query", "key", "value"),
+    ("query", "key", "value", "output_shape"),
     [
-        ((7, 4, 8), (7, 2, 8), None),
-        ((7, 4, 8), (7, 2, 3), (7, 2, 8)),
-        ((7, 4, 2, 3, 8), (7, 1, 1, 5, 2), (7, 1, 1, 5, 8)),
+        ((7, 4, 8), (7, 2, 8), None, None),
+        ((7, 4, 8), (7, 2, 3), (7, 2, 8), (3, 4)),
+        ((7, 4, 2, 3, 8), (7, 1, 1, 5, 2), (7, 1, 1, 5, 8), (3, 4)),
     ],
 )
 def test_the_shape_of_the_output_is_the_computed_one(query, key, value, output_shape):
@@ -316,6 +317,7 @@ def exported(model, folder, data):
     return [numbers(result) if BACKEND == "torch" else np.asarray(result) for result in keras.tree.flatten(results)]
 
 
+@pytest.mark.skipif(BACKEND == "torch" and not TORCH_EXPORT, reason="Keras 3.14 does not export on PyTorch")
 @pytest.mark.filterwarnings("ignore")  # of the exporters
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_model_with_scores_can_be_exported(tmp_path, causal):

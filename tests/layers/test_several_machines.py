@@ -38,8 +38,6 @@ COMMON = """
 
 SAVE = """
     model = build()
-    model.compile(keras.optimizers.Adam(0.01), "mse")
-    model.fit(x, y, epochs=1, verbose=0)
     np.savez("results.npz", **results(model))
     model.save("model.keras")
     model.save_weights("model.weights.h5")
