@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib import pyplot as plt
 
 from kerasfactory import explain, plot
 from kerasfactory.explain import _controls
@@ -17,6 +18,12 @@ pytestmark = pytest.mark.backend_independent
 COLUMNS = ["age", "pulse", 7]
 NAMES = ["age", "pulse", "7"]
 SAMPLES = 40
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
 
 
 @functools.cache
