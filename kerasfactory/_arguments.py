@@ -61,6 +61,11 @@ def checked_names(feature_names: Any) -> list[str]:
     names = list(feature_names) if is_sequence else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`feature_names` must be a list of strings, one per feature. Received: {feature_names!r}")
+    ended = [name for name in names if name.endswith("\0")]
+    if ended:
+        raise ValueError(
+            f"The names of features must not end in the character NUL, which NumPy drops. Received: {ended!r}"
+        )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"`feature_names` must differ from each other. Received more than once: {repeated}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from keras import layers
@@ -499,7 +500,8 @@ def test_numbers_may_move_by_rounding_and_no_further(computed_once, written, tmp
 
 @pytest.mark.backend_independent
 def test_a_small_p_value_cannot_be_made_much_smaller():
-    before, now = ({"claims": [], "controls": [{"p_value": value}]} for value in (1e-4, 0.019))
+    rest = {"claims": [], "skill": None, "faithfulness": None, "attribution": {"features": []}}
+    before, now = ({**rest, "controls": [{"p_value": value}]} for value in (1e-4, 0.019))
     assert _file.differences(before, now, 1e-5) == ["In “controls”, 0/p_value was 0.0001 and is now 0.019."]
 
 
@@ -717,3 +719,45 @@ def test_the_lines_for_openssl_sign_the_page_and_find_a_changed_byte(small, tmp_
     (tmp_path / "audit.html").write_bytes(content)
     result = run(check)
     assert (result.returncode, result.stdout.strip()) == (1, "Verification failure")
+
+
+def test_numbers_of_a_small_unit_are_compared_in_that_unit(tmp_path):
+    model = build()
+    small = keras.Model(model.input, layers.Rescaling(1e-4)(model.output))
+    small.compile(loss="mse")
+    y = small.predict(X, verbose=0) + 1e-5 * RNG.normal(size=(60, 1))
+    path = explain.audit(small, X, y, tmp_path / "audit.html", verbose=0).path
+    assert explain.verify(path, small, X, y, verbose=0) == []
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert 0 < record["skill"]["base_loss"] < 1e-8
+
+    def forge(change):
+        forged = copy.deepcopy(record)
+        change(forged)
+        forged["checksum"] = _file._checksum(forged)
+        for file in (path, path.with_suffix(".json")):
+            file.write_bytes(_file._content(forged, file.suffix))
+        return explain.verify(path, small, X, y, verbose=0)
+
+    def of_feature(forged):
+        (claim, *_) = (claim for claim in forged["claims"] if claim["feature"] is not None)
+        claim["statistic"]["value"] = -9e-6
+
+    def of_ranking(forged):
+        forged["faithfulness"]["tests"][0]["observed"] += 9e-6
+
+    assert "claims" in forge(of_feature)[0]
+    assert "skill" in forge(lambda forged: forged["skill"].update(base_loss=9e-6))[0]
+    assert "faithfulness" in forge(of_ranking)[0]
+
+
+def test_a_table_whose_columns_have_other_names_is_found(tmp_path):
+    inputs = keras.Input((4,))
+    tokens = FeatureTokenizer(4)(inputs)
+    attended = layers.MultiHeadAttention(1, 2)(tokens, tokens)
+    plain = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(attended)))
+    names = ["age", "pulse", "weight", "height"]
+    path = explain.audit(plain, X, feature_names=names[::-1], path=tmp_path / "audit.html", verbose=0).path
+    assert explain.verify(path, plain, pd.DataFrame(X, columns=names[::-1]), verbose=0) == []
+    (finding,) = explain.verify(path, plain, pd.DataFrame(X, columns=names), verbose=0)
+    assert "other names, or another order" in finding

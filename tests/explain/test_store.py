@@ -15,6 +15,7 @@ import xarray as xr
 from keras import layers, ops
 
 from kerasfactory import explain
+from kerasfactory.explain._engine import directory
 from kerasfactory.explain._engine import store as _store
 from kerasfactory.explain._engine.observe import Batch
 
@@ -430,6 +431,17 @@ def test_a_chunk_that_is_lost_or_changes_is_an_error(model, expected, tmp_path):
             use()
     chunk.write_bytes(content)
     assert_same(lazy, expected)
+
+
+def test_chunks_that_have_changed_places_are_an_error(model, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "_LARGEST_CHUNK", 1000)
+    assert_same(stored(model, tmp_path / "scores.zarr"), expected)
+    one, other = (tmp_path / "scores.zarr" / "last" / "scores" / f"{number}.0.0.0" for number in (1, 2))
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    with pytest.raises(ValueError, match="last has other files, or in another order"):
+        stored(model, tmp_path / "scores.zarr")
 
 
 def test_layers_with_names_that_no_file_may_have(tmp_path):

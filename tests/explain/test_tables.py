@@ -208,3 +208,12 @@ def test_an_audit_names_columns_and_is_verified_with_the_table_or_its_numbers(tm
 def test_a_calibration_names_columns():
     result = explain.calibrate(lambda x, y: on_table(), TABLE, Y, n=2, strength=0.5, verbose=0)
     assert set(result["planted"].values) <= set(NAMES)
+
+
+def test_names_that_numpy_would_cut_are_refused():
+    with pytest.raises(
+        ValueError, match=r"must not end in the character NUL, which NumPy drops. Received: \['a\\x00'\]"
+    ):
+        explain.attribute(on_table(), table_of(columns=["a", "a\0", "c"]), verbose=0)
+    with pytest.raises(ValueError, match="NUL"):
+        explain.capture(on_table(), TABLE, feature_names=["a", "b", "c\0"], verbose=0)

@@ -37,6 +37,7 @@ from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import in_arrays, progress_bar
+from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
@@ -315,10 +316,14 @@ def verify(
         ```
     """
     given = _given(calibration, statement)
+    columns = given_labels(x, None).columns
     x, y, background = _checked(x, y, background)
     record, findings = intact(files_of(path), Path(path))
     if not findings:
-        findings = _compared(record, model, x, y, background, groups, models, given, batch_size, verbose)
+        named = record["data"]["feature_names"]
+        if columns and len(columns) == len(named) and columns != named:
+            findings = ["The columns of `x` have other names, or another order, than the features of the audit."]
+        findings += _compared(record, model, x, y, background, groups, models, given, batch_size, verbose)
     return [visible(finding[:_LONGEST_FINDING]) for finding in findings]
 
 

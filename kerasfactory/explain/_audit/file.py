@@ -17,7 +17,7 @@ from kerasfactory.explain._audit.page import data_of, page, with_data
 from kerasfactory.explain._audit.schema import NAME, SCHEMA, problem_of_record
 
 _MOST_BYTES, _MOST_NESTED = 32 * 2**20, 12  # of a file
-# How far numbers that are computed again may lie from those that were written.
+# How far numbers that are computed again may lie from those that were written, in the unit of what they are.
 _RELATIVE, ABSOLUTE, _PROBABILITY = 1e-3, 1e-5, 0.02
 _COUNTED = re.compile(r"(?<=better than )(0|[1-9][0-9]{0,8})(?= of ([0-9]{1,9}) rankings)")  # a p-value in words
 
@@ -239,11 +239,13 @@ def differences(before: dict[str, Any], now: dict[str, Any], absolute: float) ->
         for old in changed
     ]
     said = {("claims", old["id"], key) for old in changed for key in ("verdict", "reason")}
+    units = _units(now)
     for section in now:
         one, other = (dict(_leaves(record[section], (section,))) for record in (before, now))
         differing = []
         for path in {**one, **other}:
-            if path in said or _same(one.get(path, ()), other.get(path, ()), path, absolute):
+            unit = next((unit for start, unit in units.items() if path[: len(start)] == start), 1.0)
+            if path in said or _same(one.get(path, ()), other.get(path, ()), path, absolute * unit):
                 continue
             of_hash = _SAID_OF_HASHES.get(path[:2])
             if of_hash is None:
@@ -256,6 +258,24 @@ def differences(before: dict[str, Any], now: dict[str, Any], absolute: float) ->
         if differing:
             findings.append(f"In “{section}”, {_some_of(differing)}.")
     return findings
+
+
+def _units(record: dict[str, Any]) -> dict[_Keys, float]:
+    """From the start of a path to the size that rounding goes by: 1 for shares, but not for losses and outputs."""
+    skill, ranking = record["skill"] or {}, record["faithfulness"]
+    loss = abs(skill.get("base_loss") or skill.get("loss") or 1.0)
+    of_features = [one["attribution"] for one in record["attribution"]["features"]]
+    changes = [number for test in (ranking or {"tests": []})["tests"] for number in (test["observed"], *test["null"])]
+    change = _largest(changes)
+    units: dict[_Keys, float] = {("skill", "skill"): 1.0, ("skill", "skill_interval"): 1.0, ("skill",): loss}
+    units |= {("features",): loss, ("controls", "loss"): loss, ("claims", "attention-loss"): loss}
+    units |= {("claims", claim["id"]): loss for claim in record["claims"] if claim["feature"] is not None}
+    units |= {("attribution",): _largest(of_features), ("faithfulness",): change}
+    return units | {("claims", f"ranking-{name}"): change for name in ("comprehensiveness", "sufficiency")}
+
+
+def _largest(numbers: list[float]) -> float:
+    return max(map(abs, numbers), default=0.0) or 1.0
 
 
 def _same(old: Any, new: Any, path: _Keys, absolute: float) -> bool:

@@ -146,6 +146,8 @@ class Directory:
                     raise _damaged(
                         self.path / layer["group"] / array, f"has lost {len(lost)} of its files, such as {lost[0]}"
                     )
+            if record["complete"] and self._digest_of_chunks(layer) != layer["chunks"]:
+                raise _damaged(self.path / layer["group"], "has other files, or in another order, than were written")
 
     def begin(
         self, found: dict[str, Any], record: dict[str, Any], datasets: Mapping[str, xr.Dataset], rows: Mapping[str, int]
@@ -214,6 +216,7 @@ class Directory:
                 array = self._array(self._files, layer, variable)
                 array.resize((record["rows"][name], *array.shape[1:]))
             self._write_json(f"{layer['group']}/.zmetadata", _consolidated(self._metadata(layer)))
+            layer["chunks"] = self._digest_of_chunks(layer)
         for folder in ["", *(folder for layer in record["layers"].values() for folder in _folders(layer))]:
             for name in self._names(folder):
                 if _PART.fullmatch(name):
@@ -270,6 +273,17 @@ class Directory:
         for layer in record["layers"].values():
             metadata |= {f"{layer['group']}/{file}": content for file, content in self._metadata(layer).items()}
         return _consolidated(metadata)
+
+    def _digest_of_chunks(self, layer: dict[str, Any]) -> str:
+        """Of the checksums, with which the files end: each is right for its own file, wherever that is."""
+        checksums = {}
+        for array in _arrays(layer):
+            folder = f"{layer['group']}/{array}"
+            for name in filter(_CHUNK.fullmatch, sorted(self._names(folder))):
+                with open(self.path / folder / name, "rb") as chunk:
+                    chunk.seek(-min(4, os.fstat(chunk.fileno()).st_size), os.SEEK_END)
+                    checksums[f"{array}/{name}"] = chunk.read().hex()
+        return _digest(checksums)
 
     def _json(self, name: str) -> Any:
         try:

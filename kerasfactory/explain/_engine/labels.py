@@ -34,7 +34,7 @@ def given_labels(x: Any, feature_names: Any) -> Given:
             "The columns of `x` are the names of its features, and must differ from each other. Rename them, or give "
             f"`feature_names`. Received more than once: {repeated}"
         )
-    return Given(names, columns)
+    return Given(names, columns if names or repeated else checked_names(columns))
 
 
 def with_rows_of(x: Any, result: _Labeled) -> _Labeled:
