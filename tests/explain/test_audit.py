@@ -243,9 +243,14 @@ def test_a_notebook_shows_the_page_in_a_box_where_nothing_runs(report):
 
 @pytest.mark.backend_independent
 def test_a_feature_may_have_the_name_of_a_number_in_the_file():
-    before = {
-        "claims": [{"id": "feature/a/p_value", "claim": "a", "verdict": "supported", "statistic": {"value": 0.1}}]
+    claim = {
+        "id": "feature/a/p_value",
+        "claim": "a",
+        "feature": "a",
+        "verdict": "supported",
+        "statistic": {"value": 0.1},
     }
+    before = {"claims": [claim], "skill": None, "faithfulness": None, "attribution": {"features": []}}
     now = changed(before, ("claims", 0, "statistic", "value"), 0.11)
     found = _audit_file.differences(before, now, 1e-5)
     assert found == ["In “claims”, feature/a/p_value/statistic/value was 0.1 and is now 0.11."]
