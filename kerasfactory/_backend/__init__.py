@@ -11,6 +11,8 @@ import numpy as np
 
 from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
 from kerasfactory._backend._keras import get_loss as get_loss
+from kerasfactory._backend._keras import layers_being_called as layers_being_called
+from kerasfactory._backend._keras import operations as operations
 from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
 from kerasfactory._backend._shared import after_fork as after_fork
 from kerasfactory._backend._shared import missing as missing
@@ -37,6 +39,7 @@ on_cpu = _chosen.on_cpu
 outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
 value_of = _chosen.value_of
+tensor_classes = _chosen.tensor_classes
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
 

@@ -128,6 +128,11 @@ def predict_step(model, state, data):
     return stateless_predict_step(model, state, data)
 
 
+def tensor_classes():
+    """The classes whose `@` multiplies tensors."""
+    return [torch.Tensor]
+
+
 def value_of(variable):
     """The value of a variable that has one."""
     return variable.value

@@ -55,10 +55,25 @@ def capture(
     \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
     3.2.1). They are taken before dropout.
 
-    These layers are captured, wherever they are in the model: `InterpretableMultiHeadAttention`,
-    `keras.layers.MultiHeadAttention`, `keras.layers.GroupQueryAttention`, and their subclasses that compute scores in
-    `_compute_attention`. For a subclass, the scores are whatever its own `_compute_attention` returns. A warning
-    names each layer that cannot be captured.
+    Attention is captured wherever it is in the model, and whatever layer computes it:
+
+    - `InterpretableMultiHeadAttention`, `keras.layers.MultiHeadAttention`, `keras.layers.GroupQueryAttention` and their
+      subclasses. The scores are what the layer's `_compute_attention` returns.
+    - In any other layer, such as those of KerasHub, `keras.layers.Attention` or one of your own: a softmax whose
+      result is contracted, along the axis that it was taken over, with something that is not the same for all samples
+      (`keras.ops.matmul`, `keras.ops.einsum` or `@`). The scores are what the values are multiplied by, whatever was
+      done to the softmax before.
+    - A call of `keras.ops.dot_product_attention`. Its scores are computed again from its arguments.
+
+    Without heads, the axis `head` has length 1. If there are several axes and it is not known which are heads, they are
+    called `axis_2` and so on. Weights of an attention sink are left out, so that rows sum to less than 1 by the weight
+    of the sink.
+
+    A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
+    and layers that are called attention and in which no scores were seen. Linear attention forms none, and deformable
+    attention has no keys. What calls functions of the backend past Keras, such as
+    `torch.nn.functional.scaled_dot_product_attention`, is not seen. A softmax over the features of a query, as some
+    kinds of linear attention have it, is taken for attention.
 
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
@@ -240,6 +255,9 @@ def _labeled(model: Any, batch: Batch, given: Given, layer: str, arrays: dict[st
 def _recomposed(call: Call) -> Any:
     """The largest difference between the output and what scores and values make, and the largest output."""
     layer = call.layer
+    if call.products is not None:
+        made, real = (ops.cast(tensor, "float32") for tensor in call.products(call.scores))
+        return ops.max(ops.abs(made - real)), ops.max(ops.abs(real))
     if call.output is None:
         raise ValueError(
             f"Layer {layer.name!r} calls its `_compute_attention` more than once: no single scores make its output."

@@ -535,7 +535,7 @@ WRONG = [
     ({"query": -6}, r"from 0 to 4.*query=-6"),
     ({"query": 1.5}, r"`query` must be an integer.*1\.5"),
     ({"query": "pulses"}, r"no query 'pulses'.*mean 'pulse'.*There are: age, pulse"),
-    ({"layers": "attention"}, r"no attention layer 'attention'.*Did you mean"),
+    ({"layers": "attention"}, r"no layer 'attention'.*Did you mean"),
     ({"verbose": 7, "method": "attention_gradient"}, r"`verbose` must be"),
     ({"x": TABLE[:0], "method": "attention_gradient"}, r"`x` is empty"),
     ({"x": TABLE[:0]}, r"`x` is empty"),

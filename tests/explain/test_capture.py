@@ -625,7 +625,7 @@ def test_a_path_names_a_layer_whose_own_name_is_enough():
     assert list(captured) == ["decoder/attention"]
     alone = pooled(inputs := keras.Input((6, 8)), Block(name="block")(inputs))
     assert list(explain.capture(alone, SEQUENCE, layers="block/attention", verbose=0)) == ["attention"]
-    with pytest.raises(ValueError, match="no attention layer 'lock/attention'"):
+    with pytest.raises(ValueError, match="no layer 'lock/attention'"):
         explain.capture(alone, SEQUENCE, layers="lock/attention", verbose=0)
 
 
@@ -648,9 +648,16 @@ def no_attention():
     return keras.Sequential([keras.Input((6, 8)), layers.Dense(2, name="hidden")])
 
 
-def only_headless():
-    inputs = keras.Input((6, 8))
-    return pooled(inputs, layers.Attention(name="headless")([inputs, inputs]))
+class LinearAttention(layers.Layer):
+    """φ(q) (φ(k)ᵀ v): no query has a weight for a key."""
+
+    def call(self, x):
+        positive = ops.elu(x) + 1
+        return ops.matmul(positive, ops.matmul(ops.swapaxes(positive, 1, 2), x))
+
+
+def in_a_linear_way():
+    return keras.Sequential([keras.Input((6, 8)), LinearAttention(name="linear")])
 
 
 class Mapped(layers.Layer):
@@ -676,10 +683,11 @@ def in_a_loop():
     ("build", "arguments", "message"),
     [
         (no_attention, {}, "no `MultiHeadAttention` or `GroupQueryAttention`.* Its layers are: hidden"),
-        (only_headless, {}, "headless: it is a `keras.layers.Attention`, without heads"),
+        (in_a_linear_way, {}, "linear: it is a `LinearAttention`: no softmax over keys was seen in it"),
+        (in_a_linear_way, {"layers": "linear"}, "linear: the model did not call it, or it has no softmax over keys"),
         (in_a_loop, {}, "attention: its scores stay inside a loop"),
-        (keras_attention, {"layers": "atention"}, "no attention layer 'atention'. Did you mean 'attention'?"),
-        (keras_attention, {"layers": ["attention", 3]}, "no attention layer 3. It has: attention"),
+        (keras_attention, {"layers": "atention"}, "no layer 'atention'. Did you mean 'attention'?"),
+        (keras_attention, {"layers": ["attention", 3]}, "no layer 3. Its attention layers of Keras are: attention"),
         (keras_attention, {"layers": []}, "`layers` is empty"),
         (keras_attention, {"feature_names": ["a", "b"]}, "'attention' attends over 6 keys.* Received 2 names"),
         (keras_attention, {"feature_names": ["a"] * 6}, "must differ from each other"),
@@ -723,8 +731,8 @@ def test_data_without_end_are_refused():
 def test_layers_that_cannot_be_captured_are_named():
     inputs = keras.Input((6, 8))
     attended = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
-    model = pooled(inputs, layers.Attention(name="headless")([attended, attended]))
-    with pytest.warns(UserWarning, match="not captured:\n  headless: it is a `keras.layers.Attention`") as warned:
+    model = pooled(inputs, LinearAttention(name="linear")(attended))
+    with pytest.warns(UserWarning, match="not captured:\n  linear: it is a `LinearAttention`: no softmax") as warned:
         captured = explain.capture(model, SEQUENCE, verbose=0)
     assert list(captured) == ["attention"]
     assert warned[0].filename == __file__

@@ -368,7 +368,7 @@ def test_heads_of_layers_that_fold_the_batch_belong_to_no_sample():
         ({"x": iter([X])}, "an array, or a dictionary or list"),
         ({"x": np.full_like(X, np.nan)}, "16 of 16 samples in a batch is not finite.*NaN or infinite"),
         ({"x": np.concatenate([X[:-1], np.full_like(X[:1], np.nan)])}, "1 of 8 samples in a batch is not finite"),
-        ({"layers": "third"}, "no attention layer 'third'"),
+        ({"layers": "third"}, "no layer 'third'"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

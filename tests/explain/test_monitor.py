@@ -197,7 +197,7 @@ def test_without_anything_that_writes_for_tensorboard(monkeypatch):
     [
         ({"x": X, "every": 0}, "`every` must be a positive integer"),
         ({"x": iter([X])}, "can be read only once"),
-        ({"x": X, "layers": "third"}, "no attention layer 'third'"),
+        ({"x": X, "layers": "third"}, "no layer 'third'"),
         ({"x": X[:0]}, "empty"),
     ],
 )

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -22,8 +22,6 @@ from kerasfactory.layers._attention import Attention, Mask, keeping_aside, mask_
 
 # The layers that are read: these and their subclasses. Each has the methods and attributes that `PRIVATE_NAMES` lists.
 READ_LAYERS = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-# Those that attend and are not read, with the reason.
-UNREAD_LAYERS = {keras.layers.Attention: "without heads"}
 
 # The private names of Keras that `explain` relies on, by their owner. What every Keras must have is read through
 # `private`; what only some have (gates, windows), with a default. A test looks for each of them in the newest Keras.
@@ -98,6 +96,9 @@ class Call(NamedTuple):
     output: Any  # of the layer: (batch, query, features)
     attended: Any = None  # what `attend` returned for the call, if it computed it; then there are no scores
     order: int = 0  # grows from call to call, of whichever layer
+    path: str = ""  # of an attention in other layers than `READ_LAYERS`: the names that lead to it
+    # Of such a one: from the scores to what they make of the values, and what the layer made of them.
+    products: Callable[[Any], tuple[Any, Any]] | None = None
 
 
 class Heads(NamedTuple):
@@ -111,8 +112,8 @@ class Heads(NamedTuple):
     own: Callable[[Any, Any, Any, Any], Any]  # the layer's own output, for a query, key and value, and a mask of 4 axes
 
 
-def _paths_of_attention(model: Any) -> list[tuple[Any, list[str]]]:
-    """The Keras attention layers in `model`, each with the names that lead to it."""
+def _paths(model: Any) -> list[tuple[Any, list[str]]]:
+    """The layers in `model`, down to Keras' attention layers, each with the names that lead to it."""
     paths: list[tuple[Any, list[str]]] = []
     visited = set()
 
@@ -124,9 +125,8 @@ def _paths_of_attention(model: Any) -> list[tuple[Any, list[str]]]:
             # Users know the layer that wraps Keras' one, and its name.
             is_wrapped = isinstance(layer, InterpretableMultiHeadAttention) and sublayer is layer.mha
             sub_path = path if is_wrapped else [*path, sublayer.name]
-            if isinstance(sublayer, READ_LAYERS):
-                paths.append((sublayer, sub_path))
-            else:
+            paths.append((sublayer, sub_path))
+            if not isinstance(sublayer, READ_LAYERS):
                 walk(sublayer, sub_path)
 
     walk(model, [])
@@ -135,7 +135,7 @@ def _paths_of_attention(model: Any) -> list[tuple[Any, list[str]]]:
 
 def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
     """From the name of each attention layer to the layer and its path."""
-    layers_and_paths = _paths_of_attention(model)
+    layers_and_paths = [(layer, path) for layer, path in _paths(model) if isinstance(layer, READ_LAYERS)]
     last_names = [path[-1] for _, path in layers_and_paths]
     full_names = ["/".join(path) for _, path in layers_and_paths]
     named = {}
@@ -159,36 +159,56 @@ def reads_tokens(model: Any, x: np.ndarray) -> bool:
     return is_whole and 0 < len(embeddings) < x.shape[1] and x.max() < max(one.input_dim for one in embeddings)
 
 
-def unread_attention(model: Any) -> dict[str, str]:
-    """The names of layers in the model that attend and are not read, and why."""
-    return {
-        layer.name: f"it is a `keras.layers.{type(layer).__name__}`, {reason}"
-        for layer in all_layers(model)
-        for kind, reason in UNREAD_LAYERS.items()
-        if isinstance(layer, kind)
-    }
+# Parts of the names of classes, and what such layers do in place of a softmax over keys.
+_OTHER_ATTENTION = {
+    "deformable": "it samples points, and has no keys",
+    "deltanet": "linear attention forms no scores",
+    "timemix": "linear attention forms no scores",
+    "retention": "linear attention forms no scores",
+    "mamba": "a state space forms no scores",
+    "attention": "no softmax over keys was seen in it: it may attend in a linear way, or by a kernel of the backend",
+}
+
+
+def unseen_attention(called: Collection[Any], seen: Sequence[Any], known: Container[str]) -> dict[str, str]:
+    """The names of layers that were called, attend by their class's name, and in which none was seen; and why."""
+    reasons = {}
+    for layer in called:
+        kind = type(layer).__name__
+        reason = next((reason for part, reason in _OTHER_ATTENTION.items() if part in kind.lower()), None)
+        inside = {id(inner) for inner in all_layers(layer)}
+        if reason and layer.name not in known and not any(id(one) in inside for one in seen):
+            reasons[layer.name] = f"it is a `{kind}`: {reason}"
+    return dict(sorted(reasons.items()))
 
 
 def choose_attention(model: Any, layers: Any) -> dict[str, Any]:
-    """The attention layers that `layers` names, or all: by name, by path, or by the end of a path."""
+    """The attention layers of Keras that `layers` names, or all; other layers may be named, too."""
     named = _named_attention(model)
     if layers is None:
         return {name: layer for name, (layer, _) in named.items()}
     wanted = [layers] if isinstance(layers, str) else list(layers)
     if not wanted:
         raise ValueError("`layers` is empty: name at least one layer, or leave it out for all of them.")
-    chosen = set()
+    others = ["/".join(path) for _, path in _paths(model)]
     for entry in wanted:
-        matches = {name for name, (_, path) in named.items() if f"/{path}".endswith(f"/{entry}") or name == entry}
-        if not matches:
-            near = difflib.get_close_matches(str(entry), named, n=1)
+        if not any(is_called(entry, name, path) for name, (_, path) in named.items()) and not any(
+            is_called(entry, path, path) for path in others
+        ):
+            near = difflib.get_close_matches(str(entry), [*named, *others], n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"The model has no attention layer {entry!r}. {hint}It has: {', '.join(named) or 'none'}. "
-                f"Received: layers={layers!r}"
+                f"The model has no layer {entry!r}. {hint}Its attention layers of Keras are: "
+                f"{', '.join(named) or 'none'}. Received: layers={layers!r}"
             )
-        chosen |= matches
-    return {name: layer for name, (layer, _) in named.items() if name in chosen}
+    return {
+        name: layer for name, (layer, path) in named.items() if any(is_called(entry, name, path) for entry in wanted)
+    }
+
+
+def is_called(entry: Any, name: str, path: str) -> bool:
+    """Whether an entry of `layers` means a layer: by name, by path, or by the end of a path."""
+    return name == entry or f"/{path}".endswith(f"/{entry}")
 
 
 def attention_axes(layer: Any) -> Sequence[int]:
@@ -232,7 +252,10 @@ def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs
     compute_attention = _with_attributes(
         layer, compute_attention, _return_attention_scores=True, _flash_attention=False
     )
-    return compute_attention(*args[:5], *[True] * len(args[5:6]), **kwargs)[1]
+    given = inspect.signature(compute_attention).bind(*args, **kwargs)
+    if "return_attention_scores" in inspect.signature(compute_attention).parameters:
+        given.arguments["return_attention_scores"] = True
+    return compute_attention(*given.args, **given.kwargs)[1]
 
 
 def edit_scores(layer: Any, edit: Callable[[Any, Any], Any]) -> None:
@@ -300,7 +323,7 @@ def _with_attributes(layer: Any, method: Callable, **values: Any) -> Callable:
     return of_the_layer
 
 
-_ORDER = itertools.count()
+ORDER = itertools.count()  # of calls
 
 
 class Watch:
@@ -383,7 +406,7 @@ class Watch:
     def _note(self, scores, value, attended=None):
         if self.calls is not None:
             masks = ", ".join(self.masks) or "none"
-            self.calls.append(Call(self.layer, scores, value, masks, None, None, attended, next(_ORDER)))
+            self.calls.append(Call(self.layer, scores, value, masks, None, None, attended, next(ORDER)))
             if self.stop is not None:
                 self.stop()
 

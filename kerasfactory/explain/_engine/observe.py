@@ -22,11 +22,13 @@ from kerasfactory.explain._engine.attention import (
     all_layers,
     choose_attention,
     find_attention,
+    is_called,
     is_keras_method,
     unchanged,
-    unread_attention,
+    unseen_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.explain._engine.foreign import Sight, calls_of, is_usable, watching_operations
 from kerasfactory.explain._engine.undo import alone, twin
 from kerasfactory.layers._attention import keeping_aside
 
@@ -51,6 +53,7 @@ class Found(NamedTuple):
     number: int  # of the call
     layer: Any
     masks: str
+    path: str = ""  # as that of the call
 
 
 def observe(
@@ -84,12 +87,14 @@ def observe(
         raise ValueError("`x` is empty: it must hold at least one sample.")
     build_model(model, first)
     chosen = choose_attention(model, layers)
-    steps = _steps_in_place(model, chosen, measure, attend) if attend else _steps(model, chosen, measure)
+    steps = (
+        _steps_in_place(model, chosen, layers, measure, attend) if attend else _steps(model, chosen, layers, measure)
+    )
     before = state_of(model)
     measured, state, outputs = steps.compared(before, first)
     measured = _in_order(measured, steps.found)
-    found = {name: steps.found[name]._replace(layer=chosen[steps.found[name].name]) for name in measured}
-    _report_missing(model, chosen, layers, {call.name for call in found.values()}, steps.lost)
+    found = {name: steps.found[name]._replace(layer=steps.found[name].layer()) for name in measured}
+    _report_missing(model, chosen, layers, found, steps)
     changes_state = _differ(before[1], state[1])
     inputs = len(tree.flatten(first))
     difference = relative_difference(*outputs)
@@ -98,6 +103,7 @@ def observe(
     progress.update(1)
 
     can_stop = only_scores and not changes_state and not steps.lost and _always_calls_the_same(model)
+    can_stop &= not any(call.path for call in found.values())
     watched = steps.watched_until(len(found)) if can_stop else steps.watched
     done = 1
     for data in batches:
@@ -143,14 +149,16 @@ class _Steps(NamedTuple):
     compared: Callable  # to what is measured, the state afterward, and the outputs, unwatched and watched
     watched: Callable  # to what is measured and the state afterward: a compiled function leaves out the rest
     watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
-    found: dict[str, Found]  # without the layers: what is kept must not keep the model
+    found: dict[str, Found]  # with weak references to the layers: what is kept must not keep the model
     lost: set[str]  # layers whose scores cannot be had
+    called: weakref.WeakSet[Any]  # layers, as far as it is known
 
 
-def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -> _Steps:
+def _steps(model: Any, chosen: dict[str, Any], layers: Any, measure: Callable[[Call], Any]) -> _Steps:
     def make():
         found: dict[str, Found] = {}
         lost: set[str] = set()
+        called: weakref.WeakSet[Any] = weakref.WeakSet()
         # What is kept must not keep the model, or both would stay for ever.
         model_reference = weakref.ref(model)
         layer_references = {name: weakref.ref(layer) for name, layer in chosen.items()}
@@ -158,18 +166,20 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
         def watched_layers():
             return {name: reference() for name, reference in layer_references.items()}
 
-        def watched(state, data):
+        def watched(state, data, sees_all=False):
             model = model_reference()
+            sees_all |= any(call.path for call in found.values())
             with unchanged(model), _watching(watched_layers()) as seen:
-                outputs, state = _backend.predict_step(model, state, data)
-                measured = _measured(seen, measure, found, lost)
+                with watching_operations(called) if sees_all else contextlib.nullcontext(()) as sights:
+                    outputs, state = _backend.predict_step(model, state, data)
+                measured = _measured(model, seen, sights, layers, measure, found, lost)
             return measured, state, outputs
 
         def compared(state, data):
             model = model_reference()
             with unchanged(model):
                 outputs, _ = _backend.predict_step(model, state, data)
-            measured, state, watched_outputs = watched(state, data)
+            measured, state, watched_outputs = watched(state, data, sees_all=True)
             return measured, state, (outputs, watched_outputs)
 
         def stopping(number):
@@ -178,7 +188,7 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
                 with unchanged(model), _watching(watched_layers(), stop_after=number) as seen:
                     with contextlib.suppress(_EnoughSeen):
                         _backend.predict_step(model, state, data)
-                    return _measured(seen, measure, found, lost), state
+                    return _measured(model, seen, (), layers, measure, found, lost), state
 
             return _backend.compiled(until, run_eagerly=True, jit_compile=False)
 
@@ -191,15 +201,17 @@ def _steps(model: Any, chosen: dict[str, Any], measure: Callable[[Call], Any]) -
             stopping if is_eager else lambda number: compiled,
             found,
             lost,
+            called,
         )
 
-    return kept(model, measure, chosen, make)
+    return kept(model, (measure, repr(layers)), chosen, make)
 
 
-def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, attend: Callable) -> _Steps:
+def _steps_in_place(model: Any, chosen: dict[str, Any], layers: Any, measure: Callable, attend: Callable) -> _Steps:
     """Not kept, for nothing is compiled: `attend` needs values."""
     found: dict[str, Found] = {}
     lost: set[str] = set()
+    called: weakref.WeakSet[Any] = weakref.WeakSet()
     # The other layers attend in the same way: they would form what the chosen ones do not.
     others = [layer for layer in find_attention(model).values() if all(layer is not one for one in chosen.values())]
 
@@ -207,26 +219,36 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], measure: Callable, atten
         with unchanged(model), _watching(chosen, attend) as seen:
             for layer in others:
                 Watch(layer, None, attend)
-            _, state = _backend.predict_step(model, state, data)
-            measured = _measured(seen, measure, found, lost)
+            with watching_operations(called) as sights:
+                _, state = _backend.predict_step(model, state, data)
+            measured = _measured(model, seen, sights, layers, measure, found, lost)
         return measured, state
 
     step = _backend.compiled(watched, run_eagerly=True, jit_compile=False)
-    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, found, lost)
+    return _Steps(lambda state, data: (*step(state, data), ((), ())), step, lambda number: step, found, lost, called)
 
 
-def _measured(seen: dict[str, list[Call]], measure: Callable, found: dict[str, Found], lost: set) -> dict[str, Any]:
+def _measured(
+    model: Any,
+    watched: dict[str, list[Call]],
+    sights: Sequence[Sight],
+    layers: Any,
+    measure: Callable,
+    found: dict[str, Found],
+    lost: set,
+) -> dict[str, Any]:
     measured = {}
+    seen = calls_of(model, sights, watched, layers)
     numbered = [
         (call, name, number, name if len(calls_of_layer) == 1 else f"{name}#{number}")
         for name, calls_of_layer in seen.items()
         for number, call in enumerate(calls_of_layer, start=1)
     ]
     for call, name, number, full_name in sorted(numbered, key=lambda entry: entry[0].order):
-        if call.attended is None and (call.scores is None or not _backend.is_usable(call.scores)):
+        if not is_usable(call):
             lost.add(name)
             continue
-        found[full_name] = Found(name, number, None, call.masks)
+        found[full_name] = Found(name, number, weakref.ref(call.layer), call.masks, call.path)
         measured[full_name] = measure(call)
     return measured
 
@@ -278,19 +300,19 @@ def _same_fingerprint(one: list, other: list) -> bool:
     return len(one) == len(other) and all(a is b or (isinstance(a, _PLAIN) and a == b) for a, b in pairs)
 
 
-def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, seen: set[str], lost: set[str]) -> None:
+def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict[str, Found], steps: _Steps) -> None:
     """Names the layers that are not in the result, in a warning, or in an error where they were asked for."""
-    missing = {}
-    for name in chosen:
-        if name in lost:
-            missing[name] = (
-                "its scores stay inside a loop, a `vmap` or a function compiled by itself, or its own "
-                "`_compute_attention` does not return them"
-            )
+    missing, seen = {}, {call.name for call in found.values()}
+    wanted = [layers] if isinstance(layers, str) else layers or ()
+    others = [entry for entry in wanted if not choose_attention(model, [entry])]
+    unknown = [str(entry) for entry in others if not any(is_called(entry, c.name, c.path) for c in found.values())]
+    for name in [*chosen, *sorted(steps.lost - chosen.keys()), *unknown]:
+        if name in steps.lost:
+            missing[name] = "its scores stay inside a loop, a `vmap` or a function compiled by itself"
         elif name not in seen:
-            missing[name] = "the model did not call it, or its `call` does not go through `_compute_attention`"
+            missing[name] = "the model did not call it, or it has no softmax over keys that can be seen"
     if layers is None:
-        missing |= unread_attention(model)
+        missing |= unseen_attention(steps.called, [call.layer for call in found.values()], missing)
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
     if seen and layers is None:
         if missing:
@@ -300,8 +322,9 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, seen: set[s
     elif not chosen:
         names = ", ".join(layer.name for layer in model.layers)
         raise ValueError(
-            "The model has no `MultiHeadAttention` or `GroupQueryAttention`, neither Keras' own nor a subclass or a "
-            f"wrapper of it. Its layers are: {names}"
+            "The model has no attention that can be seen: no `MultiHeadAttention` or `GroupQueryAttention`, no softmax "
+            "over the keys of something, and no call of `keras.ops.dot_product_attention`. Its layers are: "
+            f"{names}"
         )
 
 

@@ -1,0 +1,270 @@
+"""Attention that is not one of Keras' multi-head layers, seen by what it computes, whatever layer computes it.
+
+A softmax is attention if its result is contracted, along the axis that it was taken over, with something that is not
+the same for all samples. Keras' fused `dot_product_attention` says itself that it is; its scores are computed again.
+"""
+
+import contextlib
+import functools
+import itertools
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from keras import ops
+
+from kerasfactory import _backend
+from kerasfactory.explain._engine.attention import ORDER, Call, is_called
+
+_REMEMBERED = 16  # results of a softmax that may still be contracted
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Sight(NamedTuple):
+    """An attention that was seen. The functions belong to the forward pass, and compute when they are called."""
+
+    path: list[Any]  # the layers whose call it is in, the outermost first
+    tensor: Any  # one of those that it computes with
+    scores: Callable[[], Any]  # (batch, any other axes, head, query, key)
+    products: Callable[[Any], tuple[Any, Any]]  # from the scores to what they make of the values, and the real product
+    masks: str
+    order: int  # as that of a `Call`
+    has_sink: bool = False  # weights went to what is no key, and are left out
+
+
+class _Softmax(NamedTuple):
+    path: list[Any]
+    result: Any
+    axis: int
+
+
+@contextlib.contextmanager
+def watching_operations(called: WeakSet[Any], attend: Callable | None = None) -> Iterator[list[Sight]]:
+    """Fills a list with the attention that this thread computes by Keras' functions.
+
+    For the time of this, functions of ours stand in front of those of Keras. Other threads pass through them.
+
+    Args:
+        called: Gets the layers in whose call anything is multiplied.
+        attend: Called with the layers that are being called, the original fused function, and its arguments by name;
+            it may return the output in place of the function.
+    """
+    sights: list[Sight] = []
+    softmaxes: list[_Softmax] = []
+    thread, busy = threading.get_ident(), False
+
+    def in_front_of(original, note):
+        def either(*args, **kwargs):
+            nonlocal busy
+            if busy or threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            busy = True  # what a function is made of is not looked at
+            try:
+                return note(original, lambda: original(*args, **kwargs), *args, **kwargs)
+            finally:
+                busy = False
+
+        return either
+
+    def softmax(original, run, x, axis=-1):
+        result = run()
+        rank = len(x.shape)
+        if isinstance(axis, int) and rank > 1 and axis % rank > 0:
+            softmaxes.append(_Softmax(_backend.layers_being_called(), result, axis % rank))
+            del softmaxes[:-_REMEMBERED]
+        return result
+
+    def contraction(run, operands, letters, out, again):
+        result, path = run(), _backend.layers_being_called()
+        called.update(path)
+        for number, (operand, of_operand) in enumerate(zip(operands, letters, strict=True)):
+            found = _softmax_of(operand, softmaxes, path)
+            if found is not None and _is_attention(of_operand, of_operand[found.axis], letters[1 - number], out):
+                softmaxes.remove(found)
+                replaced = _replacing(again, operands, number)
+                sights.append(_contracted(path, found, operand, of_operand, letters[1 - number], out, replaced, result))
+                break
+        return result
+
+    def einsum(original, run, subscripts, *operands, **kwargs):
+        letters = _letters(subscripts, operands)
+        if len(operands) != 2 or letters is None:
+            return run()
+        return contraction(run, operands, letters[:2], letters[2], lambda *of: original(subscripts, *of, **kwargs))
+
+    def matmul(original, run, x1, x2):
+        ranks = [len(getattr(x, "shape", ())) for x in (x1, x2)]
+        if min(ranks) < 2:
+            return run()
+        ahead = _LETTERS[: max(ranks) - 2]
+        left, right = (ahead[max(ranks) - rank :] for rank in ranks)
+        return contraction(run, (x1, x2), (f"{left}XY", f"{right}YZ"), f"{ahead}XZ", original)
+
+    def dot_product_attention(original, run, query, key, value, **given):
+        path, given = _backend.layers_being_called(), {"query": query, "key": key, "value": value, **given}
+        output = None if attend is None else attend(path, original, given)
+        if output is None:
+            output = run()
+            sights.append(_fused(path, given, output))
+        return output
+
+    notes = {"softmax": softmax, "einsum": einsum, "matmul": matmul, "dot_product_attention": dot_product_attention}
+    places = [(place, name, notes[operation]) for operation, place, name in _backend.operations()]
+    places += [(of_tensors, "__matmul__", matmul) for of_tensors in _backend.tensor_classes()]
+    before = [(place, name, getattr(place, name)) for place, name, _ in places]
+    try:
+        for (place, name, note), (_, _, original) in zip(places, before, strict=True):
+            setattr(place, name, in_front_of(original, note))
+        yield sights
+    finally:
+        for place, name, original in before:
+            setattr(place, name, original)
+
+
+def _softmax_of(operand: Any, softmaxes: list[_Softmax], path: list[Any]) -> _Softmax | None:
+    """The softmax that an operand is the result of, or that something was made of entry by entry in the same layer."""
+    shape = tuple(getattr(operand, "shape", ()))
+    for found in reversed(softmaxes):
+        if found.result is operand:
+            return found
+    for found in reversed(softmaxes):
+        before = list(found.result.shape)
+        with_sink = [*before[:-1], before[-1] and before[-1] - 1]
+        if path and any(path[-1] is layer for layer in found.path) and shape in (tuple(before), tuple(with_sink)):
+            return found
+    return None
+
+
+def _is_attention(scores: str, key: str, value: str, out: str) -> bool:
+    """Whether the key is contracted with something of each sample."""
+    return key in value and key not in out and scores[0] != key and scores[0] in value and scores[0] in out
+
+
+def _letters(subscripts: Any, operands: tuple) -> list[str] | None:
+    """The letters of the axes of two operands and of the result, `...` written out; `None` if they are not known."""
+    if not isinstance(subscripts, str) or "->" not in subscripts:
+        return None
+    before, out = subscripts.replace(" ", "").split("->")
+    parts = before.split(",")
+    if len(parts) != len(operands):
+        return None
+    free = [letter for letter in _LETTERS if letter not in subscripts]
+    ranks = [len(x.shape) - len(part.replace("...", "")) for x, part in zip(operands, parts, strict=True)]
+    most = max([rank for rank, part in zip(ranks, parts, strict=True) if "..." in part], default=0)
+    filled = [part.replace("...", "".join(free[most - rank : most])) for rank, part in zip(ranks, parts, strict=True)]
+    return [*filled, out.replace("...", "".join(free[:most]))]
+
+
+def _replacing(again: Callable, operands: tuple, number: int) -> Callable[[Any], Any]:
+    def replaced(scores):
+        cast = ops.cast(scores, operands[number].dtype)
+        return again(*(cast if place == number else operand for place, operand in enumerate(operands)))
+
+    return replaced
+
+
+def _contracted(
+    path: list[Any], found: _Softmax, operand: Any, scores: str, value: str, out: str, again: Callable, result: Any
+) -> Sight:
+    order, counts = _order(scores, scores[found.axis], value, out)
+    there, back = [scores.index(letter) for letter in order], [order.index(letter) for letter in scores]
+
+    def canonical():
+        moved = ops.transpose(operand, there)
+        sizes = iter(ops.shape(moved))
+        folded = [functools.reduce(operator.mul, itertools.islice(sizes, count), 1) for count in counts]
+        return ops.reshape(moved, folded)
+
+    def products(canonical_scores):
+        moved = ops.reshape(canonical_scores, ops.shape(ops.transpose(operand, there)))
+        return again(ops.transpose(moved, back)), result
+
+    has_sink = operand.shape[-1] != found.result.shape[-1]
+    return Sight(path, operand, canonical, products, "not known", next(ORDER), has_sink)
+
+
+def _order(scores: str, key: str, value: str, out: str) -> tuple[str, list[int]]:
+    """The letters in the order batch, other axes, heads, query, key, and how many letters make each of the new axes.
+
+    What the values have no axis for is the query, or heads that share their values. If there are several, the query is
+    the last. Of several axes that the values have as well, it is not known which are heads.
+    """
+    batch, between = scores[0], [letter for letter in scores[1:] if letter != key]
+    without_value = [letter for letter in between if letter in out and letter not in value]
+    query, others = without_value[-1:], [letter for letter in between if letter not in without_value]
+    if len(others) > 1:
+        heads, unknown = without_value[:-1], others
+    else:
+        heads, unknown = [letter for letter in between if letter not in query], []
+    order = "".join([batch, *unknown, *heads, *query, key])
+    return order, [1, *[1] * len(unknown), len(heads), len(query), 1]
+
+
+def _fused(path: list[Any], given: dict[str, Any], output: Any) -> Sight:
+    """What `keras.ops.dot_product_attention` computes, with its scores. The arguments are as it describes them."""
+    query, key, value = (ops.cast(given[name], "float32") for name in ("query", "key", "value"))
+    bias, mask = given.get("bias"), given.get("mask")
+    groups = query.shape[2] // key.shape[2]
+
+    def scores():
+        scale = given.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        keys = ops.repeat(key, groups, axis=2) if groups > 1 else key
+        logits = ops.einsum("bthd,bshd->bhts", query, keys) * scale
+        if bias is not None:
+            logits = logits + ops.cast(bias, "float32")
+        allowed = None if mask is None else ops.cast(mask, "bool")
+        if given.get("is_causal"):
+            causal = ops.arange(query.shape[1])[:, None] >= ops.arange(key.shape[1])
+            allowed = causal if allowed is None else ops.logical_and(allowed, causal)
+        if allowed is None:
+            return ops.softmax(logits)
+        weights = ops.softmax(ops.where(allowed, logits, -1e30))
+        return ops.where(ops.any(ops.broadcast_to(allowed, ops.shape(logits)), axis=-1, keepdims=True), weights, 0.0)
+
+    def products(scores):
+        values = ops.repeat(value, groups, axis=2) if groups > 1 else value
+        sees_a_key = ops.transpose(ops.any(scores != 0, axis=-1, keepdims=True), (0, 2, 1, 3))
+        real = ops.where(sees_a_key, ops.cast(output, "float32"), 0.0)
+        return ops.einsum("bhts,bshd->bthd", scores, values), real
+
+    names = {"mask": mask is not None, "bias": bias is not None, "is_causal": bool(given.get("is_causal"))}
+    masks = ", ".join(name for name, is_given in names.items() if is_given) or "none"
+    return Sight(path, query, scores, products, masks, next(ORDER))
+
+
+def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], layers: Any) -> dict[str, list[Call]]:
+    """The calls that `layers` means, by the name of their layer; `calls` are those that were watched, which come first.
+
+    A layer that Keras' own calls are known of is left out: what it computes was seen as well.
+    """
+    known = {id(call.layer) for of_layer in calls.values() for call in of_layer if is_usable(call)}
+    rest = [sight for sight in sights if sight.path and not any(id(layer) in known for layer in sight.path)]
+    paths = {id(sight.path[-1]): _path_of(sight, model) for sight in rest}
+    last = [path.rpartition("/")[2] for path in [*paths.values(), *calls]]
+    wanted = [layers] if isinstance(layers, str) else layers
+    found = {name: of_layer for name, of_layer in calls.items() if any(map(is_usable, of_layer))}
+    for owner, path in paths.items():
+        short = path.rpartition("/")[2]
+        name = short if last.count(short) == 1 else path
+        if wanted is None or any(is_called(entry, name, path) for entry in wanted):
+            found[name] = [_call_of(sight, path) for sight in rest if id(sight.path[-1]) == owner]
+    return {name: [] for name in calls} | found
+
+
+def _path_of(sight: Sight, model: Any) -> str:
+    layers = [layer.name for layer in sight.path if layer is not model]
+    return "/".join(layers or [model.name])
+
+
+def is_usable(call: Call) -> bool:
+    """Whether the scores of a call can be had here."""
+    return call.attended is not None or (call.scores is not None and _backend.is_usable(call.scores))
+
+
+def _call_of(sight: Sight, path: str) -> Call:
+    scores = sight.scores() if _backend.is_usable(sight.tensor) else None
+    products = None if scores is None else sight.products
+    return Call(sight.path[-1], scores, None, sight.masks, None, None, None, sight.order, path, products)
