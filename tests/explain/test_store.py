@@ -467,7 +467,7 @@ def test_a_finished_store_does_not_grow(model, tmp_path):
 
 @pytest.mark.backend_independent
 def test_a_call_that_fails_before_anything_is_stored_leaves_nothing(model, expected, tmp_path):
-    with pytest.raises(ValueError, match="no attention layer 'lost'"):
+    with pytest.raises(ValueError, match="no layer 'lost'"):
         stored(model, tmp_path / "scores.zarr", layers="lost")
     with pytest.raises(ValueError, match="`x` is empty"):
         stored(model, tmp_path / "scores.zarr", X[:0])
