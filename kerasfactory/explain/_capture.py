@@ -25,6 +25,7 @@ from kerasfactory.explain._engine.labels import (
     check_same_lengths,
     given_labels,
     labels_of,
+    sink_of,
     with_rows_of,
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
@@ -160,13 +161,13 @@ def capture(
             scores = _checked_scores(batch, shapes, given.names)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
-            arrays = {name: {"scores": rows} for name, rows in scores.items()}
+            arrays = {name: _arrays(rows, batch.found[name].has_sink) for name, rows in scores.items()}
             labeled = functools.partial(_labeled, model, batch, given)
             results.append(batch, arrays, nan, labeled)
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)
-    return {name: with_rows_of(x, dataset["scores"].rename(name)) for name, dataset in results.open().items()}
+    return {name: with_rows_of(x, _scores(dataset).rename(name)) for name, dataset in results.open().items()}
 
 
 def recomposition_error(
@@ -246,10 +247,20 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
     return scores
 
 
+def _arrays(scores: np.ndarray, has_sink: bool) -> dict[str, np.ndarray]:
+    return {"scores": scores} | ({"sink": sink_of(scores)} if has_sink else {})
+
+
 def _labeled(model: Any, batch: Batch, given: Given, layer: str, arrays: dict[str, np.ndarray]) -> xr.Dataset:
     scores = arrays["scores"]
     labels = labels_of(model, batch, layer, scores.shape, given, len(scores) != batch.size)
-    return xr.Dataset({"scores": xr.DataArray(scores, **labels)})
+    dataset = xr.Dataset({"scores": xr.DataArray(scores, **labels)})
+    return dataset.assign(sink=(labels["dims"][:-1], arrays["sink"])) if "sink" in arrays else dataset
+
+
+def _scores(dataset: xr.Dataset) -> xr.DataArray:
+    """What `_labeled` made, with the sink as a coordinate: only variables grow."""
+    return dataset.set_coords([name for name in dataset.data_vars if name == "sink"])["scores"]
 
 
 def _recomposed(call: Call) -> Any:

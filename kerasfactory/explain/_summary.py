@@ -18,7 +18,14 @@ from kerasfactory._arguments import positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of
-from kerasfactory.explain._engine.labels import check_axes, check_same_lengths, given_labels, labels_of, with_rows_of
+from kerasfactory.explain._engine.labels import (
+    check_axes,
+    check_same_lengths,
+    given_labels,
+    labels_of,
+    sink_of,
+    with_rows_of,
+)
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
 from kerasfactory.layers._attention import Mask
@@ -182,7 +189,10 @@ def summarize(
                     shapes[name], differences[name] = _shape(summary)[1:], difference
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
-            nan = {name: np.isnan(summary["entropy"]).any(axis=(1, 2)) for name, summary in arrays.items()}
+            nan = {
+                name: np.isnan(summary["entropy"]).reshape(len(summary["entropy"]), -1).any(1)
+                for name, summary in arrays.items()
+            }
             results.append(batch, arrays, nan, labeled)
         results.finish()
 
@@ -217,27 +227,29 @@ def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
 
 def _check(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None, wanted: _Wanted) -> None:
     check_axes(name, layer, shape, names)
-    if wanted.rows and max(wanted.rows) >= shape[2]:
+    queries = shape[-2]
+    if wanted.rows and max(wanted.rows) >= queries:
         raise ValueError(
-            f"`rows` must be positions of queries. Layer {name!r} has {shape[2]} queries: 0 to {shape[2] - 1}. Choose "
+            f"`rows` must be positions of queries. Layer {name!r} has {queries} queries: 0 to {queries - 1}. Choose "
             f"others, or other layers with `layers=[...]`. Received: rows={wanted.rows}"
         )
 
 
 def _dataset(arrays: dict[str, np.ndarray], labels: dict[str, Any], difference: float, wanted: _Wanted) -> xr.Dataset:
-    sample, head, query, key = labels["dims"]
+    *heads, query, key = labels["dims"]
     dims: dict[str, tuple[str, ...]] = {
-        "entropy": (sample, head, query),
-        "distance": (sample, head, query),
-        "received": (sample, head, key),
-        "top_key": (sample, head, query, "rank"),
-        "top_weight": (sample, head, query, "rank"),
-        "map": (sample, head, "query_bin", "key_bin"),
-        "row": (sample, head, "row", key),
+        "entropy": (*heads, query),
+        "distance": (*heads, query),
+        "received": (*heads, key),
+        "top_key": (*heads, query, "rank"),
+        "top_weight": (*heads, query, "rank"),
+        "map": (*heads, "query_bin", "key_bin"),
+        "row": (*heads, "row", key),
+        "sink": (*heads, query),
     }
     units = {"entropy": {"units": "nats"}, "distance": {"units": "positions"}}
     coordinates = dict(labels["coords"])
-    for name, size in zip(("query_bin", "key_bin"), _shape(arrays)[2:], strict=True):
+    for name, size in zip(("query_bin", "key_bin"), _shape(arrays)[-2:], strict=True):
         edges = _edges(size, wanted.map_size)
         coordinates |= {name: edges[:-1], f"{name}_end": (name, edges[1:])}
     if wanted.rows:
@@ -312,8 +324,10 @@ def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, n
     if call.attended is not None:
         return call.attended
     scores = _backend.as_numpy(call.scores)
-    if scores.ndim != 4 or len(attention_axes(call.layer)) > 1:
+    if len(attention_axes(call.layer)) > 1 or (scores.ndim != 4 and not call.path):
         raise _several_axes(call.layer)
+    own_shape = scores.shape
+    scores = scores.reshape(len(scores), -1, *own_shape[-2:])  # further axes are like heads
     summary, attends = _empty(scores.shape, wanted), np.zeros(scores.shape[:3], bool)
     visible = slice(0, scores.shape[3])
     for block in _blocks(scores.shape):
@@ -325,7 +339,8 @@ def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, n
         attends[block] = largest[..., 0] != _HIDDEN
         ones = np.ones(attends[block].shape, "float32")
         _fill(summary, block, visible, logits, weights, ones, attends[block], top, largest, wanted)
-    return _means(summary, attends, wanted), 0.0
+    summary = _means(summary, attends, wanted) | ({"sink": sink_of(scores)} if call.has_sink else {})
+    return {name: array.reshape(*own_shape[:-2], *array.shape[2:]) for name, array in summary.items()}, 0.0
 
 
 def _several_axes(layer: Any) -> ValueError:

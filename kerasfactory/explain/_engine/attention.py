@@ -99,6 +99,8 @@ class Call(NamedTuple):
     path: str = ""  # of an attention in other layers than `READ_LAYERS`: the names that lead to it
     # Of such a one: from the scores to what they make of the values, and what the layer made of them.
     products: Callable[[Any], tuple[Any, Any]] | None = None
+    has_sink: bool = False  # weights went to what is no key, and are left out
+    read_from: str = "_compute_attention"  # the function that gave the scores, or whose arguments give them again
 
 
 class Heads(NamedTuple):
@@ -213,7 +215,8 @@ def is_called(entry: Any, name: str, path: str) -> bool:
 
 def attention_axes(layer: Any) -> Sequence[int]:
     """The axes of the query over which the layer attends."""
-    return getattr(layer, "_attention_axes", None) or (1,)  # Keras' grouped layer knows one only
+    # Keras' grouped layer knows one only, and so does what is seen of other layers.
+    return (isinstance(layer, READ_LAYERS) and getattr(layer, "_attention_axes", None)) or (1,)
 
 
 def float_scores(call: Call) -> Any:
@@ -416,7 +419,7 @@ def window_of(layer: Any) -> int | None:
     return getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
 
 
-def _has_values(*tensors: Any) -> bool:
+def has_values(*tensors: Any) -> bool:
     return all(_backend.concrete(tensor) is not None and _backend.is_usable(tensor) for tensor in tensors)
 
 
@@ -426,7 +429,7 @@ def _mask_in_parts(layer: Any, compute_mask: Callable, args: tuple, kwargs: dict
     query, value = given.pop("query"), given.pop("value")
     explicit, causal = given.get("attention_mask"), bool(given.pop("use_causal_mask", False))
     tensors = [mask for mask in given.values() if mask is not None]
-    if len(query.shape) > 3 or not _has_values(*filter(ops.is_tensor, [query, value, *tensors])):
+    if len(query.shape) > 3 or not has_values(*filter(ops.is_tensor, [query, value, *tensors])):
         return None
     of_keras = compute_mask.__module__.startswith("keras.")
     if of_keras and explicit is not None and len(explicit.shape) == 4 and len(tensors) > 1:
@@ -441,7 +444,7 @@ def _heads(layer: Any, compute_attention: Callable, compute_mask: Callable, args
     mask, training = given.get("attention_mask"), given.get("training")
     asked = given.get("return_attention_scores") or layer.__dict__.get("_return_attention_scores")
     dropout = training and layer.dropout > 0
-    if asked or dropout or not _has_values(query, key, value):
+    if asked or dropout or not has_values(query, key, value):
         return None
     if mask is None and given.get("use_causal_mask"):
         mask = Mask((), causal=True, window=None)

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import keras
 from keras import ops
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.attention import ORDER, Call, is_called
+from kerasfactory.explain._engine.attention import ORDER, READ_LAYERS, Call, Heads, has_values, is_called
+from kerasfactory.layers._attention import mask_in_parts
 
 _REMEMBERED = 16  # results of a softmax that may still be contracted
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -30,8 +32,10 @@ class Sight(NamedTuple):
     scores: Callable[[], Any]  # (batch, any other axes, head, query, key)
     products: Callable[[Any], tuple[Any, Any]]  # from the scores to what they make of the values, and the real product
     masks: str
-    order: int  # as that of a `Call`
-    has_sink: bool = False  # weights went to what is no key, and are left out
+    order: int  # this and what follows: as those of a `Call`
+    read_from: str
+    has_sink: bool = False
+    attended: Any = None
 
 
 class _Softmax(NamedTuple):
@@ -48,8 +52,8 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
 
     Args:
         called: Gets the layers in whose call anything is multiplied.
-        attend: Called with the layers that are being called, the original fused function, and its arguments by name;
-            it may return the output in place of the function.
+        attend: From the layers that are being called, and the `Heads` that Keras' fused function is to attend with,
+            to its output (`None`: the function is to compute it) and to what `Call.attended` is to be.
     """
     sights: list[Sight] = []
     softmaxes: list[_Softmax] = []
@@ -82,7 +86,7 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
         for number, (operand, of_operand) in enumerate(zip(operands, letters, strict=True)):
             found = _softmax_of(operand, softmaxes, path)
             if found is not None and _is_attention(of_operand, of_operand[found.axis], letters[1 - number], out):
-                softmaxes.remove(found)
+                softmaxes[:] = [softmax for softmax in softmaxes if softmax is not found]
                 replaced = _replacing(again, operands, number)
                 sights.append(_contracted(path, found, operand, of_operand, letters[1 - number], out, replaced, result))
                 break
@@ -104,10 +108,11 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
 
     def dot_product_attention(original, run, query, key, value, **given):
         path, given = _backend.layers_being_called(), {"query": query, "key": key, "value": value, **given}
-        output = None if attend is None else attend(path, original, given)
+        heads = None if attend is None else _heads(path, original, given)
+        output, attended = (None, None) if heads is None else attend(path, heads)
         if output is None:
             output = run()
-            sights.append(_fused(path, given, output))
+        sights.append(_fused(path, given, output)._replace(attended=attended))
         return output
 
     notes = {"softmax": softmax, "einsum": einsum, "matmul": matmul, "dot_product_attention": dot_product_attention}
@@ -182,7 +187,7 @@ def _contracted(
         return again(ops.transpose(moved, back)), result
 
     has_sink = operand.shape[-1] != found.result.shape[-1]
-    return Sight(path, operand, canonical, products, "not known", next(ORDER), has_sink)
+    return Sight(path, operand, canonical, products, "not known", next(ORDER), "softmax", has_sink)
 
 
 def _order(scores: str, key: str, value: str, out: str) -> tuple[str, list[int]]:
@@ -205,7 +210,7 @@ def _order(scores: str, key: str, value: str, out: str) -> tuple[str, list[int]]
 def _fused(path: list[Any], given: dict[str, Any], output: Any) -> Sight:
     """What `keras.ops.dot_product_attention` computes, with its scores. The arguments are as it describes them."""
     query, key, value = (ops.cast(given[name], "float32") for name in ("query", "key", "value"))
-    bias, mask = given.get("bias"), given.get("mask")
+    bias, mask, soft_cap = (given.get(name) for name in ("bias", "mask", "attn_logits_soft_cap"))
     groups = query.shape[2] // key.shape[2]
 
     def scores():
@@ -213,6 +218,8 @@ def _fused(path: list[Any], given: dict[str, Any], output: Any) -> Sight:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         keys = ops.repeat(key, groups, axis=2) if groups > 1 else key
         logits = ops.einsum("bthd,bshd->bhts", query, keys) * scale
+        if soft_cap is not None:
+            logits = soft_cap * ops.tanh(logits / soft_cap)
         if bias is not None:
             logits = logits + ops.cast(bias, "float32")
         allowed = None if mask is None else ops.cast(mask, "bool")
@@ -232,7 +239,32 @@ def _fused(path: list[Any], given: dict[str, Any], output: Any) -> Sight:
 
     names = {"mask": mask is not None, "bias": bias is not None, "is_causal": bool(given.get("is_causal"))}
     masks = ", ".join(name for name, is_given in names.items() if is_given) or "none"
-    return Sight(path, query, scores, products, masks, next(ORDER))
+    return Sight(path, query, scores, products, masks, next(ORDER), "dot_product_attention")
+
+
+def _heads(path: list[Any], original: Callable, given: dict[str, Any]) -> Heads | None:
+    """What the fused function attends with; `None` if the scores have to be formed, or a layer of Keras calls it."""
+    plain = {"query", "key", "value", "mask", "scale", "is_causal", "flash_attention"}
+    others = [name for name, argument in given.items() if name not in plain and argument is not None]
+    query, key, value = (ops.convert_to_tensor(given[name]) for name in ("query", "key", "value"))
+    mask, scale = given.get("mask"), given.get("scale")
+    is_of_keras = any(isinstance(layer, READ_LAYERS) for layer in path)
+    if others or not path or is_of_keras or not has_values(query, key, value):
+        return None
+    dtype = keras.backend.result_type(query.dtype, key.dtype, value.dtype)
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = (ops.repeat(tensor, groups, axis=2) for tensor in (key, value))
+    if scale is not None:
+        query = query * ops.cast(scale * query.shape[-1] ** 0.5, query.dtype)
+    if mask is not None:
+        mask = ops.reshape(mask, (*[1] * (4 - len(mask.shape)), *mask.shape))
+    in_parts = mask_in_parts(attention_mask=mask, use_causal_mask=bool(given.get("is_causal")))
+
+    def own(query, key, value, allowed):
+        return original(query, key, value, mask=allowed, flash_attention=False)
+
+    return Heads(path[-1], *(ops.cast(tensor, dtype) for tensor in (query, key, value)), in_parts, own)
 
 
 def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], layers: Any) -> dict[str, list[Call]]:
@@ -242,21 +274,27 @@ def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], 
     """
     known = {id(call.layer) for of_layer in calls.values() for call in of_layer if is_usable(call)}
     rest = [sight for sight in sights if sight.path and not any(id(layer) in known for layer in sight.path)]
-    paths = {id(sight.path[-1]): _path_of(sight, model) for sight in rest}
+    paths = {id(sight.path[-1]): path_of(sight.path, model) for sight in rest}
     last = [path.rpartition("/")[2] for path in [*paths.values(), *calls]]
-    wanted = [layers] if isinstance(layers, str) else layers
     found = {name: of_layer for name, of_layer in calls.items() if any(map(is_usable, of_layer))}
     for owner, path in paths.items():
         short = path.rpartition("/")[2]
         name = short if last.count(short) == 1 else path
-        if wanted is None or any(is_called(entry, name, path) for entry in wanted):
+        if is_meant(layers, path):
             found[name] = [_call_of(sight, path) for sight in rest if id(sight.path[-1]) == owner]
     return {name: [] for name in calls} | found
 
 
-def _path_of(sight: Sight, model: Any) -> str:
-    layers = [layer.name for layer in sight.path if layer is not model]
+def path_of(called: list[Any], model: Any) -> str:
+    """The names of the layers that are being called, the outermost first."""
+    layers = [layer.name for layer in called if layer is not model]
     return "/".join(layers or [model.name])
+
+
+def is_meant(layers: Any, path: str) -> bool:
+    """Whether `layers`, an argument of the user, means the layer that a path leads to."""
+    wanted = [layers] if isinstance(layers, str) else layers
+    return wanted is None or any(is_called(entry, path, path) for entry in wanted)
 
 
 def is_usable(call: Call) -> bool:
@@ -265,6 +303,18 @@ def is_usable(call: Call) -> bool:
 
 
 def _call_of(sight: Sight, path: str) -> Call:
-    scores = sight.scores() if _backend.is_usable(sight.tensor) else None
-    products = None if scores is None else sight.products
-    return Call(sight.path[-1], scores, None, sight.masks, None, None, None, sight.order, path, products)
+    is_wanted = sight.attended is None and _backend.is_usable(sight.tensor)
+    return Call(
+        sight.path[-1],
+        scores=sight.scores() if is_wanted else None,
+        value=None,
+        masks=sight.masks,
+        query=None,
+        output=None,
+        attended=sight.attended,
+        order=sight.order,
+        path=path,
+        products=sight.products if is_wanted else None,
+        has_sink=sight.has_sink,
+        read_from=sight.read_from,
+    )

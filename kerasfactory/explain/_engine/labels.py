@@ -88,6 +88,7 @@ def attributes_of(call: Found) -> dict[str, Any]:
         "class": type(call.layer).__name__,
         "call": call.number,
         "masks": call.masks,
+        "read_from": call.read_from,
         "backend": keras.config.backend(),
         "keras_version": keras.__version__,
     }
@@ -102,6 +103,11 @@ def axis_names(layer: Any, rank: int) -> list[str]:
         queries, keys = ([f"{kind}_{number}" for number in range(len(axes))] for kind in ("query", "key"))
     other = [axis for axis in range(1, rank - len(axes)) if axis not in axes][: rank - 2 - 2 * len(axes)]
     return [*(f"axis_{axis}" for axis in other), "head", *queries, *keys]
+
+
+def sink_of(scores: np.ndarray) -> np.ndarray:
+    """The weight of each query that went to no key: (…, query), where rows without a sink would sum to 1."""
+    return np.clip(1 - scores.sum(axis=-1), 0, 1)
 
 
 def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None) -> None:

@@ -28,7 +28,14 @@ from kerasfactory.explain._engine.attention import (
     unseen_attention,
 )
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
-from kerasfactory.explain._engine.foreign import Sight, calls_of, is_usable, watching_operations
+from kerasfactory.explain._engine.foreign import (
+    Sight,
+    calls_of,
+    is_meant,
+    is_usable,
+    path_of,
+    watching_operations,
+)
 from kerasfactory.explain._engine.undo import alone, twin
 from kerasfactory.layers._attention import keeping_aside
 
@@ -53,7 +60,9 @@ class Found(NamedTuple):
     number: int  # of the call
     layer: Any
     masks: str
-    path: str = ""  # as that of the call
+    path: str = ""  # this and what follows: as those of the call
+    has_sink: bool = False
+    read_from: str = ""
 
 
 def observe(
@@ -71,9 +80,9 @@ def observe(
     With `only_scores`, `measure` looks at nothing else, and a model that is not compiled need not run to its end.
 
     With `attend` no scores are formed, nor masks as large as they: in place of each layer that attends as Keras' do,
-    it gets what the layer would attend with, and whether that is one of `layers`, and returns the layer's output
-    (`None`: the layer is to do it itself) and something for `measure`. The model then runs eagerly, and only so:
-    nothing is compared with a run that forms them.
+    and of Keras' fused function, it gets what they would attend with, and whether that is one of `layers`, and returns
+    their output (`None`: the layer is to do it itself) and something for `measure`. The model then runs eagerly, and
+    only so: nothing is compared with a run that forms them.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -215,11 +224,14 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], layers: Any, measure: Ca
     # The other layers attend in the same way: they would form what the chosen ones do not.
     others = [layer for layer in find_attention(model).values() if all(layer is not one for one in chosen.values())]
 
+    def attend_fused(path, heads):
+        return attend(heads, is_meant(layers, path_of(path, model)))
+
     def watched(state, data):
         with unchanged(model), _watching(chosen, attend) as seen:
             for layer in others:
                 Watch(layer, None, attend)
-            with watching_operations(called) as sights:
+            with watching_operations(called, attend_fused) as sights:
                 _, state = _backend.predict_step(model, state, data)
             measured = _measured(model, seen, sights, layers, measure, found, lost)
         return measured, state
@@ -248,7 +260,8 @@ def _measured(
         if not is_usable(call):
             lost.add(name)
             continue
-        found[full_name] = Found(name, number, weakref.ref(call.layer), call.masks, call.path)
+        about = (call.masks, call.path, call.has_sink, call.read_from)
+        found[full_name] = Found(name, number, weakref.ref(call.layer), *about)
         measured[full_name] = measure(call)
     return measured
 
