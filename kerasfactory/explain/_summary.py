@@ -189,10 +189,7 @@ def summarize(
                     shapes[name], differences[name] = _shape(summary)[1:], difference
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
-            nan = {
-                name: np.isnan(summary["entropy"]).reshape(len(summary["entropy"]), -1).any(1)
-                for name, summary in arrays.items()
-            }
+            nan = {name: _has_nan(summary["entropy"]) for name, summary in arrays.items()}
             results.append(batch, arrays, nan, labeled)
         results.finish()
 
@@ -218,6 +215,10 @@ def _checked_rows(rows: Any) -> list[int]:
     if not positions or min(positions) < 0:
         raise ValueError(f"`rows` must be a list of positions of queries, counted from 0. Received: rows={rows!r}")
     return positions
+
+
+def _has_nan(entropy: np.ndarray) -> np.ndarray:
+    return np.isnan(entropy).reshape(len(entropy), -1).any(axis=1)
 
 
 def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:

@@ -197,7 +197,8 @@ def choose_attention(model: Any, layers: Any) -> dict[str, Any]:
         if not any(is_called(entry, name, path) for name, (_, path) in named.items()) and not any(
             is_called(entry, path, path) for path in others
         ):
-            near = difflib.get_close_matches(str(entry), [*named, *others], n=1)
+            names = [*named, *others, *(path.rpartition("/")[2] for path in others)]
+            near = difflib.get_close_matches(str(entry), names, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise ValueError(
                 f"The model has no layer {entry!r}. {hint}Its attention layers of Keras are: "

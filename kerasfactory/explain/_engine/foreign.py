@@ -23,6 +23,8 @@ from kerasfactory.layers._attention import mask_in_parts
 _REMEMBERED = 16  # results of a softmax that may still be contracted
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+_INNERMOST = threading.local()  # `sights`: the list that this thread fills at present
+
 
 class Sight(NamedTuple):
     """An attention that was seen. The functions belong to the forward pass, and compute when they are called."""
@@ -57,12 +59,12 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     """
     sights: list[Sight] = []
     softmaxes: list[_Softmax] = []
-    thread, busy = threading.get_ident(), False
+    outer, busy = getattr(_INNERMOST, "sights", None), False
 
     def in_front_of(original, note):
         def either(*args, **kwargs):
             nonlocal busy
-            if busy or threading.get_ident() != thread:
+            if busy or getattr(_INNERMOST, "sights", None) is not sights:
                 return original(*args, **kwargs)
             busy = True  # what a function is made of is not looked at
             try:
@@ -122,8 +124,10 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     try:
         for (place, name, note), (_, _, original) in zip(places, before, strict=True):
             setattr(place, name, in_front_of(original, note))
+        _INNERMOST.sights = sights
         yield sights
     finally:
+        _INNERMOST.sights = outer
         for place, name, original in before:
             setattr(place, name, original)
 

@@ -332,7 +332,7 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict
             warn(f"These layers are not captured:{reasons}")
     elif missing:
         raise ValueError(f"These layers cannot be captured:{reasons}")
-    elif not chosen:
+    elif not seen:
         names = ", ".join(layer.name for layer in model.layers)
         raise ValueError(
             "The model has no attention that can be seen: no `MultiHeadAttention` or `GroupQueryAttention`, no softmax "
