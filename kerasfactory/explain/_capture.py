@@ -67,8 +67,11 @@ def capture(
     - A call of `keras.ops.dot_product_attention`. Its scores are computed again from its arguments.
 
     Without heads, the axis `head` has length 1. If there are several axes and it is not known which are heads, they are
-    called `axis_2` and so on. Weights of an attention sink are left out, so that rows sum to less than 1 by the weight
-    of the sink.
+    called `axis_2` and so on.
+
+    Some models have an attention sink: a column of the softmax that stands for no key and is dropped before the values
+    are met. It is left out here as well. Rows sum to less than 1, and the rest is the coordinate `sink`. A sink that
+    stays among the keys, with a row of zeros for its value, is a key like others.
 
     A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
     and layers that are called attention and in which no scores were seen. Linear attention forms none, and deformable
@@ -111,11 +114,16 @@ def capture(
           `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
           by their number.
 
-        Each row, over the keys, sums to 1. A masked key has weight 0. A row whose keys are all masked is 0.
+        Each row, over the keys, sums to 1. A masked key has weight 0. A row whose keys are all masked is 0. With an
+        attention sink, a coordinate `sink` (sample, head, query) is the weight that went to no key, from 0 to 1: 1
+        minus the sum of the row. It is a variable of that name in a `store`.
+
         A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, ….
         The attributes say the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
         `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
-        with and without observation, relative to the largest.
+        with and without observation, relative to the largest. `read_from` names the function that the scores were read
+        from: `_compute_attention`, the layer's own, returned them; `softmax` made them, and the values were multiplied
+        by them; `dot_product_attention` was called, and they are computed again from its arguments.
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the

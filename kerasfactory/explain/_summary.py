@@ -80,14 +80,20 @@ def summarize(
     block are whole here, their softmax needs no second pass, nor the online form that the paper uses.
 
     The model runs eagerly, each batch once, as `model.predict` would run it, with dropout off. Nothing of it is
-    changed. NumPy computes all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, also those that are
-    not in `layers`. It does so in single precision, from the model's own queries, keys and values. For a model in half
-    precision that is more exact than its own arithmetic.
+    changed. NumPy computes all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, and all calls of
+    `keras.ops.dot_product_attention` in other layers, also those that are not in `layers`. It does so in single
+    precision, from the model's own queries, keys and values. For a model in half precision that is more exact than its
+    own arithmetic.
 
-    Some layers form their scores nevertheless, and memory is then as for `capture`: a subclass with its own
-    `_compute_attention` or `_masked_softmax` (the summary is of what that returns; a weight of 0 counts as masked), a
-    layer that is called with `return_attention_scores=True`, and `keras.layers.Attention`. A subclass with its own
-    `call`, or its own way to make masks, forms the mask.
+    Elsewhere the scores are formed, and memory is then as for `capture`. This holds for
+
+    - a layer that forms them itself, with a softmax and a product, such as `keras.layers.Attention`;
+    - a call of `keras.ops.dot_product_attention` with a `bias` or a soft cap;
+    - a subclass of Keras' two layers with its own `_compute_attention` or `_masked_softmax` (the summary is of what
+      that returns; a weight of 0 counts as masked), or with a fused call of its own;
+    - a layer of Keras that is called with `return_attention_scores=True`.
+
+    A subclass with its own `call`, or its own way to make masks, forms the mask.
 
     Args:
         model: A `keras.Model`, as for `capture`.
@@ -117,19 +123,22 @@ def summarize(
           `key_bin_end` the first one after it.
         - `row` (sample, head, row, key), with `rows`: the scores of these queries, whose positions are the coordinate
           `position` (row).
+        - `sink` (sample, head, query), of a layer with an attention sink: the weight that went to no key, as in
+          `capture`. The other variables are of the keys alone, whose weights sum to less than 1 there.
 
         A query whose keys are all masked has entropy and distance 0, and neither top keys nor weights. Names of
         features are coordinates of `query` and `key`, where they fit. A model that folds another axis into the batch
-        gives `sequence` instead of `sample`.
+        gives `sequence` instead of `sample`. Axes `axis_2`, …, of which it is not known what they are, come before
+        `head`, as in `capture`.
 
         The attributes are those of `capture`. Only `prediction_difference` is another, since a run without observation
         might form all scores: it is the largest difference between the output computed here and that of the layer's own
-        `_compute_attention`, relative to the largest output. Up to 64 queries and 1,024 keys of the first sample are
-        compared. It is 0 where that method itself was used.
+        `_compute_attention` or of `keras.ops.dot_product_attention`, relative to the largest output. Up to 64 queries
+        and 1,024 keys of the first sample are compared. It is 0 where that method or function itself was used.
 
     Raises:
-        ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer attends over
-            several axes, or has axes beside the one it attends over.
+        ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer of Keras attends
+            over several axes, or has axes beside the one it attends over.
         RuntimeError: As `capture`.
         ImportError: As `capture`.
 

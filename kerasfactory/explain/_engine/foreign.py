@@ -26,6 +26,17 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _INNERMOST = threading.local()  # `sights`: the list that this thread fills at present
 
 
+@contextlib.contextmanager
+def noting_in(sights: "list[Sight] | None") -> Iterator[None]:
+    """Has this thread fill the list, and no other meanwhile: a model may be read in the middle of another."""
+    outer = getattr(_INNERMOST, "sights", None)
+    _INNERMOST.sights = sights
+    try:
+        yield
+    finally:
+        _INNERMOST.sights = outer
+
+
 class Sight(NamedTuple):
     """An attention that was seen. The functions belong to the forward pass, and compute when they are called."""
 
@@ -59,7 +70,7 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     """
     sights: list[Sight] = []
     softmaxes: list[_Softmax] = []
-    outer, busy = getattr(_INNERMOST, "sights", None), False
+    busy = False
 
     def in_front_of(original, note):
         def either(*args, **kwargs):
@@ -124,10 +135,9 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     try:
         for (place, name, note), (_, _, original) in zip(places, before, strict=True):
             setattr(place, name, in_front_of(original, note))
-        _INNERMOST.sights = sights
-        yield sights
+        with noting_in(sights):
+            yield sights
     finally:
-        _INNERMOST.sights = outer
         for place, name, original in before:
             setattr(place, name, original)
 

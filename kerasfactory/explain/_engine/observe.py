@@ -33,6 +33,7 @@ from kerasfactory.explain._engine.foreign import (
     calls_of,
     is_meant,
     is_usable,
+    noting_in,
     path_of,
     watching_operations,
 )
@@ -186,7 +187,7 @@ def _steps(model: Any, chosen: dict[str, Any], layers: Any, measure: Callable[[C
 
         def compared(state, data):
             model = model_reference()
-            with unchanged(model):
+            with unchanged(model), noting_in(None):
                 outputs, _ = _backend.predict_step(model, state, data)
             measured, state, watched_outputs = watched(state, data, sees_all=True)
             return measured, state, (outputs, watched_outputs)
