@@ -493,10 +493,10 @@ def test_what_stays_inside_a_loop_or_a_function_is_named(around, way):
 def test_a_loop_that_runs_eagerly_is_read(around):
     model = model_with(around, formed)
     scores = explain.capture(model, X[:2], verbose=0)
-    assert len(scores) == 3
+    assert {"outside", "attends#1", "attends#2"} <= set(scores)
     assert max(explain.recomposition_error(model, X[:2], verbose=0).values()) < 1e-5
     if BACKEND == "tensorflow":  # later batches are compiled
-        with pytest.raises(RuntimeError, match=r"In batch 2 the model called other attention layers"):
+        with pytest.raises(RuntimeError, match="In batch 2 the model called other attention layers"):
             explain.capture(model, X, batch_size=2, verbose=0)
 
 

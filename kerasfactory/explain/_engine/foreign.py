@@ -72,18 +72,21 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     softmaxes: list[_Softmax] = []
     busy = False
 
-    def in_front_of(original, note):
-        def either(*args, **kwargs):
-            nonlocal busy
-            if busy or getattr(_INNERMOST, "sights", None) is not sights:
-                return original(*args, **kwargs)
-            busy = True  # what a function is made of is not looked at
-            try:
-                return note(original, lambda: original(*args, **kwargs), *args, **kwargs)
-            finally:
-                busy = False
+    def in_front_of(note):
+        def made_of(original):
+            def either(*args, **kwargs):
+                nonlocal busy
+                if busy or getattr(_INNERMOST, "sights", None) is not sights:
+                    return original(*args, **kwargs)
+                busy = True  # what a function is made of is not looked at
+                try:
+                    return note(original, lambda: original(*args, **kwargs), *args, **kwargs)
+                finally:
+                    busy = False
 
-        return either
+            return either
+
+        return made_of
 
     def softmax(original, run, x, axis=-1):
         result = run()
@@ -122,21 +125,27 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
     def dot_product_attention(original, run, query, key, value, **given):
         path, given = _backend.layers_being_called(), {"query": query, "key": key, "value": value, **given}
         heads = None if attend is None else _heads(path, original, given)
-        output, attended = (None, None) if heads is None else attend(path, heads)
+        output, attended = (None, None) if attend is None or heads is None else attend(path, heads)
         if output is None:
             output = run()
         sights.append(_fused(path, given, output)._replace(attended=attended))
         return output
 
     notes = {"softmax": softmax, "einsum": einsum, "matmul": matmul, "dot_product_attention": dot_product_attention}
-    places = [(place, name, notes[operation]) for operation, place, name in _backend.operations()]
-    places += [(of_tensors, "__matmul__", matmul) for of_tensors in _backend.tensor_classes()]
+    with _in_place({name: in_front_of(note) for name, note in notes.items()}), noting_in(sights):
+        yield sights
+
+
+@contextlib.contextmanager
+def _in_place(in_front: dict[str, Callable]) -> Iterator[None]:
+    """Puts in the place of each function of Keras what is made of it, and them back afterward."""
+    places = [(place, name, in_front[operation]) for operation, place, name in _backend.operations()]
+    places += [(of_tensors, "__matmul__", in_front["matmul"]) for of_tensors in _backend.tensor_classes()]
     before = [(place, name, getattr(place, name)) for place, name, _ in places]
     try:
-        for (place, name, note), (_, _, original) in zip(places, before, strict=True):
-            setattr(place, name, in_front_of(original, note))
-        with noting_in(sights):
-            yield sights
+        for (place, name, made_of), (_, _, original) in zip(places, before, strict=True):
+            setattr(place, name, made_of(original))
+        yield
     finally:
         for place, name, original in before:
             setattr(place, name, original)
@@ -278,7 +287,8 @@ def _heads(path: list[Any], original: Callable, given: dict[str, Any]) -> Heads 
     def own(query, key, value, allowed):
         return original(query, key, value, mask=allowed, flash_attention=False)
 
-    return Heads(path[-1], *(ops.cast(tensor, dtype) for tensor in (query, key, value)), in_parts, own)
+    query, key, value = (ops.cast(tensor, dtype) for tensor in (query, key, value))
+    return Heads(path[-1], query, key, value, in_parts, own)
 
 
 def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], layers: Any) -> dict[str, list[Call]]:
