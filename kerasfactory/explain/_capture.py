@@ -77,7 +77,9 @@ def capture(
     and layers that are called attention and in which no scores were seen. Linear attention forms none, and deformable
     attention has no keys. What calls functions of the backend past Keras, such as
     `torch.nn.functional.scaled_dot_product_attention`, is not seen. A softmax over the features of a query, as some
-    kinds of linear attention have it, is taken for attention.
+    kinds of linear attention have it, is taken for attention. A function that a layer compiles by itself, by `jax.jit`
+    or `tf.function`, is noticed only while it is traced: if it has run before, attention in it may be missing without a
+    warning.
 
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet

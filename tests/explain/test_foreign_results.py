@@ -460,7 +460,7 @@ def compiled_by_itself(layer, x):
     if BACKEND == "jax":
         import jax
 
-        return jax.jit(layer)(x)
+        return jax.jit(lambda x: layer(x))(x)  # the layer itself would be traced once
     import tensorflow
 
     return tensorflow.function(layer)(x)
