@@ -328,6 +328,7 @@ def test_scores_are_those_of_a_model_made_by_hand(dropout):
         "class": "MultiHeadAttention",
         "call": 1,
         "masks": "query_mask, value_mask, use_causal_mask",
+        "read_from": "_compute_attention",
         "backend": BACKEND,
         "keras_version": keras.__version__,
         "prediction_difference": 0.0,
