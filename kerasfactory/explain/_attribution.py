@@ -65,7 +65,8 @@ def attribute(
     \(A_{hij}\), the weight of key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the
     heads, the methods are
 
-    - `"attention"`: \(\bar A_{ij}\), the mean over the layers. **Rows of the result sum to 1.**
+    - `"attention"`: \(\bar A_{ij}\), the mean over the layers. **Rows of the result sum to 1**, or to less where an
+      attention sink takes a part of the weight.
 
     - `"rollout"`: the attention of all layers multiplied, as `rollout` does it. **Rows sum to 1.** (Abnar & Zuidema
       2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928))
@@ -91,7 +92,15 @@ def attribute(
 
         the mean over the layers. Rows do not sum to 1; entries are 0 or more, in the unit of the layer's output. The
         vectors themselves, summed over the keys, with the output's bias, are that output. (Kobayashi et al. 2020,
-        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).)
+        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).) Of other attention than that of Keras'
+        layers with heads, no projection \(W^O\) is known. There it is the length of what the key adds to the result of
+        the attention itself, with the values \(v_{hj}\) of the heads side by side,
+
+        $$
+        \sqrt{\sum_h \bigl(A_{hij} \lVert v_{hj} \rVert_2\bigr)^2} .
+        $$
+
+        `keras.layers.Attention` and `AdditiveAttention` have no projection: it is exact for them.
 
     - `"integrated_gradients"`: a reading of the whole model, not of its attention, to set beside the others. The
       tokens \(x_j\) become the keys. They share out the change of the output \(y\) of the `target` along the
@@ -226,7 +235,7 @@ def attribute(
             position = None if query is None else _position(query, coordinates, shapes)
         for name, (values, _) in parts.items():
             check_same_lengths(name, values.shape[1:], shapes[name])
-        rows.append(_attributed(method, list(parts.values()), position))
+        rows.append(_attributed(method, parts, position))
         views.append(_in_view(batch, position))
 
     warn_of_difference(model, batch.difference)
@@ -294,9 +303,9 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
         so that its row is one of the identity. The attribute `layers` names them in their order.
 
     Raises:
-        ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1; if
-            layers differ in their samples or lengths, or attend to other positions than they attend from
-            (cross-attention).
+        ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1, as with
+            an attention sink; if layers differ in their samples or lengths, or attend to other positions than they
+            attend from (cross-attention).
 
     Warns:
         UserWarning: If scores are NaN. They make the whole sample NaN.
@@ -328,13 +337,14 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
                 f"Rollout needs scores with the dimensions {dims}. Those of layer {name!r} have {array.dims}. Leave it "
                 "out: `explain.capture(..., layers=[...])`."
             )
+    _check_no_sink([name for name, array in arrays.items() if "sink" in array.coords])
     arrays = {name: array.transpose(*dims) for name, array in arrays.items()}
     _check_square({name: array.shape[2:] for name, array in arrays.items()})
     samples = {name: array.sizes["sample"] for name, array in arrays.items()}
     if len(set(samples.values())) > 1:
         raise ValueError(f"All layers must have scores of the same samples. Received: {samples}")
 
-    result = _rolled_out([_heads_merged(array.values) for array in arrays.values()])
+    result = _rolled_out({name: _heads_merged(array.values) for name, array in arrays.items()})
     bad = np.flatnonzero(np.isnan(result).any(axis=(1, 2)))
     if len(bad):
         warn(f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.")
@@ -409,6 +419,8 @@ def _checked_axes(
     model: Any, batch: Batch, shapes: dict[str, tuple[int, ...]], method: str, given: Given
 ) -> dict[str, Any]:
     """The names along `query` and `key` of the first layer, as `capture` gives them, if the layers go together."""
+    if method == "rollout":
+        _check_no_sink([name for name in shapes if batch.found[name].has_sink])
     if method == "rollout" or (method == "attention_gradient" and len(shapes) > 1):
         _check_square(shapes)
     _number_of_keys(shapes)
@@ -426,6 +438,15 @@ def _number_of_keys(shapes: Mapping[str, tuple[int, ...]]) -> int:
             "those that do, with `layers=[...]`."
         )
     return next(iter(keys.values()))
+
+
+def _check_no_sink(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"Rollout needs rows of scores that sum to 1. Those of {', '.join(map(repr, names))} sum to less, because "
+            "an attention sink takes a part of the weight and holds nothing. Leave them out with `layers=[...]`, or "
+            "take another method."
+        )
 
 
 def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -497,10 +518,11 @@ def _control(method: str, values: np.ndarray, in_view: np.ndarray, rng: np.rando
     return shares / np.where(total == 0, 1, total)
 
 
-def _attributed(method: str, parts: list[tuple[np.ndarray, np.ndarray]], position: int | None) -> np.ndarray:
+def _attributed(method: str, measured: dict[str, tuple[np.ndarray, np.ndarray]], position: int | None) -> np.ndarray:
     """(sample, feature), of what was measured of each layer: (sample, query, key), and who attends: (sample, query)."""
+    parts = list(measured.values())
     if method == "rollout":
-        return _pooled(_rolled_out(parts), parts[-1][1], position)
+        return _pooled(_rolled_out(measured), parts[-1][1], position)
     if method == "attention_gradient":
         relevance = parts[0][0]  # without the identity
         for values, _ in parts[1:]:
@@ -518,14 +540,14 @@ def _pooled(values: np.ndarray, attends: np.ndarray, position: int | None) -> np
     return np.einsum("sqk,sq->sk", values, weights.astype(values.dtype))
 
 
-def _rolled_out(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _rolled_out(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     result: Any = None
-    for values, attends in parts:
+    for name, (values, attends) in parts.items():
         sums = values.sum(axis=-1, keepdims=True)
         if (np.abs(sums[attends] - 1) > _NO_DISTRIBUTION).any():
             raise ValueError(
-                "Rollout needs rows of scores that sum to 1, as those of a softmax. Here are some that sum to "
-                f"{np.nanmin(sums[attends]):.2f} and to {np.nanmax(sums[attends]):.2f}. Choose other layers."
+                f"Rollout needs rows of scores that sum to 1, as those of a softmax. Layer {name!r} has some that sum "
+                f"to {np.nanmin(sums[attends]):.2f} and to {np.nanmax(sums[attends]):.2f}. Choose other layers."
             )
         identity = np.eye(values.shape[-1], dtype=values.dtype)
         mixed = np.where(attends[..., None], (values / np.where(sums == 0, 1, sums) + identity) / 2, identity)
@@ -550,6 +572,10 @@ def _value_norms(call: Call) -> tuple[Any, Any]:
     """How long the vectors are that keys add to queries, (batch, query, key), and the scores."""
     layer, scores = call.layer, float_scores(call)
     _check_one_axis(layer, scores.shape)
+    if call.values is not None:
+        sizes = ops.norm(ops.cast(call.values(), scores.dtype), axis=-1)  # (batch, key, head)
+        weighted = scores * ops.transpose(sizes, (0, 2, 1))[:, :, None]
+        return ops.sqrt(ops.sum(ops.square(weighted), axis=1)), scores
     value = ops.cast(call.value, scores.dtype)
     of_queries = {"scores": ops.transpose(scores, (2, 0, 1, 3))}
     projected: Any = None

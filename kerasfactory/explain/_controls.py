@@ -79,6 +79,7 @@ def attention_controls(
       If none are found, this does not prove that there are none.
 
     A query without a key in view keeps what the layer gives it: with Keras' fused attention, the mean of all values.
+    Where an attention sink takes a part of the weight, it keeps that part, and all scores of a row sum to the rest.
 
     If uniform attention leaves the output as it is, attention does not decide the output, whatever the map looks like.
     That other scores give the same output is weaker evidence. The adversary may find scores that the model could not
@@ -406,9 +407,19 @@ class _Batch(NamedTuple):
         change = _backend.as_numpy(self.runs.change(outputs, self.own_scores))
         return np.stack([change, _distance(self.own, scores)])
 
+    def sums(self, name: str) -> np.ndarray:
+        """Those of the rows, over the keys: 1, less what goes to an attention sink, or 0 without a key in view."""
+        return self.own[name].sum(axis=-1, keepdims=True)
+
+    def uniform(self) -> dict[str, np.ndarray]:
+        return {
+            name: visible * self.sums(name) / np.maximum(visible.sum(axis=-1, keepdims=True, dtype="float32"), 1)
+            for name, visible in self.visible.items()
+        }
+
     def losses(self) -> np.ndarray:
         """With the model's own scores and with uniform ones: (2, sample)."""
-        uniform = {name: _uniform(visible) for name, visible in self.visible.items()}
+        uniform = self.uniform()
         outputs = [output_at(self.predict(scores), self.runs.part) for scores in (self.own, uniform)]
         return np.stack([loss_values(self.runs.loss, self.labels, one) for one in outputs])
 
@@ -418,7 +429,7 @@ class _Batch(NamedTuple):
         def run(scores):
             return self.compared(self.predict(scores), scores)
 
-        uniform = run({name: _uniform(visible) for name, visible in self.visible.items()})
+        uniform = run(self.uniform())
         permuted = [
             run({name: _permuted(scores, self.visible[name], self.streams) for name, scores in self.own.items()})
             for _ in range(draws)
@@ -453,8 +464,7 @@ class _Batch(NamedTuple):
         for step in range(1, steps + 1):
             scores = {}
             for name, values in logits.items():
-                attends = self.visible[name].any(axis=-1, keepdims=True)
-                scores[name] = (special.softmax(values, axis=-1) * attends).astype("float32")
+                scores[name] = (special.softmax(values, axis=-1) * self.sums(name)).astype("float32")
             more = penalty_weights.astype("float32"), self.own_scores
             gradients, outputs, _ = self.runs.edit.gradient(self.inputs, _replaced, scores, self.runs.penalty, more)
             result = self.compared(outputs, scores)
@@ -465,7 +475,8 @@ class _Batch(NamedTuple):
                 divergence_slope = np.log2(np.maximum(weights, 1e-12) / np.maximum(middle, 1e-12)) / 2
                 divergence_slope = divergence_slope / rows.reshape(-1, *[1] * (weights.ndim - 1))
                 slope = _backend.as_numpy(gradients[name]) - divergence_slope
-                slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True))  # by the logits
+                of_rows = (weights * slope).sum(axis=-1, keepdims=True) / np.maximum(self.sums(name), 1e-12)
+                slope = weights * (slope - of_rows)  # by the logits
                 mean, square = moments[name]  # Adam's (Kingma & Ba 2015)
                 mean += 0.1 * (slope - mean)
                 square += 0.01 * (slope**2 - square)
@@ -475,10 +486,6 @@ class _Batch(NamedTuple):
 def _replaced(name: str, scores: Any, given: Any) -> Any:
     # A query without a key in view has no other scores than its own.
     return ops.where(ops.any(given[name] != 0, axis=-1, keepdims=True), given[name], ops.cast(scores, "float32"))
-
-
-def _uniform(visible: np.ndarray) -> np.ndarray:
-    return visible.astype("float32") / np.maximum(visible.sum(axis=-1, keepdims=True, dtype="float32"), 1)
 
 
 def _permuted(scores: np.ndarray, visible: np.ndarray, streams: list[np.random.Generator]) -> np.ndarray:

@@ -61,6 +61,9 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     weight, so that a head whose other weights underflow to 0 counts as sharp. If your masks differ from head to head,
     pass one head at a time: `scores.sel(head=[0])`.
 
+    Where an attention sink takes a part of the weight (scores with a coordinate `sink`), \(A_{ij}\) is what the real
+    keys get, divided by its sum: where a query looks among the keys, whatever it leaves to the sink.
+
     Args:
         weights: The scores of a layer as `capture` returns them, a DataArray with the dimensions `sample` (or
             `sequence`), `head`, `query`, `key`; or the dictionary itself. The first dimension may be missing, as in
@@ -82,7 +85,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
 
     Raises:
         ValueError: If `weights` has other dimensions, as with several attention axes; if it is empty; and if rows do
-            not sum to 1, or hold negative numbers.
+            not sum to 1 (to 1 or less, with a sink), or hold negative numbers.
 
     Example:
         ```python
@@ -124,7 +127,7 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     step = max(1, _BLOCK * len(weights) // weights.size)
     sums: dict[str, Any] = {}
     for start in range(0, len(weights), step):
-        add_sums(sums, weights[start : start + step].to_numpy(), name)
+        add_sums(sums, weights[start : start + step].to_numpy(), name, "sink" in weights.coords)
     dataset = statistics_of(sums).assign_attrs(weights.attrs)
     heads = weights.get_index("head")
     return dataset.assign_coords(head=heads, head_other=("head_other", heads))
@@ -139,11 +142,12 @@ def check_dims(name: Any, dims: Sequence[str]) -> None:
         )
 
 
-def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any) -> None:
+def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any, has_sink: bool) -> None:
     """Adds to `sums` those of `scores` (sample, head, query, key) over samples and queries, for `statistics_of`."""
     total = scores.sum(-1, dtype="float64")
     attends = total != 0  # (sample, head, query); NaN counts
-    if (np.abs(total - 1) > _ROW_SUM)[attends].any() or (scores < 0).any():
+    missed = total - 1 if has_sink else np.abs(total - 1)
+    if (missed > _ROW_SUM)[attends].any() or (scores < 0).any():
         raise ValueError(
             f"The scores of layer {name!r} are no weights: each row over the keys must be at least 0 and sum to 1, or "
             f"be 0 if the query may look at nothing. Received rows that sum to {total.min():.3g} up to "

@@ -19,7 +19,8 @@ class AttentionMonitor(keras.callbacks.Callback):
     r"""A callback that records, while a model trains, what its heads do with some fixed samples.
 
     Before the first epoch and after every `every`-th one, the samples run through the model as `capture` runs them,
-    batch by batch, and the four numbers of `head_statistics` are kept for each head. Scores are not kept: memory
+    batch by batch, and the four numbers of `head_statistics` are kept for each head (of an attention with a sink too:
+    of the weights of the real keys, divided by their sum). Scores are not kept: memory
     for them is that of one batch. What grows with the epochs is `history`, by 8 (3 H + H²) bytes a record for a
     layer with H heads.
 
@@ -131,7 +132,8 @@ class AttentionMonitor(keras.callbacks.Callback):
         for batch in observe(self.model, self.x, self.layers, self.batch_size, 0, float_scores):
             for name, scores in batch.measured.items():
                 check_dims(name, ["sample", *axis_names(batch.found[name].layer, len(scores.shape))])
-                add_sums(sums.setdefault(name, {}), _backend.as_numpy(scores), name)
+                has_sink = batch.found[name].has_sink
+                add_sums(sums.setdefault(name, {}), _backend.as_numpy(scores), name, has_sink)
         self._records[epoch] = {
             name: statistics_of(of_layer).assign_attrs(attributes_of(batch.found[name]))
             for name, of_layer in sums.items()

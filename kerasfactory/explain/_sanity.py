@@ -1,5 +1,6 @@
 """Whether an attribution comes from what a model has learned, and whether models trained alike agree on it."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from keras import ops
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._engine.attention import find_attention
+from kerasfactory.explain._engine.attention import all_layers, find_attention, float_scores
 from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, in_arrays, progress_bar, sampled
+from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
 from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
@@ -73,7 +75,9 @@ def parameter_randomization(
         task: What the outputs mean, as for `attribute`, if `method` is one of its methods.
         target: The output, as for `attribute`, if `method` is one of its methods.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
-        parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model.
+        parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model. The weights
+            of an attention in any other layer than Keras' own are those of that layer, or, if it has none, as
+            `keras.layers.Attention`, of the smallest layer around it that has some.
         special_tokens: What stands for no feature, as for `attribute`: it is out of view. Masks are in the coordinate
             `in_view` of what `method` returns, or else read from the model if `x` is one array with the features along
             axis 1.
@@ -100,7 +104,9 @@ def parameter_randomization(
 
     Raises:
         ValueError: As `attribute`; if `x` is no array, or an argument is out of range; if the function `method` returns
-            something that is not (sample, feature), or holds NaN, or has another shape with other weights.
+            something that is not (sample, feature), or holds NaN, or has another shape with other weights; if
+            `parameters` is `"attention"`, and the model has none that can be seen, or only one around which no layer
+            but the model itself has weights.
 
     Example:
         ```python
@@ -144,7 +150,7 @@ def parameter_randomization(
     trained_attribution = attributed()
     in_view = _checked_view(trained_attribution, model, x, special_tokens, batch_size)
     own = _shares(trained_attribution, in_view)
-    owners = find_attention(model).values() if parameters == "attention" else [model]
+    owners = _owners(model, in_arrays(x), batch_size) if parameters == "attention" else [model]
     variables = {id(variable): variable for owner in owners for variable in owner.weights}.values()  # each once
     trained = [(variable, _backend.as_numpy(ops.convert_to_tensor(variable))) for variable in variables]
     distance, null = np.empty(draws), np.empty((draws, _RELABELINGS))
@@ -173,6 +179,30 @@ def parameter_randomization(
         {"method": name, "parameters": parameters, "samples": len(chosen)}
         | {"draws": draws, "tolerance": tolerance, "level": level, "seed": seed},
     )
+
+
+def _owners(model: keras.Model, x: Any, batch_size: int | None) -> list[Any]:
+    """The layers whose weights make the attention of a model."""
+    of_keras = list(find_attention(model).values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
+        try:
+            found = next(observe(model, x, None, batch_size, 0, float_scores, only_scores=True)).found
+        except ValueError:
+            if not of_keras:
+                raise
+            return of_keras
+    with_weights = [layer for layer in all_layers(model) if layer is not model and layer.weights]
+    owners = []
+    for name, call in found.items():
+        around = [layer for layer in with_weights if any(call.layer is inner for inner in all_layers(layer))]
+        if not around:
+            raise ValueError(
+                f"No layer around the attention {name!r} has weights, but the model itself. Shuffle all of them, with "
+                '`parameters="all"`.'
+            )
+        owners.append(min(around, key=lambda layer: len(all_layers(layer))))
+    return owners + of_keras
 
 
 def _shuffled(variable: Any, values: np.ndarray, rng: np.random.Generator) -> Any:

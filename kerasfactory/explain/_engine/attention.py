@@ -101,6 +101,7 @@ class Call(NamedTuple):
     products: Callable[[Any], tuple[Any, Any]] | None = None
     has_sink: bool = False  # weights went to what is no key, and are left out
     read_from: str = "_compute_attention"  # the function that gave the scores, or whose arguments give them again
+    values: Callable[[], Any] | None = None  # in place of `value`: (batch, key, head, size of a head)
 
 
 class Heads(NamedTuple):

@@ -3,9 +3,12 @@
 Nothing of the model is changed, as with `observe`.
 """
 
+import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from keras import ops, tree
 
@@ -18,6 +21,7 @@ from kerasfactory.explain._engine.attention import (
     float_scores,
     unchanged,
 )
+from kerasfactory.explain._engine.foreign import Sight, watching_operations
 from kerasfactory.explain._engine.observe import (
     Found,
     compile_options,
@@ -58,17 +62,25 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
     names = {(found.name, found.number): name for name, found in first.found.items()}
-    attentions = {found.name: found.layer for found in first.found.values()}
+    of_keras = {found.name: found.layer for found in first.found.values() if not found.path}
+    foreign = {found.name: found.layer for found in first.found.values() if found.path}
 
     def run(state, data, edit, given):
         before: dict[str, Any] = {}
+
+        def edited(name, scores, weights):
+            before[name] = scores
+            return edit(name, weights, given)
+
         with unchanged(model):
             for layer in find_attention(model).values():
-                if all(layer is not edited for edited in attentions.values()):
+                if all(layer is not edited for edited in of_keras.values()):
                     differentiate_rightly(layer)
-            for layer_name, layer in attentions.items():
-                _edit_calls(layer, layer_name, names, lambda name, scores: edit(name, scores, given), before)
-            outputs, _ = _backend.predict_step(model, state, data)
+            for layer_name, layer in of_keras.items():
+                _edit_calls(layer, layer_name, names, edited)
+            of_sight = _edit_of_sights(of_keras, foreign, names, edited)
+            with watching_operations(WeakSet(), edit=of_sight) if foreign else contextlib.nullcontext():
+                outputs, _ = _backend.predict_step(model, state, data)
         return outputs, before
 
     options = compile_options(model)
@@ -138,18 +150,32 @@ def _check_made_of_scores(model: Any, batch: tuple, run: Callable) -> None:
         )
 
 
-def _edit_calls(
-    layer: Any, layer_name: str, names: dict[tuple[str, int], str], edit: Callable, before: dict[str, Any]
-) -> None:
-    """Has the layer attend with edited scores in each of its calls, whose own scores are noted in `before`."""
+def _edit_calls(layer: Any, layer_name: str, names: dict[tuple[str, int], str], edited: Callable) -> None:
+    """Has a layer of Keras attend with edited scores in each of its calls."""
     numbers = itertools.count(1)
+    edit_scores(layer, lambda scores, weights: edited(names[layer_name, next(numbers)], scores, weights))
 
-    def edited(scores, weights):
-        name = names[layer_name, next(numbers)]
-        before[name] = scores
-        return edit(name, weights)
 
-    edit_scores(layer, edited)
+def _edit_of_sights(
+    of_keras: dict[str, Any], foreign: dict[str, Any], names: dict[tuple[str, int], str], edited: Callable
+) -> Callable[[Sight], Any]:
+    """From what is seen as the model runs to its edited scores, or to `None` if it is not to be edited."""
+    numbers: Counter[str] = Counter()
+    known = {id(layer) for layer in of_keras.values()}
+    owners = {id(layer): name for name, layer in foreign.items()}
+
+    def of_sight(sight):
+        layer_name = owners.get(id(sight.path[-1])) if sight.path else None
+        if layer_name is None or any(id(layer) in known for layer in sight.path):
+            return None
+        numbers[layer_name] += 1
+        name = names.get((layer_name, numbers[layer_name]))
+        if name is None:  # its scores cannot be had outside a loop
+            return None
+        scores = sight.scores()
+        return edited(name, scores, scores)
+
+    return of_sight
 
 
 def _tensors(given: Any) -> Any:

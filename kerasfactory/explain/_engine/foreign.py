@@ -44,6 +44,8 @@ class Sight(NamedTuple):
     tensor: Any  # one of those that it computes with
     scores: Callable[[], Any]  # (batch, any other axes, head, query, key)
     products: Callable[[Any], tuple[Any, Any]]  # from the scores to what they make of the values, and the real product
+    edited: Callable[[Any], Any]  # from other scores to what stands in for the real product
+    values: Callable[[], Any]  # (batch, any other axes, key, head, size of a head)
     masks: str
     order: int  # this and what follows: as those of a `Call`
     read_from: str
@@ -58,7 +60,9 @@ class _Softmax(NamedTuple):
 
 
 @contextlib.contextmanager
-def watching_operations(called: WeakSet[Any], attend: Callable | None = None) -> Iterator[list[Sight]]:
+def watching_operations(
+    called: WeakSet[Any], attend: Callable | None = None, edit: Callable[[Sight], Any] | None = None
+) -> Iterator[list[Sight]]:
     """Fills a list with the attention that this thread computes by Keras' functions.
 
     For the time of this, functions of ours stand in front of those of Keras. Other threads pass through them.
@@ -67,6 +71,7 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
         called: Gets the layers in whose call anything is multiplied.
         attend: From the layers that are being called, and the `Heads` that Keras' fused function is to attend with,
             to its output (`None`: the function is to compute it) and to what `Call.attended` is to be.
+        edit: Called with each attention that is seen; returns other scores for it, or `None`.
     """
     sights: list[Sight] = []
     softmaxes: list[_Softmax] = []
@@ -88,6 +93,11 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
 
         return made_of
 
+    def noted(sight, result):
+        sights.append(sight)
+        scores = None if edit is None else edit(sight)
+        return result if scores is None else ops.cast(sight.edited(scores), result.dtype)
+
     def softmax(original, run, x, axis=-1):
         result = run()
         rank = len(x.shape)
@@ -103,9 +113,9 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
             found = _softmax_of(operand, softmaxes, path)
             if found is not None and _is_attention(of_operand, of_operand[found.axis], letters[1 - number], out):
                 softmaxes[:] = [softmax for softmax in softmaxes if softmax is not found]
+                values = operands[1 - number], letters[1 - number]
                 replaced = _replacing(again, operands, number)
-                sights.append(_contracted(path, found, operand, of_operand, letters[1 - number], out, replaced, result))
-                break
+                return noted(_contracted(path, found, operand, of_operand, *values, out, replaced, result), result)
         return result
 
     def einsum(original, run, subscripts, *operands, **kwargs):
@@ -128,8 +138,7 @@ def watching_operations(called: WeakSet[Any], attend: Callable | None = None) ->
         output, attended = (None, None) if attend is None or heads is None else attend(path, heads)
         if output is None:
             output = run()
-        sights.append(_fused(path, given, output)._replace(attended=attended))
-        return output
+        return noted(_fused(path, given, output)._replace(attended=attended), output)
 
     notes = {"softmax": softmax, "einsum": einsum, "matmul": matmul, "dot_product_attention": dot_product_attention}
     with _in_place({name: in_front_of(note) for name, note in notes.items()}), noting_in(sights):
@@ -194,7 +203,15 @@ def _replacing(again: Callable, operands: tuple, number: int) -> Callable[[Any],
 
 
 def _contracted(
-    path: list[Any], found: _Softmax, operand: Any, scores: str, value: str, out: str, again: Callable, result: Any
+    path: list[Any],
+    found: _Softmax,
+    operand: Any,
+    scores: str,
+    of_values: Any,
+    value: str,
+    out: str,
+    again: Callable,
+    result: Any,
 ) -> Sight:
     order, counts = _order(scores, scores[found.axis], value, out)
     there, back = [scores.index(letter) for letter in order], [order.index(letter) for letter in scores]
@@ -205,12 +222,37 @@ def _contracted(
         folded = [functools.reduce(operator.mul, itertools.islice(sizes, count), 1) for count in counts]
         return ops.reshape(moved, folded)
 
-    def products(canonical_scores):
+    def edited(canonical_scores):
         moved = ops.reshape(canonical_scores, ops.shape(ops.transpose(operand, there)))
-        return again(ops.transpose(moved, back)), result
+        return again(ops.transpose(moved, back))
+
+    def values():
+        sizes = dict(zip(scores, ops.shape(operand), strict=True))
+        *others, heads, _, _ = [list(itertools.islice(letters, count)) for letters in [iter(order)] for count in counts]
+        ahead = [*itertools.chain(*others), order[-1]]
+        rest = [letter for letter in value if letter not in scores]
+        moved = ops.transpose(of_values, [value.index(letter) for letter in [*ahead, *heads, *rest] if letter in value])
+        for place, letter in enumerate([*ahead, *heads]):
+            if letter not in value:  # it is the same along this axis
+                moved = ops.expand_dims(moved, place)
+        of_rest = ops.shape(moved)[len(ahead) + len(heads) :]
+        moved = ops.broadcast_to(moved, [*(sizes[letter] for letter in [*ahead, *heads]), *of_rest])
+        count = functools.reduce(operator.mul, (sizes[letter] for letter in heads), 1)
+        return ops.reshape(moved, [*(sizes[letter] for letter in ahead), count, -1])
 
     has_sink = operand.shape[-1] != found.result.shape[-1]
-    return Sight(path, operand, canonical, products, "not known", next(ORDER), "softmax", has_sink)
+    return Sight(
+        path,
+        operand,
+        canonical,
+        lambda scores: (edited(scores), result),
+        edited,
+        values,
+        "not known",
+        next(ORDER),
+        "softmax",
+        has_sink,
+    )
 
 
 def _order(scores: str, key: str, value: str, out: str) -> tuple[str, list[int]]:
@@ -254,15 +296,24 @@ def _fused(path: list[Any], given: dict[str, Any], output: Any) -> Sight:
         weights = ops.softmax(ops.where(allowed, logits, -1e30))
         return ops.where(ops.any(ops.broadcast_to(allowed, ops.shape(logits)), axis=-1, keepdims=True), weights, 0.0)
 
+    def values():
+        return ops.repeat(value, groups, axis=2) if groups > 1 else value
+
+    def sees_a_key(scores):
+        return ops.transpose(ops.any(scores != 0, axis=-1, keepdims=True), (0, 2, 1, 3))
+
     def products(scores):
-        values = ops.repeat(value, groups, axis=2) if groups > 1 else value
-        sees_a_key = ops.transpose(ops.any(scores != 0, axis=-1, keepdims=True), (0, 2, 1, 3))
-        real = ops.where(sees_a_key, ops.cast(output, "float32"), 0.0)
-        return ops.einsum("bhts,bshd->bthd", scores, values), real
+        made, real = ops.einsum("bhts,bshd->bthd", scores, values()), ops.cast(output, "float32")
+        return made, ops.where(sees_a_key(scores), real, 0.0)
+
+    def edited(others):
+        made = products(others)[0]
+        # What the function returned for queries that may attend to no key is made of no scores.
+        return made if mask is None else ops.where(sees_a_key(scores()), made, ops.cast(output, "float32"))
 
     names = {"mask": mask is not None, "bias": bias is not None, "is_causal": bool(given.get("is_causal"))}
     masks = ", ".join(name for name, is_given in names.items() if is_given) or "none"
-    return Sight(path, query, scores, products, masks, next(ORDER), "dot_product_attention")
+    return Sight(path, query, scores, products, edited, values, masks, next(ORDER), "dot_product_attention")
 
 
 def _heads(path: list[Any], original: Callable, given: dict[str, Any]) -> Heads | None:
@@ -341,4 +392,5 @@ def _call_of(sight: Sight, path: str) -> Call:
         products=sight.products if is_wanted else None,
         has_sink=sight.has_sink,
         read_from=sight.read_from,
+        values=sight.values if is_wanted else None,
     )

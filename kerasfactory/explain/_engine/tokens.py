@@ -3,10 +3,12 @@
 Nothing of the model is changed, as with `observe`.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import (
+    ORDER,
     Call,
     Watch,
     all_layers,
@@ -23,6 +26,7 @@ from kerasfactory.explain._engine.attention import (
     unchanged,
 )
 from kerasfactory.explain._engine.data import size_of
+from kerasfactory.explain._engine.foreign import calls_of, is_usable, watching_operations
 from kerasfactory.explain._engine.observe import compile_options, state_of
 from kerasfactory.explain._engine.undo import stand_in
 from kerasfactory.layers import FeatureTokenizer
@@ -73,7 +77,11 @@ def token_scaler(model: Any, batch: tuple, layers: Any, keys: int) -> TokenScale
             of_tokens = ops.take(scales, keys_of_tokens[place], axis=1)
             return tokens * ops.cast(of_tokens[:, :, None], tokens.dtype)
 
-        return tree.map_structure(as_float, _run(model, state, data, scaled, find_attention(model).values()))
+        with _changing(model, data, scaled) as data:
+            for layer in find_attention(model).values():
+                differentiate_rightly(layer)
+            outputs, _ = _backend.predict_step(model, state, data)
+        return tree.map_structure(as_float, outputs)
 
     def outputs_step(state, data):
         return run(state, *data)
@@ -136,15 +144,14 @@ def missed(integral: Integral) -> np.ndarray:
 
 def _tokens_of_keys(model: Any, batch: tuple, layers: Any, keys: int) -> dict[_Place, np.ndarray]:
     """The places of the tokens, each with the number of the key that each token becomes (`keys` for none)."""
-    attentions = list(choose_attention(model, layers).values())
     samples = tree.map_structure(lambda array: ops.repeat(array[:1], 2, axis=0), batch)
-    lengths = _lengths(model, samples, attentions)
+    lengths = _lengths(model, samples, layers)
     if len(lengths) == 1 and list(lengths.values()) == [keys]:
         return {place: np.arange(keys) for place in lengths}
     of_layers = {place: length for place, length in lengths.items() if place.layer is not None}
     of_inputs = {place: length for place, length in lengths.items() if place.layer is None}
     for places in (of_layers, of_inputs):  # an input that is looked up in an `Embedding` is no token itself
-        reached = {place: _reached(model, samples, attentions, place, length) for place, length in places.items()}
+        reached = {place: _reached(model, samples, layers, place, length) for place, length in places.items()}
         found = {place: indices for place, indices in reached.items() if indices is not None}
         if found:
             return found
@@ -157,29 +164,27 @@ def _tokens_of_keys(model: Any, batch: tuple, layers: Any, keys: int) -> dict[_P
     )
 
 
-def _lengths(model: Any, samples: tuple, attentions: list[Any]) -> dict[_Place, int]:
+def _lengths(model: Any, samples: tuple, layers: Any) -> dict[_Place, int]:
     """The places at which tokens may enter before the first attention, each with the number of tokens."""
-    lengths: dict[_Place, int] = {}
-    calls: list[Call] = []
+    lengths: dict[_Place, tuple[int, int]] = {}
 
     def noted(place, tokens):
         # What has no axis of samples is the same for all, as the embeddings of positions are.
-        if not calls and len(tokens.shape) == 3 and tokens.shape[0] == size_of(samples):
-            lengths[place] = tokens.shape[1]
+        if len(tokens.shape) == 3 and tokens.shape[0] == size_of(samples):
+            lengths[place] = next(ORDER), tokens.shape[1]
         return tokens
 
-    _run_eagerly(model, samples, noted, attentions, calls)
-    return lengths
+    first = _first_call(model, samples, noted, layers)
+    return {place: length for place, (order, length) in lengths.items() if order < first.order}
 
 
-def _reached(model: Any, samples: tuple, attentions: list[Any], place: _Place, length: int) -> np.ndarray | None:
+def _reached(model: Any, samples: tuple, layers: Any, place: _Place, length: int) -> np.ndarray | None:
     """The key that each token becomes; `None` if one becomes several, several become one, or none becomes any."""
     rng = np.random.default_rng(0)
     reaches: list[np.ndarray] = []
     for start in range(0, length, _ROWS):
         rows = min(_ROWS, length - start)
         data = tree.map_structure(lambda array, rows=rows: ops.repeat(array[:1], rows + 1, axis=0), samples)
-        calls: list[Call] = []
 
         def alone(here, tokens, start=start, rows=rows):
             """One token in each sample, and none in the last."""
@@ -189,8 +194,8 @@ def _reached(model: Any, samples: tuple, attentions: list[Any], place: _Place, l
             only[np.arange(rows), start + np.arange(rows)] = rng.normal(size=(rows, tokens.shape[2]))
             return ops.cast(ops.convert_to_tensor(only), tokens.dtype)
 
-        _run_eagerly(model, data, alone, attentions, calls)
-        value = _backend.as_numpy(ops.cast(calls[0].value, "float32"))
+        call = _first_call(model, data, alone, layers)
+        value = _backend.as_numpy(ops.cast(call.value if call.values is None else call.values(), "float32"))
         value = np.abs(value.reshape(*value.shape[:2], -1))
         change = np.abs(value[:-1] - value[-1]).max(axis=-1)
         reaches.append(change > _REACHES * value.max())
@@ -200,20 +205,26 @@ def _reached(model: Any, samples: tuple, attentions: list[Any], place: _Place, l
     return np.where(reach.any(axis=1), reach.argmax(axis=1), reach.shape[1])
 
 
-def _run_eagerly(model: Any, data: tuple, change: Callable, attentions: list[Any], calls: list[Call]) -> None:
+def _first_call(model: Any, data: tuple, change: Callable[[_Place, Any], Any], layers: Any) -> Call:
+    """The first call of the attention `layers` as the model runs eagerly with other tokens, as `_changing` has it."""
+    chosen = choose_attention(model, layers)
+
     def step(state, data):
-        return _run(model, state, data, change, attentions, calls)
+        calls: dict[str, list[Call]] = {name: [] for name in chosen}
+        with _changing(model, data, change) as data:
+            for name, layer in chosen.items():
+                Watch(layer, calls[name])
+            with watching_operations(WeakSet()) as sights:
+                _backend.predict_step(model, state, data)
+            seen = itertools.chain(*calls_of(model, sights, calls, layers).values())
+            return min(filter(is_usable, seen), key=lambda call: call.order)
 
-    _backend.compiled(step, **_EAGERLY)(state_of(model), data)
+    return _backend.compiled(step, **_EAGERLY)(state_of(model), data)
 
 
-def _run(
-    model: Any, state: tuple, data: tuple, change: Callable[[_Place, Any], Any], attentions: Any = (), calls: Any = None
-) -> Any:
-    """The outputs, where `change(place, tokens)` stands for the tokens at each place.
-
-    Calls of the attention layers are noted in `calls`. Without it their gradient is the right one.
-    """
+@contextlib.contextmanager
+def _changing(model: Any, data: tuple, change: Callable[[_Place, Any], Any]) -> Iterator[tuple]:
+    """The data to run the model with, so that `change(place, tokens)` stands for the tokens at each place."""
     leaves = [
         change(_Place(None, number), leaf) if "float" in keras.backend.standardize_dtype(leaf.dtype) else leaf
         for number, leaf in enumerate(tree.flatten(data))
@@ -222,13 +233,7 @@ def _run(
         for layer in all_layers(model):
             if isinstance(layer, _TOKEN_LAYERS):
                 _change_output(layer, change)
-        for layer in attentions:
-            if calls is None:
-                differentiate_rightly(layer)
-            else:
-                Watch(layer, calls)
-        outputs, _ = _backend.predict_step(model, state, tree.pack_sequence_as(data, leaves))
-    return outputs
+        yield tree.pack_sequence_as(data, leaves)
 
 
 def _change_output(layer: Any, change: Callable[[_Place, Any], Any]) -> None:

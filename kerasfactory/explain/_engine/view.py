@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.attention import Call, attention_axes, find_attention
+from kerasfactory.explain._engine.attention import Call, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.explain._engine.observe import Found, observe
 
@@ -39,8 +39,6 @@ def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> n
     All are in view if the model has no attention over as many keys, or if it cannot be read, or has no mask.
     """
     everything = np.ones(x.shape[:2], bool)
-    if not find_attention(model):
-        return everything
     views = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
@@ -55,7 +53,7 @@ def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> n
                 if not found or any(call.masks == "none" for call in found.values()):
                     return everything
                 views.append(np.any([_backend.as_numpy(batch.measured[name]) for name in found], axis=0))
-        except ValueError:  # no layer can be read; what is wrong with `x` shows when the model predicts
+        except ValueError:  # no attention can be read; what is wrong with `x` shows when the model predicts
             return everything
     return np.concatenate(views)
 
