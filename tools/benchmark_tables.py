@@ -439,7 +439,54 @@ def _readings_models(result):
     return _rows(header, *rows)
 
 
+_RUNS = ("PyTorch", "JAX", "TensorFlow")
+
+
+def _backbones(result):
+    """What is read of each backbone, and in words of how many all of it."""
+    attentive = [row for row in result["rows"] if row["attention"]]
+    rows = []
+    for row in attentive:
+        found = [row["results"].get(run, {}) for run in _RUNS]
+        errors = [one["error"] for one in found if one.get("error") is not None]
+        names = [row["row"], *(result["also"].get(row["row"], []))]
+        rows.append(
+            [
+                ", ".join(f"`{name.removesuffix('Backbone')}`" if " " not in name else name for name in names),
+                str(row["attention"]),
+                *(_read(one, row["attention"]) for one in found),
+                f"{max(errors):.0e}" if errors else "",
+            ]
+        )
+    names = {"complete": "read completely", "part": "in part", "none": "not read"}
+    of_class = [row for row in attentive if "," not in row["row"]]
+    counts = {key: sum(_worst(row) == key for row in of_class) for key in names}
+    without = ", ".join(row["row"].removesuffix("Backbone") for row in result["rows"] if not row["attention"])
+    said = ", ".join(f"{count} {names[key]}" for key, count in counts.items())
+    return [
+        f"Of {len(of_class)} backbones with attention, {said}. These have none: {without}.",
+        "",
+        *_rows(["backbone", "attends", *_RUNS, "error"], *rows),
+    ]
+
+
+def _worst(row):
+    """The least that is read of a backbone on any backend."""
+    results = {found["result"] for found in row["results"].values() if "result" in found}
+    return next(result for result in ("none", "part", "complete") if result in results)
+
+
+def _read(found, attention):
+    if not found:
+        return ""
+    if "failed" in found:
+        return "does not run"
+    silent = ", without a word" if found["result"] == "part" and not found["said"] else ""
+    return {"complete": "all", "none": "–"}.get(found["result"], f"{found['captured']} of {attention}{silent}")
+
+
 TABLES = {
+    "backbones.json": _backbones,
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
     "layer.json speed": _layer_speed,
