@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -679,6 +680,13 @@ def result_of(attention, captured):
     return {0: "none", attention: "complete"}.get(captured, "part")
 
 
+def _cause(error):
+    """What went wrong, without what Keras puts around it."""
+    plain = re.sub(r"\x1b\[\d+m", "", str(error)).removeprefix("Exception encountered when calling ")
+    lines = [line for line in plain.splitlines() if line]
+    return f"{type(error).__name__}: {lines[1] if plain != str(error) and len(lines) > 1 else lines[0]}"[:200]
+
+
 def in_a_process(backend, *arguments):
     """From each row to what this script prints of it."""
     settings = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -736,7 +744,7 @@ def main():
             else:
                 found = measure(row, arguments.eager)
         except Exception as error:  # as where a package is missing that the class wants
-            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            found = {"failed": _cause(error)}
         print(json.dumps({"row": row, **found}), flush=True)
 
 

@@ -52,3 +52,37 @@ def test_where_nothing_errs_too_often_the_words_say_so():
 def test_coverage_of_intervals():
     *_, row = benchmark_tables.TABLES["claims.json coverage"](RESULT)
     assert row == "| normal | 300 | **188 of 200 (89.8–96.5 %)** |"
+
+
+def read(result, captured, said=(), error=None):
+    return {"result": result, "captured": captured, "said": list(said), "error": error}
+
+
+def test_backbones_say_what_is_read_and_what_is_left_out_in_silence():
+    rows = [
+        {"row": "BertBackbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=2e-7)}},
+        {"row": "BertBackbone, no dropout", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
+        {"row": "GPT2Backbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
+        {"row": "GPT2Backbone, no dropout", "attention": 2, "results": {"PyTorch": read("none", 0, ["it is hidden"])}},
+        {
+            "row": "QwenBackbone",
+            "attention": 4,
+            "results": {"PyTorch": {"failed": "No module"}, "JAX": read("part", 1)},
+        },
+        {"row": "VGGBackbone", "attention": 0, "results": {"PyTorch": read("no attention", 0, ["it has none"])}},
+    ]
+    result = {"also": {"QwenBackbone": ["Qwen2Backbone"]}, "rows": rows}
+    said, _, _, _, *lines = benchmark_tables.TABLES["backbones.json"](result)
+    assert said.startswith(
+        "Of 3 backbone classes that attend, 2 are read completely, 1 in part, 0 not at all. 1 do not"
+    )
+    assert said.endswith("`VGG`.")
+    assert lines == [
+        "| `Bert` | 2 | all |  |  | 2e-07 |",
+        "| `GPT2` | 2 | all |  |  | 0 |",
+        "| `GPT2`, no dropout | 2 | none |  |  |  |",
+        "| `Qwen`, `Qwen2` | 4 | does not run | 1 of 4, in silence |  |  |",
+        "",
+        "- *it is hidden* `GPT2`, no dropout",
+        "- *No module* `Qwen`, `Qwen2`",
+    ]

@@ -443,46 +443,54 @@ _RUNS = ("PyTorch", "JAX", "TensorFlow")
 
 
 def _backbones(result):
-    """What is read of each backbone, and in words of how many all of it."""
-    attentive = [row for row in result["rows"] if row["attention"]]
-    rows = []
-    for row in attentive:
-        found = [row["results"].get(run, {}) for run in _RUNS]
-        errors = [one["error"] for one in found if one.get("error") is not None]
-        names = [row["row"], *(result["also"].get(row["row"], []))]
-        rows.append(
-            [
-                ", ".join(f"`{name.removesuffix('Backbone')}`" if " " not in name else name for name in names),
-                str(row["attention"]),
-                *(_read(one, row["attention"]) for one in found),
-                f"{max(errors):.0e}" if errors else "",
-            ]
-        )
-    names = {"complete": "read completely", "part": "in part", "none": "not read"}
-    of_class = [row for row in attentive if "," not in row["row"]]
-    counts = {key: sum(_worst(row) == key for row in of_class) for key in names}
-    without = ", ".join(row["row"].removesuffix("Backbone") for row in result["rows"] if not row["attention"])
-    said = ", ".join(f"{count} {names[key]}" for key, count in counts.items())
+    """What is read of each backbone, in words of how many, and what is said where it is not all."""
+    attentive = {row["row"]: row for row in result["rows"] if row["attention"]}
+    rows, reasons = [], {}
+    for row in attentive.values():
+        name, comma, variant = row["row"].partition(",")
+        found = {run: row["results"][run] for run in _RUNS if run in row["results"]}
+        cells = {run: _read(one, row["attention"]) for run, one in found.items()}
+        usual = attentive[name]["results"]
+        if variant and all(cell == _read(usual.get(run, found[run]), row["attention"]) for run, cell in cells.items()):
+            continue
+        label = _named([name, *result["also"].get(name, [])]) + comma + variant
+        errors = [one["error"] for one in found.values() if one.get("error") is not None]
+        error = f"{max(errors):.0e}".replace("0e+00", "0") if errors else ""
+        rows.append([label, str(row["attention"]), *(cells.get(run, "") for run in _RUNS), error])
+        said = {reason for one in found.values() for reason in one.get("said", [one.get("failed")])}
+        for reason in sorted(said):
+            reasons.setdefault(reason, []).append(label)
+    classes = [row for name, row in attentive.items() if "," not in name]
+    counts = [f"{sum(_least(row) == kind for row in classes)} {said}" for kind, said in _LEAST.items()]
+    without = [row["row"] for row in result["rows"] if not row["attention"] and "," not in row["row"]]
     return [
-        f"Of {len(of_class)} backbones with attention, {said}. These have none: {without}.",
+        f"Of {len(classes)} backbone classes that attend, {', '.join(counts)}. {len(without)} do not attend: "
+        f"{_named(without)}.",
         "",
         *_rows(["backbone", "attends", *_RUNS, "error"], *rows),
+        "",
+        *(f"- *{reason}* {', '.join(labels)}" for reason, labels in reasons.items()),
     ]
 
 
-def _worst(row):
-    """The least that is read of a backbone on any backend."""
+def _named(classes):
+    return ", ".join(f"`{name.removesuffix('Backbone')}`" for name in classes)
+
+
+_LEAST = {"complete": "are read completely", "part": "in part", "none": "not at all"}
+
+
+def _least(row):
+    """How much is read of a backbone on the backend where that is least."""
     results = {found["result"] for found in row["results"].values() if "result" in found}
-    return next(result for result in ("none", "part", "complete") if result in results)
+    return next(kind for kind in reversed(_LEAST) if kind in results)
 
 
 def _read(found, attention):
-    if not found:
-        return ""
     if "failed" in found:
         return "does not run"
-    silent = ", without a word" if found["result"] == "part" and not found["said"] else ""
-    return {"complete": "all", "none": "–"}.get(found["result"], f"{found['captured']} of {attention}{silent}")
+    silent = ", in silence" if found["result"] == "part" and not found["said"] else ""
+    return {"complete": "all", "none": "none"}.get(found["result"], f"{found['captured']} of {attention}{silent}")
 
 
 TABLES = {
