@@ -620,16 +620,12 @@ def _axis_after(equation, before, after, axis):
     return places[-1] if places else None
 
 
-def measure(row, run_eagerly=False):
+def measure(model):
     """What `capture` makes of a backbone: what is in the result, what it says of the rest, and how exact it is."""
     import numpy as np
 
     from kerasfactory import explain
 
-    start = time.perf_counter()
-    model = model_of(row)
-    if run_eagerly:
-        model.compile(run_eagerly=True)
     x = inputs(model)
     before = _flat(model.predict(x, verbose=0))
     scores, errors = {}, {}
@@ -651,7 +647,6 @@ def measure(row, run_eagerly=False):
         "difference": max((one.attrs["prediction_difference"] for one in scores.values()), default=None),
         "unchanged": equal,
         "said": sorted({reason for text in said for reason in _reasons(text)}),
-        "seconds": round(time.perf_counter() - start, 2),
     }
 
 
@@ -737,14 +732,15 @@ def main():
         return
     os.environ["KERAS_BACKEND"] = arguments.backend
     for row in arguments.only.split(";") if arguments.only else rows():
+        start = time.perf_counter()
         try:
-            if arguments.count:
-                model = model_of(row)
-                found = {"attention": attention_calls(model, inputs(model))}
-            else:
-                found = measure(row, arguments.eager)
+            model = model_of(row)
+            if arguments.eager:
+                model.compile(run_eagerly=True)
+            found = {"attention": attention_calls(model, inputs(model))} if arguments.count else measure(model)
         except Exception as error:  # as where a package is missing that the class wants
             found = {"failed": _cause(error)}
+        found["seconds"] = round(time.perf_counter() - start, 2)
         print(json.dumps({"row": row, **found}), flush=True)
 
 
