@@ -6,6 +6,7 @@ knowing any class: see `attention_calls`.
 
     python benchmarks/backbones.py                     # all backends, in processes of their own; writes the file
     python benchmarks/backbones.py --backend torch     # prints a line for each backbone
+    python benchmarks/backbones.py --backend torch --renew    # the same, into the file, in a minute
     python benchmarks/backbones.py --backend jax --only BertBackbone,LlamaBackbone
 """
 
@@ -692,19 +693,27 @@ def in_a_process(backend, *arguments):
     return {line.pop("row"): line for line in lines}
 
 
-def write():
-    """Measures everything."""
+def write(only=None):
+    """Measures everything; or on one backend `only`, and leaves in the file what it says of the others."""
     import keras_hub
 
+    path = Path(__file__).with_suffix(".json")
     few = ("--only", ";".join(SELECTION))
     runs = {
-        "PyTorch": in_a_process("torch"),
-        "JAX": in_a_process("jax"),
-        "JAX, eager": in_a_process("jax", *few, "--eager"),
-        "TensorFlow": in_a_process("tensorflow", *few),
-        "TensorFlow, eager": in_a_process("tensorflow", *few, "--eager"),
+        "PyTorch": ("torch",),
+        "JAX": ("jax",),
+        "JAX, eager": ("jax", *few, "--eager"),
+        "TensorFlow": ("tensorflow", *few),
+        "TensorFlow, eager": ("tensorflow", *few, "--eager"),
     }
-    counted = in_a_process("jax", "--count")
+    old = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if only else {}
+    runs = {
+        run: in_a_process(*arguments)
+        if only in (None, arguments[0])
+        else {row: of["results"][run] for row, of in old.items() if run in of["results"]}
+        for run, arguments in runs.items()
+    }
+    counted = old or in_a_process("jax", "--count")
     found = []
     for row in rows():
         results = {run: by_row[row] for run, by_row in runs.items() if row in by_row}
@@ -717,7 +726,7 @@ def write():
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     also = {one: sorted(names) for one, names in aliases().items()}
     result = {"machine": machine, "versions": versions, "also": also, "rows": found}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main():
@@ -726,9 +735,10 @@ def main():
     parser.add_argument("--only", help="rows, with semicolons between them")
     parser.add_argument("--eager", action="store_true", help="with `run_eagerly=True`")
     parser.add_argument("--count", action="store_true", help="count how often each attends; on JAX")
+    parser.add_argument("--renew", action="store_true", help="write what the file says of this backend after all")
     arguments = parser.parse_args()
-    if arguments.backend is None:
-        write()
+    if arguments.backend is None or arguments.renew:
+        write(arguments.backend)
         return
     os.environ["KERAS_BACKEND"] = arguments.backend
     for row in arguments.only.split(";") if arguments.only else rows():
