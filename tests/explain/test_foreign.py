@@ -186,6 +186,7 @@ def test_all_of_a_model_is_found_in_order_and_can_be_chosen():
         "plain",
         "inner/first",
     ]
+    assert list(explain.capture(inner, X, layers="first", verbose=0)) == ["first"]
     with_queries = explain.rollout({name: scores[name] for name in names})
     assert with_queries.shape == (70, 5, 5)
 

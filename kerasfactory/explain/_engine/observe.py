@@ -120,9 +120,11 @@ def observe(
         measured, state = watched(state, data)
         done += 1
         if set(measured) != set(found):
+            in_loops = ", ".join(sorted(steps.lost))
+            hint = f"The scores of {in_loops} stay inside a compiled loop: `model.compile(run_eagerly=True)`, or c"
             raise RuntimeError(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
-                f"instead of {sorted(found)}. Capture such batches one by one."
+                f"instead of {sorted(found)}. {hint if in_loops else 'C'}apture such batches one by one."
             )
         yield batch._replace(size=size_of(data), measured=_in_order(measured, steps.found))
         progress.update(done)
