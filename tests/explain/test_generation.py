@@ -97,5 +97,5 @@ def test_what_stays_in_a_compiled_loop_is_named():
         assert [array.attrs["call"] for array in scores.values()] == [1] * LAYERS  # which reads the prompts
         return
     # TensorFlow runs the first batch step by step, and compiles for the others.
-    with pytest.raises(RuntimeError, match="The scores of .*/self_attention stay inside a compiled loop"):
+    with pytest.raises(RuntimeError, match=r"The scores of .*/self_attention stay inside a compiled loop"):
         explain.capture(model, prompts(), batch_size=1, verbose=0)
