@@ -5,9 +5,9 @@ random inputs. How many times a model attends is counted in its program for JAX,
 knowing any class: see `attention_calls`.
 
     python benchmarks/backbones.py                     # all backends, in processes of their own; writes the file
-    python benchmarks/backbones.py --backend torch     # prints a line for each backbone
-    python benchmarks/backbones.py --backend torch --renew    # the same, into the file, in a minute
-    python benchmarks/backbones.py --backend jax --only BertBackbone,LlamaBackbone
+    python benchmarks/backbones.py --backend torch --renew    # one of them, here in a minute; the others stay
+    python benchmarks/backbones.py --backend jax --only "BertBackbone;LlamaBackbone"    # prints a line for each
+    python benchmarks/backbones.py --backend jax --only "BertBackbone;LlamaBackbone" --renew    # into the file
 """
 
 import argparse
@@ -23,8 +23,8 @@ import time
 import warnings
 from pathlib import Path
 
-BACKENDS = {"jax": "JAX", "torch": "PyTorch", "tensorflow": "TensorFlow"}
-# For the backends that take long, and for eager runs: one of each way in which KerasHub attends.
+BACKENDS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
+# One of each way in which KerasHub attends: for the tests on the backends that take long.
 SELECTION = (
     "BertBackbone",
     "GPT2Backbone, no dropout",
@@ -669,11 +669,16 @@ def _reasons(text):
     return lines or [text.splitlines()[0].partition(" Its layers are:")[0]]
 
 
-def result_of(attention, captured):
-    """In a word."""
-    if not attention:
-        return "no attention" if not captured else "false alarm"
-    return {0: "none", attention: "complete"}.get(captured, "part")
+def result_of(attention, captured, said):
+    """In a word. What is named with a reason is no silence, and no false alarm if no softmax was to be seen there."""
+    named = [reason for reason in said if not reason.startswith("The model has no attention")]
+    if captured > attention:
+        return "false alarm"
+    if captured < attention and not named:
+        return "silent"
+    if not named:
+        return "complete" if attention else "no attention"
+    return "part" if captured else "none"
 
 
 def _cause(error):
@@ -693,34 +698,28 @@ def in_a_process(backend, *arguments):
     return {line.pop("row"): line for line in lines}
 
 
-def write(only=None):
-    """Measures everything; or on one backend `only`, and leaves in the file what it says of the others."""
+def write(backend=None, only=None):
+    """Measures everything; or `only` these rows, on one backend, and leaves in the file what it says of the others."""
     import keras_hub
 
     path = Path(__file__).with_suffix(".json")
-    few = ("--only", ";".join(SELECTION))
-    runs = {
-        "PyTorch": ("torch",),
-        "JAX": ("jax",),
-        "JAX, eager": ("jax", *few, "--eager"),
-        "TensorFlow": ("tensorflow", *few),
-        "TensorFlow, eager": ("tensorflow", *few, "--eager"),
+    old = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if backend else {}
+    measured = {
+        run: in_a_process(one, *(["--only", only] if only else []))
+        for one, run in BACKENDS.items()
+        if backend in (None, one)
     }
-    old = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if only else {}
-    runs = {
-        run: in_a_process(*arguments)
-        if only in (None, arguments[0])
-        else {row: of["results"][run] for row, of in old.items() if run in of["results"]}
-        for run, arguments in runs.items()
-    }
-    counted = old or in_a_process("jax", "--count")
+    new = [row for row in rows() if row not in old]
+    counted = old | (in_a_process("jax", "--count", "--only", ";".join(new)) if new else {})
     found = []
     for row in rows():
-        results = {run: by_row[row] for run, by_row in runs.items() if row in by_row}
+        attention = counted[row]["attention"]
+        results = old[row]["results"] if row in old else {}
+        results |= {run: by_row[row] for run, by_row in measured.items() if row in by_row}
         for result in results.values():
             if "captured" in result:
-                result["result"] = result_of(counted[row]["attention"], result["captured"])
-        found.append({"row": row, "attention": counted[row]["attention"], "results": results})
+                result["result"] = result_of(attention, result["captured"], result["said"])
+        found.append({"row": row, "attention": attention, "results": results})
     names = ("keras", "tensorflow", "jax", "torch", "numpy")
     versions = {"keras-hub": keras_hub.__version__} | {name: importlib.metadata.version(name) for name in names}
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -733,20 +732,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=list(BACKENDS), help="measure on this one only, and write nothing")
     parser.add_argument("--only", help="rows, with semicolons between them")
-    parser.add_argument("--eager", action="store_true", help="with `run_eagerly=True`")
     parser.add_argument("--count", action="store_true", help="count how often each attends; on JAX")
-    parser.add_argument("--renew", action="store_true", help="write what the file says of this backend after all")
+    parser.add_argument("--renew", action="store_true", help="write what is measured into the file")
     arguments = parser.parse_args()
     if arguments.backend is None or arguments.renew:
-        write(arguments.backend)
+        write(arguments.backend, arguments.only)
         return
     os.environ["KERAS_BACKEND"] = arguments.backend
     for row in arguments.only.split(";") if arguments.only else rows():
         start = time.perf_counter()
         try:
             model = model_of(row)
-            if arguments.eager:
-                model.compile(run_eagerly=True)
             found = {"attention": attention_calls(model, inputs(model))} if arguments.count else measure(model)
         except Exception as error:  # as where a package is missing that the class wants
             found = {"failed": _cause(error)}

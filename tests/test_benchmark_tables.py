@@ -58,31 +58,41 @@ def read(result, captured, said=(), error=None):
     return {"result": result, "captured": captured, "said": list(said), "error": error}
 
 
-def test_backbones_say_what_is_read_and_what_is_left_out_in_silence():
+def test_backbones_say_what_is_read_and_why_the_rest_is_not():
     rows = [
-        {"row": "BertBackbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=2e-7)}},
-        {"row": "BertBackbone, no dropout", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
-        {"row": "GPT2Backbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
-        {"row": "GPT2Backbone, no dropout", "attention": 2, "results": {"PyTorch": read("none", 0, ["it is hidden"])}},
+        {"row": "bBackbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=2e-7)}},
+        {"row": "bBackbone, no dropout", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
+        {"row": "ABackbone", "attention": 2, "results": {"PyTorch": read("complete", 2, error=0.0)}},
+        {"row": "ABackbone, no dropout", "attention": 2, "results": {"PyTorch": read("none", 0, ["it is hidden"])}},
         {
-            "row": "QwenBackbone",
+            "row": "CBackbone",
             "attention": 4,
-            "results": {"PyTorch": {"failed": "No module"}, "JAX": read("part", 1)},
+            "results": {"PyTorch": {"failed": "No module"}, "JAX": read("part", 4, ["it is a `Sum`: it sums"])},
         },
-        {"row": "VGGBackbone", "attention": 0, "results": {"PyTorch": read("no attention", 0, ["it has none"])}},
+        {"row": "DBackbone", "attention": 0, "results": {"PyTorch": read("none", 0, ["it is a `Sum`: it sums"])}},
+        {"row": "EBackbone", "attention": 3, "results": {"PyTorch": read("silent", 1)}},
+        {
+            "row": "FBackbone",
+            "attention": 0,
+            "results": {"PyTorch": read("no attention", 0, ["The model has no attention that can be seen"])},
+        },
     ]
-    result = {"also": {"QwenBackbone": ["Qwen2Backbone"]}, "rows": rows}
-    said, _, _, _, *lines = benchmark_tables.TABLES["backbones.json"](result)
-    assert said.startswith(
-        "Of 3 backbone classes that attend, 2 are read completely, 1 in part, 0 not at all. 1 do not"
-    )
-    assert said.endswith("`VGG`.")
+    result = {"also": {"CBackbone": ["OtherBackbone"]}, "rows": rows}
+    assert benchmark_tables.TABLES["backbones.json caption"](result) == [
+        "**4 of 5 backbone classes with attention are read, or named with the reason: 2 completely, 1 in part, "
+        "1 not at all.**"
+    ]
+    _, _, *lines = benchmark_tables.TABLES["backbones.json"](result)
     assert lines == [
-        "| `Bert` | 2 | all |  |  | 2e-07 |",
-        "| `GPT2` | 2 | all |  |  | 0 |",
-        "| `GPT2`, no dropout | 2 | none |  |  |  |",
-        "| `Qwen`, `Qwen2` | 4 | does not run | 1 of 4, in silence |  |  |",
+        "| `A` | 2 | all |  |  | 0 |",
+        "| `A`, no dropout | 2 | none, named |  |  |  |",
+        "| `b` | 2 | all |  |  | 2e-07 |",
+        "| `C`, `Other` | 4 | does not run | all, rest named |  |  |",
+        "| `D` | 0 | none, named |  |  |  |",
+        "| `E` | 3 | **1 of 3** |  |  |  |",
         "",
-        "- *it is hidden* `GPT2`, no dropout",
-        "- *No module* `Qwen`, `Qwen2`",
+        "- `A`, no dropout: it is hidden.",
+        "- `C`, `Other`: on PyTorch, No module.",
+        "- `C`, `Other`, `D`: `Sum`: it sums.",
+        "- Without attention, and without a false alarm (1): `F`.",
     ]

@@ -440,36 +440,58 @@ def _readings_models(result):
 
 
 _RUNS = ("PyTorch", "JAX", "TensorFlow")
+_READ = {"complete": "completely", "part": "in part", "none": "not at all"}
+
+
+def _attending(result):
+    """The rows that attend, whether it is counted or said."""
+    return [row for row in result["rows"] if row["attention"] or any(map(_reasons, row["results"].values()))]
+
+
+def _backbones_caption(result):
+    """How many classes are read, where that is least."""
+    order = ["silent", *reversed(_READ)]
+    classes = [row for row in _attending(result) if "," not in row["row"]]
+    least = [
+        min((found["result"] for found in row["results"].values() if "result" in found), key=order.index)
+        for row in classes
+    ]
+    named = sum(kind in _READ for kind in least)
+    counts = [f"{least.count(kind)} {said}" for kind, said in _READ.items()]
+    return [
+        f"**{named} of {len(classes)} backbone classes with attention are read, or named with the reason: "
+        f"{', '.join(counts)}.**"
+    ]
 
 
 def _backbones(result):
-    """What is read of each backbone, in words of how many, and what is said where it is not all."""
-    attentive = {row["row"]: row for row in result["rows"] if row["attention"]}
+    """A row for each class that attends, and what is said of those that are not read completely."""
+    attending = _attending(result)
+    usual = {row["row"]: row for row in attending}
     rows, reasons = [], {}
-    for row in attentive.values():
-        name, comma, variant = row["row"].partition(",")
-        found = {run: row["results"][run] for run in _RUNS if run in row["results"]}
-        cells = {run: _read(one, row["attention"]) for run, one in found.items()}
-        usual = attentive[name]["results"]
-        if variant and all(cell == _read(usual.get(run, found[run]), row["attention"]) for run, cell in cells.items()):
+    for row in attending:
+        name, _, variant = row["row"].partition(", ")
+        cells = [_read(row["results"][run], row["attention"]) if run in row["results"] else "" for run in _RUNS]
+        if variant and all(
+            found.get("result") == usual[name]["results"][run].get("result") for run, found in row["results"].items()
+        ):
             continue
-        label = _named([name, *result["also"].get(name, [])]) + comma + variant
-        errors = [one["error"] for one in found.values() if one.get("error") is not None]
+        label = _named([name, *result["also"].get(name, [])]) + (f", {variant}" if variant else "")
+        errors = [found["error"] for found in row["results"].values() if found.get("error") is not None]
         error = f"{max(errors):.0e}".replace("0e+00", "0") if errors else ""
-        rows.append([label, str(row["attention"]), *(cells.get(run, "") for run in _RUNS), error])
-        said = {reason for one in found.values() for reason in one.get("said", [one.get("failed")])}
-        for reason in sorted(said):
-            reasons.setdefault(reason, []).append(label)
-    classes = [row for name, row in attentive.items() if "," not in name]
-    counts = [f"{sum(_least(row) == kind for row in classes)} {said}" for kind, said in _LEAST.items()]
-    without = [row["row"] for row in result["rows"] if not row["attention"] and "," not in row["row"]]
+        rows.append([label, str(row["attention"]), *cells, error])
+        for run, found in row["results"].items():
+            for reason in [f"on {run}, {found['failed']}"] if "failed" in found else _reasons(found):
+                reasons.setdefault(reason, []).append(label)
+    without = [row["row"] for row in result["rows"] if row not in attending and "," not in row["row"]]
     return [
-        f"Of {len(classes)} backbone classes that attend, {', '.join(counts)}. {len(without)} do not attend: "
-        f"{_named(without)}.",
+        *_rows(["backbone", "attends", *_RUNS, "error"], *sorted(rows, key=lambda row: row[0].lower())),
         "",
-        *_rows(["backbone", "attends", *_RUNS, "error"], *rows),
-        "",
-        *(f"- *{reason}* {', '.join(labels)}" for reason, labels in reasons.items()),
+        *(
+            f"- {', '.join(dict.fromkeys(labels))}: {reason.removeprefix('it is a ')}."
+            for reason, labels in reasons.items()
+        ),
+        f"- Without attention, and without a false alarm ({len(without)}): {_named(without)}.",
     ]
 
 
@@ -477,24 +499,25 @@ def _named(classes):
     return ", ".join(f"`{name.removesuffix('Backbone')}`" for name in classes)
 
 
-_LEAST = {"complete": "are read completely", "part": "in part", "none": "not at all"}
-
-
-def _least(row):
-    """How much is read of a backbone on the backend where that is least."""
-    results = {found["result"] for found in row["results"].values() if "result" in found}
-    return next(kind for kind in reversed(_LEAST) if kind in results)
+def _reasons(found):
+    """What is said of attention that is not read."""
+    return [reason for reason in found.get("said", ()) if not reason.startswith("The model has no attention")]
 
 
 def _read(found, attention):
     if "failed" in found:
         return "does not run"
-    silent = ", in silence" if found["result"] == "part" and not found["said"] else ""
-    return {"complete": "all", "none": "none"}.get(found["result"], f"{found['captured']} of {attention}{silent}")
+    captured = f"{found['captured']} of {attention}"
+    words = {
+        "complete": "all",
+        "part": "all, rest named" if found["captured"] == attention else f"{captured}, rest named",
+    }
+    return words.get(found["result"], {"none": "none, named"}.get(found["result"], f"**{captured}**"))
 
 
 TABLES = {
     "backbones.json": _backbones,
+    "backbones.json caption": _backbones_caption,
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
     "layer.json speed": _layer_speed,

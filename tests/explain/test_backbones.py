@@ -26,7 +26,7 @@ TABLE = {row["row"]: row for row in RESULT["rows"]}
 MEASURED = [name for name, row in TABLE.items() if RUN in row["results"]]
 ROWS = MEASURED if RUN == "PyTorch" else [name for name in MEASURED if name in backbones.SELECTION]
 OUT_OF_DATE = (
-    "If that is meant, `python benchmarks/backbones.py` renews the table, with `--backend torch --renew` a part."
+    "If that is meant, `python benchmarks/backbones.py` renews the table, with `--backend torch --renew` a part of it."
 )
 
 
@@ -46,16 +46,41 @@ def test_a_backbone_is_read_as_the_table_says(name):
         assert backbones.attention_calls(model, backbones.inputs(model)) == row["attention"], OUT_OF_DATE
     found = backbones.measure(model)
     assert found["captured"] == expected["captured"], OUT_OF_DATE
-    assert found["said"] == expected["said"] if RUN == "PyTorch" else bool(found["said"]) == bool(expected["said"])
+    assert found["said"] == expected["said"], OUT_OF_DATE
     assert found["unchanged"]
     assert found["difference"] in (None, 0) or found["difference"] < 1e-5
     assert found["error"] is None or found["error"] < 1e-5
 
 
 @pytest.mark.backend_independent
-def test_what_is_read_never_exceeds_what_there_is():
+def test_all_attention_is_read_or_named_and_nothing_else_is():
     for name, row in TABLE.items():
-        assert all(found.get("captured", 0) <= row["attention"] for found in row["results"].values()), name
+        results = [found for found in row["results"].values() if "failed" not in found]
+        assert results, name
+        for found in results:
+            assert found["result"] == backbones.result_of(row["attention"], found["captured"], found["said"])
+            assert found["result"] in ("complete", "part", "none", "no attention"), name
+    for name in ("MixtralBackbone", "QwenMoeBackbone", "Qwen3MoeBackbone", "GptOssBackbone", "EfficientNetBackbone"):
+        # Routers and gates have a softmax or a sigmoid, and values that they weight.
+        assert {found["result"] for found in TABLE[name]["results"].values()} <= {"complete", "no attention"}
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("attention", "captured", "said", "expected"),
+    [
+        (2, 2, [], "complete"),
+        (2, 2, ["it is a `X`: it samples"], "part"),
+        (2, 1, ["it is a `X`: it samples"], "part"),
+        (2, 1, [], "silent"),
+        (2, 0, ["The model has no attention that can be seen: none."], "silent"),
+        (0, 0, ["The model has no attention that can be seen: none."], "no attention"),
+        (0, 0, ["it is a `X`: it samples"], "none"),
+        (2, 3, [], "false alarm"),
+    ],
+)
+def test_results_in_a_word(attention, captured, said, expected):
+    assert backbones.result_of(attention, captured, said) == expected
 
 
 def by_hand(kind):
