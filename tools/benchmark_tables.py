@@ -507,12 +507,9 @@ def _reasons(found):
 def _read(found, attention):
     if "failed" in found:
         return "does not run"
-    captured = f"{found['captured']} of {attention}"
-    words = {
-        "complete": "all",
-        "part": "all, rest named" if found["captured"] == attention else f"{captured}, rest named",
-    }
-    return words.get(found["result"], {"none": "none, named"}.get(found["result"], f"**{captured}**"))
+    captured = "all" if found["captured"] == attention else f"{found['captured']} of {attention}"
+    words = {"complete": captured, "part": f"{captured}, rest named", "none": "none, named"}
+    return words.get(found["result"], f"**{captured}**")
 
 
 TABLES = {
