@@ -682,10 +682,10 @@ def result_of(attention, captured, said):
 
 
 def _cause(error):
-    """What went wrong, without what Keras puts around it."""
-    plain = re.sub(r"\x1b\[\d+m", "", str(error)).removeprefix("Exception encountered when calling ")
-    lines = [line for line in plain.splitlines() if line]
-    return f"{type(error).__name__}: {lines[1] if plain != str(error) and len(lines) > 1 else lines[0]}"[:200]
+    """What went wrong, without what Keras puts around it, once for each layer that the error came through."""
+    *around, innermost = re.sub(r"\x1b\[\d+m", "", str(error)).split("Exception encountered when calling ")
+    lines = [line for line in innermost.splitlines() if line]
+    return f"{type(error).__name__}: {lines[1 if around else 0]}"[:200]
 
 
 def in_a_process(backend, *arguments):

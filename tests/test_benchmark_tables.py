@@ -84,12 +84,12 @@ def test_backbones_say_what_is_read_and_why_the_rest_is_not():
     ]
     _, _, *lines = benchmark_tables.TABLES["backbones.json"](result)
     assert lines == [
-        "| `A` | 2 | all |  |  | 0 |",
-        "| `A`, no dropout | 2 | none, named |  |  |  |",
-        "| `b` | 2 | all |  |  | 2e-07 |",
-        "| `C`, `Other` | 4 | does not run | all, rest named |  |  |",
-        "| `D` | 0 | none, named |  |  |  |",
-        "| `E` | 3 | **1 of 3** |  |  |  |",
+        "| `A` | 2 | all | 0 |",
+        "| `A`, no dropout | 2 | none, named |  |",
+        "| `b` | 2 | all | 2e&#8209;07 |",
+        "| `C`, `Other` | 4 | does not run on PyTorch; all, rest named on JAX |  |",
+        "| `D` | 0 | none, named |  |",
+        "| `E` | 3 | **1 of 3** |  |",
         "",
         "- `A`, no dropout: it is hidden.",
         "- `C`, `Other`: on PyTorch, No module.",

@@ -439,7 +439,6 @@ def _readings_models(result):
     return _rows(header, *rows)
 
 
-_RUNS = ("PyTorch", "JAX", "TensorFlow")
 _READ = {"complete": "completely", "part": "in part", "none": "not at all"}
 
 
@@ -471,21 +470,22 @@ def _backbones(result):
     rows, reasons = [], {}
     for row in attending:
         name, _, variant = row["row"].partition(", ")
-        cells = [_read(row["results"][run], row["attention"]) if run in row["results"] else "" for run in _RUNS]
         if variant and all(
             found.get("result") == usual[name]["results"][run].get("result") for run, found in row["results"].items()
         ):
             continue
         label = _named([name, *result["also"].get(name, [])]) + (f", {variant}" if variant else "")
         errors = [found["error"] for found in row["results"].values() if found.get("error") is not None]
-        error = f"{max(errors):.0e}".replace("0e+00", "0") if errors else ""
-        rows.append([label, str(row["attention"]), *cells, error])
+        error = f"{max(errors):.0e}".replace("0e+00", "0").replace("-", "&#8209;") if errors else ""
+        rows.append([label, str(row["attention"]), _read(row), error])
         for run, found in row["results"].items():
             for reason in [f"on {run}, {found['failed']}"] if "failed" in found else _reasons(found):
                 reasons.setdefault(reason, []).append(label)
     without = [row["row"] for row in result["rows"] if row not in attending and "," not in row["row"]]
     return [
-        *_rows(["backbone", "attends", *_RUNS, "error"], *sorted(rows, key=lambda row: row[0].lower())),
+        *_rows(
+            ["backbone", "attends", "read", "error"], *sorted(rows, key=lambda row: row[0].replace("`", "").lower())
+        ),
         "",
         *(
             f"- {', '.join(dict.fromkeys(labels))}: {reason.removeprefix('it is a ')}."
@@ -504,12 +504,16 @@ def _reasons(found):
     return [reason for reason in found.get("said", ()) if not reason.startswith("The model has no attention")]
 
 
-def _read(found, attention):
-    if "failed" in found:
-        return "does not run"
-    captured = "all" if found["captured"] == attention else f"{found['captured']} of {attention}"
-    words = {"complete": captured, "part": f"{captured}, rest named", "none": "none, named"}
-    return words.get(found["result"], f"**{captured}**")
+def _read(row):
+    """How much is read, in words; if that is not the same on all backends, of each."""
+    words = {}
+    for run, found in row["results"].items():
+        captured = (
+            "all" if found.get("captured") == row["attention"] else f"{found.get('captured')} of {row['attention']}"
+        )
+        known = {"complete": captured, "part": f"{captured}, rest named", "none": "none, named", None: "does not run"}
+        words.setdefault(known.get(found.get("result"), f"**{captured}**"), []).append(run)
+    return "; ".join(word if len(words) == 1 else f"{word} on {' and '.join(runs)}" for word, runs in words.items())
 
 
 TABLES = {
