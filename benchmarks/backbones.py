@@ -664,19 +664,19 @@ def _is_ours(text):
 
 
 def _reasons(text):
-    """What a message says of layers, without their names."""
-    lines = [line.strip().partition(": ")[2] for line in text.splitlines() if line.startswith("  ")]
-    return lines or [text.splitlines()[0].partition(" Its layers are:")[0]]
+    """What a message says of layers, without their names; of a model without attention it says nothing of any."""
+    if text.startswith("The model has no attention"):
+        return []
+    return [line.strip().partition(": ")[2] for line in text.splitlines() if line.startswith("  ")] or [text]
 
 
 def result_of(attention, captured, said):
     """In a word. What is named with a reason is no silence, and no false alarm if no softmax was to be seen there."""
-    named = [reason for reason in said if not reason.startswith("The model has no attention")]
     if captured > attention:
         return "false alarm"
-    if captured < attention and not named:
+    if captured < attention and not said:
         return "silent"
-    if not named:
+    if not said:
         return "complete" if attention else "no attention"
     return "part" if captured else "none"
 

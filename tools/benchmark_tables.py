@@ -444,7 +444,7 @@ _READ = {"complete": "completely", "part": "in part", "none": "not at all"}
 
 def _attending(result):
     """The rows that attend, whether it is counted or said."""
-    return [row for row in result["rows"] if row["attention"] or any(map(_reasons, row["results"].values()))]
+    return [row for row in result["rows"] if row["attention"] or any(of.get("said") for of in row["results"].values())]
 
 
 def _backbones_caption(result):
@@ -479,8 +479,9 @@ def _backbones(result):
         error = f"{max(errors):.0e}".replace("0e+00", "0").replace("-", "&#8209;") if errors else ""
         rows.append([label, str(row["attention"]), _read(row), error])
         for run, found in row["results"].items():
-            for reason in [f"on {run}, {found['failed']}"] if "failed" in found else _reasons(found):
+            for reason in [f"on {run}, {found['failed']}"] if "failed" in found else found["said"]:
                 reasons.setdefault(reason, []).append(label)
+    rows.sort(key=lambda row: row[0].replace("`", "").lower())
     without = [row["row"] for row in result["rows"] if row not in attending and "," not in row["row"]]
     return [
         *_rows(
@@ -497,11 +498,6 @@ def _backbones(result):
 
 def _named(classes):
     return ", ".join(f"`{name.removesuffix('Backbone')}`" for name in classes)
-
-
-def _reasons(found):
-    """What is said of attention that is not read."""
-    return [reason for reason in found.get("said", ()) if not reason.startswith("The model has no attention")]
 
 
 def _read(row):
