@@ -32,7 +32,10 @@ ORDER = [
 # What functions are about: only this may be positional, in this order.
 SUBJECTS = {
     plot: ["scores", "attribution", "history", "statistics", "result"],
-    explain: ["path", "train", "model", "x", "y", "attribution", "attributions", "weights", "record", "path"],
+    explain: [
+        *("layer_class", "adapter", "path", "train", "model", "x", "y"),
+        *("attribution", "attributions", "weights", "record", "path"),
+    ],
 }
 
 # These words have been replaced: by `top_k`, by `level`, and by American spelling.

@@ -1,10 +1,22 @@
 """The private functions of Keras that the package uses. One that Keras has not, says so when it is called."""
 
 import importlib
+import inspect
+from collections.abc import Callable
 
 import keras
 
-from kerasfactory._backend._shared import missing
+from kerasfactory._backend._shared import (
+    Operation,
+    missing,
+    read_einsum,
+    read_matmul,
+    read_reshape,
+    read_sum,
+    read_swap,
+    read_transpose,
+    read_two,
+)
 
 # From the module or class that owns private names to those that its user relies on. `tests/test_private_names.py`
 # looks for all of them in the installed libraries.
@@ -12,8 +24,12 @@ PRIVATE_NAMES = {
     "keras.src.backend.common.masking": ("get_keras_mask", "set_keras_mask"),
     "keras.src.trainers.compile_utils": ("get_loss",),
     "keras.src.backend.common.global_state": ("get_global_attribute",),
-    "keras.src.backend.nn": ("softmax", "dot_product_attention"),
-    "keras.src.backend.numpy": ("einsum", "matmul"),
+    "keras.src.backend.nn": ("softmax", "log_softmax", "sparsemax", "dot_product_attention"),
+    "keras.src.backend.math": ("logsumexp", "top_k"),
+    "keras.src.backend.numpy": (
+        *("einsum", "matmul", "multiply", "add", "maximum", "divide", "true_divide", "sum", "mean"),
+        *("reshape", "transpose", "swapaxes", "moveaxis", "repeat", "tile"),
+    ),
 }
 
 
@@ -44,10 +60,52 @@ def layers_being_called():
 
 
 def operations():
-    """Where the functions stand that attention goes through: (name, module, its name in there)."""
-    nn, numpy = (importlib.import_module("keras.src.backend").__dict__[name] for name in ("nn", "numpy"))
-    places = [("softmax", nn), ("dot_product_attention", nn), ("einsum", numpy), ("matmul", numpy)]
-    for name, module in places:
-        if not hasattr(module, name):
-            raise missing(f"keras.src.backend.{module.__name__.rpartition('.')[2]}.{name}", "Reading attention")
-    return [(name, module, name) for name, module in places]
+    """Keras' own functions that attention goes through, as a list of `Operation`."""
+    modules = importlib.import_module("keras.src.backend").__dict__
+    functions: list[tuple[str, str, Callable]] = [
+        *(("softmax", f"nn.{name}", _read_softmax) for name in ("softmax", "log_softmax", "sparsemax")),
+        ("softmax", "math.logsumexp", lambda original, x, axis=None, keepdims=False: (x, axis)),
+        ("attention", "nn.dot_product_attention", _read_attention),
+        ("contraction", "numpy.einsum", read_einsum),
+        ("contraction", "numpy.matmul", read_matmul),
+        ("product", "numpy.multiply", read_two),
+        *(("shifted", f"numpy.{name}", read_two) for name in ("add", "maximum")),
+        *(("quotient", f"numpy.{name}", read_two) for name in ("divide", "true_divide")),
+        ("total", "numpy.sum", read_sum),
+        ("average", "numpy.mean", read_sum),
+        ("chosen", "math.top_k", lambda original, x, *others, **options: (x,)),
+        ("moved", "numpy.reshape", read_reshape),
+        ("moved", "numpy.transpose", read_transpose),
+        ("moved", "numpy.swapaxes", read_swap),
+        ("moved", "numpy.moveaxis", _read_moveaxis),
+        *(("moved", f"numpy.{name}", _read_repeat) for name in ("repeat", "tile")),
+    ]
+    found = []
+    for kind, path, read in functions:
+        module, name = path.split(".")
+        if not hasattr(modules[module], name):
+            raise missing(f"keras.src.backend.{path}", "Reading attention")
+        found.append(Operation(kind, modules[module], name, read))
+    return found
+
+
+def _read_moveaxis(original, x, source, destination):
+    order = list(range(len(x.shape)))
+    if isinstance(source, int) and isinstance(destination, int):
+        order.insert(destination % len(order), order.pop(source))
+        return x, order
+    return x, None
+
+
+def _read_repeat(original, x, *others, **options):
+    return x, range(len(x.shape))
+
+
+def _read_softmax(original, x, axis=-1):
+    return x, axis
+
+
+def _read_attention(original, query, key, value, *others, **options):
+    names = list(inspect.signature(original).parameters)[3:]
+    given = {"query": query, "key": key, "value": value, **dict(zip(names, others, strict=False)), **options}
+    return original, given, lambda output: output, lambda output: output

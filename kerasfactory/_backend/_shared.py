@@ -2,8 +2,71 @@
 
 import importlib
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
+
+
+class Operation(NamedTuple):
+    """A function that attention may go through: where it stands, and how its arguments are to be read.
+
+    With the original function and the arguments of a call, `read` returns, for each `kind`:
+
+    - `"softmax"`: the tensor and the axis along which the result, or what is made of it, sums to 1.
+    - `"contraction"`: the subscripts of an einsum, its operands, and a function that does the same with others.
+    - `"product"`, entry by entry, `"shifted"` (a sum of two), `"quotient"`: both operands.
+    - `"total"` (a sum), `"average"`: the tensor, the axis, and a function that does the same with a product of two.
+    - `"moved"`: the tensor, and the order of its axes, `None` if it is reshaped.
+    - `"chosen"`: the tensor of which the largest are taken.
+    - `"attention"`: the fused function with the arguments and axes of Keras' own, these arguments by name, and two
+      functions, from its output to that of Keras and back; or the reason why it cannot be read so.
+    - `"unread"`: the reason why attention in it cannot be read.
+    - `"switch"`: what it is to return while it is watched.
+    """
+
+    kind: str
+    place: Any
+    name: str
+    read: Callable[..., tuple]
+
+
+def read_two(original, x1, x2, *others, **options):
+    """Both operands."""
+    return x1, x2
+
+
+def read_sum(original, x, axis=None, *others, **options):
+    """What is summed, or averaged."""
+    return x, axis, lambda one, other: original(one * other, axis, *others, **options)
+
+
+def read_reshape(original, x, *others, **options):
+    """What is reshaped."""
+    return x, None
+
+
+def read_transpose(original, x, axes=None, *others, **options):
+    """What is transposed, and the new order of its axes."""
+    rank = len(x.shape)
+    return x, range(rank)[::-1] if axes is None else [axis % rank for axis in axes]
+
+
+def read_swap(original, x, axis1, axis2):
+    """What is transposed, and the new order of its axes."""
+    order = list(range(len(x.shape)))
+    order[axis1], order[axis2] = order[axis2], order[axis1]
+    return x, order
+
+
+def read_einsum(original, subscripts, *operands, **options):
+    """As an einsum, what `einsum` of any library is given."""
+    return subscripts, operands, lambda *others: original(subscripts, *others, **options)
+
+
+def read_matmul(original, x1, x2, **options):
+    """As an einsum, what `matmul` of any library is given."""
+    return "...XY,...YZ->...XZ", (x1, x2), lambda *others: original(*others, **options)
 
 
 def missing(name, purpose):
@@ -13,6 +76,13 @@ def missing(name, purpose):
         f"{purpose} needs `{name}`, a private name that the installed {library.__name__} {library.__version__} does "
         f"not have. Install an older version of {library.__name__}, or a newer one of kerasfactory."
     )
+
+
+def read_arithmetic(tensors):
+    """The operators of a class of tensors, as a list of `Operation`."""
+    kinds = {"__mul__": "product", "__add__": "shifted", "__truediv__": "quotient"}
+    operators = [Operation(kind, tensors, name, read_two) for name, kind in kinds.items()]
+    return [Operation("contraction", tensors, "__matmul__", read_matmul), *operators]
 
 
 def after_fork(function):

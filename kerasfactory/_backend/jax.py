@@ -7,7 +7,20 @@ import weakref
 import jax
 import numpy as np
 
-from kerasfactory._backend._shared import after_fork, forked, missing
+from kerasfactory._backend._shared import (
+    Operation,
+    after_fork,
+    forked,
+    missing,
+    read_arithmetic,
+    read_einsum,
+    read_matmul,
+    read_reshape,
+    read_sum,
+    read_swap,
+    read_transpose,
+    read_two,
+)
 
 PRIVATE_NAMES = {
     "jax._src.xla_bridge": ("backends_are_initialized",),
@@ -25,6 +38,9 @@ _IN_USE = (
     "make a copy of the model before. To see attention while a model trains, give `explain.AttentionMonitor` to `fit`; "
     "a callback of your own finds the weights in `self.model`."
 )
+
+# The options of `jax.nn.dot_product_attention` with which its scores can be computed again.
+_READ = ("scale", "is_causal", "implementation")
 
 _of_running: list[bool] = []  # whether this process was forked from one in which JAX had started
 
@@ -116,6 +132,46 @@ def on_cpu(tensor):
     return jax.default_backend() == "cpu"
 
 
+def operations():
+    """JAX's own functions that attention goes through, as a list of `Operation`."""
+    tensors = (type(jax.numpy.zeros(())), jax.core.Tracer)  # of values, and of what is being traced
+    return [
+        Operation("softmax", jax.nn, "softmax", lambda original, x, axis=-1, **options: (x, axis)),
+        Operation("attention", jax.nn, "dot_product_attention", _read_attention),
+        Operation("contraction", jax.numpy, "einsum", read_einsum),
+        Operation("contraction", jax.numpy, "matmul", _read_matmul),
+        *(operator for kind in tensors for operator in read_arithmetic(kind)),
+        Operation("product", jax.numpy, "multiply", read_two),
+        *(Operation("total", place, "sum", _read_sum) for place in (jax.numpy, *tensors)),
+        *(Operation("moved", place, "reshape", read_reshape) for place in (jax.numpy, *tensors)),
+        *(Operation("moved", place, "swapaxes", read_swap) for place in (jax.numpy, *tensors)),
+        Operation("moved", jax.numpy, "transpose", read_transpose),
+    ]
+
+
+def _read_matmul(original, a, b, **options):
+    return read_matmul(original, a, b, **options)
+
+
+def _read_sum(original, a, axis=None, *others, **options):
+    return read_sum(original, a, axis, *others, **options)
+
+
+def _read_attention(original, query, key, value, bias=None, mask=None, **options):
+    unread = [name for name, option in options.items() if name not in _READ and not (option is None or option is False)]
+    if unread or jax.numpy.ndim(query) != 4:
+        what = f"`{unread[0]}`" if unread else "a query that has not 4 axes"
+        return (f"it calls `jax.nn.dot_product_attention` with {what}",)
+
+    def as_keras(query, key, value, bias=None, mask=None, scale=None, is_causal=False, flash_attention=None):
+        given = {"scale": scale, "is_causal": is_causal, "implementation": options.get("implementation")}
+        return original(query, key, value, bias, mask, **given)
+
+    given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
+    given |= {name: options[name] for name in ("scale", "is_causal") if name in options}
+    return as_keras, given, lambda output: output, lambda output: output
+
+
 def outside_traces():
     """A context outside all functions that are being traced."""
     return jax.ensure_compile_time_eval()
@@ -128,11 +184,6 @@ def predict_step(model, state, data):
     """
     outputs, non_trainable = model.predict_step(state, data)
     return outputs, (state[0], non_trainable)
-
-
-def tensor_classes():
-    """The classes whose `@` multiplies tensors: of values, and of what is being traced."""
-    return [type(jax.numpy.zeros(())), jax.core.Tracer]
 
 
 def value_of(variable):

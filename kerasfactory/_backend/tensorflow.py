@@ -6,7 +6,16 @@ import weakref
 import numpy as np
 import tensorflow as tf
 
-from kerasfactory._backend._shared import after_fork, forked, stateless_predict_step
+from kerasfactory._backend._shared import (
+    Operation,
+    after_fork,
+    forked,
+    read_arithmetic,
+    read_einsum,
+    read_sum,
+    read_transpose,
+    stateless_predict_step,
+)
 
 PRIVATE_NAMES = {
     "tensorflow.python.eager.context.Context": ("_initialized",),
@@ -104,6 +113,47 @@ def on_cpu(tensor):
     return not (tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
 
 
+def operations():
+    """TensorFlow's own functions that attention goes through, as a list of `Operation`."""
+    return [
+        Operation("softmax", tf.nn, "softmax", _read_softmax),
+        *(Operation("contraction", place, "matmul", _read_matmul) for place in (tf, tf.linalg)),
+        *(Operation("contraction", place, "einsum", read_einsum) for place in (tf, tf.linalg)),
+        *read_arithmetic(tf.Tensor),
+        *(Operation("product", place, "multiply", _read_product) for place in (tf, tf.math)),
+        *(Operation("total", place, "reduce_sum", _read_sum) for place in (tf, tf.math)),
+        Operation("moved", tf, "reshape", _read_reshape),
+        Operation("moved", tf, "transpose", _read_transpose),
+    ]
+
+
+def _read_product(original, x, y, name=None):
+    return x, y
+
+
+def _read_sum(original, input_tensor, axis=None, *others, **options):
+    return read_sum(original, input_tensor, axis, *others, **options)
+
+
+def _read_reshape(original, tensor, shape, name=None):
+    return tensor, None
+
+
+def _read_transpose(original, a, perm=None, *others, **options):
+    return read_transpose(original, a, perm)
+
+
+def _read_softmax(original, logits, axis=None, name=None):
+    return logits, -1 if axis is None else axis
+
+
+def _read_matmul(original, a, b, transpose_a=False, transpose_b=False, adjoint_a=False, adjoint_b=False, **options):
+    left = "YX" if transpose_a or adjoint_a else "XY"
+    right = "ZY" if transpose_b or adjoint_b else "YZ"
+    options |= {"transpose_a": transpose_a, "transpose_b": transpose_b, "adjoint_a": adjoint_a, "adjoint_b": adjoint_b}
+    return f"...{left},...{right}->...XZ", (a, b), lambda *others: original(*others, **options)
+
+
 def outside_traces():
     """A context outside all functions that are being traced. If there are none, gradients are still recorded."""
     return contextlib.nullcontext() if tf.executing_eagerly() else tf.init_scope()
@@ -115,11 +165,6 @@ def predict_step(model, state, data):
     Returns the outputs and the state after them.
     """
     return stateless_predict_step(model, state, data)
-
-
-def tensor_classes():
-    """The classes whose `@` multiplies tensors."""
-    return [tf.Tensor]
 
 
 def value_of(variable):

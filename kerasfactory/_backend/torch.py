@@ -7,7 +7,20 @@ import keras
 import torch
 from keras import ops
 
-from kerasfactory._backend._shared import after_fork, missing, stateless_predict_step
+from kerasfactory._backend._shared import (
+    Operation,
+    after_fork,
+    missing,
+    read_arithmetic,
+    read_einsum,
+    read_matmul,
+    read_reshape,
+    read_sum,
+    read_swap,
+    read_transpose,
+    read_two,
+    stateless_predict_step,
+)
 
 _of_forked = []  # whether this process was forked from one that imported this file
 after_fork(lambda: _of_forked.append(True))
@@ -115,6 +128,74 @@ def on_cpu(tensor):
     return tensor.device.type == "cpu"
 
 
+def operations():
+    """PyTorch's own functions that attention goes through, as a list of `Operation`."""
+    functional, tensors = torch.nn.functional, torch.Tensor
+    softmaxes = [(functional, "softmax"), (torch, "softmax"), (torch.special, "softmax"), (tensors, "softmax")]
+    products = [(torch, "matmul"), (torch, "bmm"), (tensors, "matmul"), (tensors, "bmm")]
+    return [
+        *(Operation("softmax", place, name, _read_softmax) for place, name in softmaxes),
+        *(Operation("contraction", place, name, _read_matmul) for place, name in products),
+        Operation("contraction", torch, "einsum", _read_einsum),
+        Operation("attention", functional, "scaled_dot_product_attention", _read_attention),
+        *read_arithmetic(tensors),
+        *(Operation("product", place, "mul", read_two) for place in (torch, tensors)),
+        *(Operation("total", place, "sum", _read_sum) for place in (torch, tensors)),
+        *(Operation("moved", tensors, name, read_reshape) for name in ("reshape", "view")),
+        *(Operation("moved", place, "transpose", read_swap) for place in (torch, tensors)),
+        Operation("moved", tensors, "permute", _read_permute),
+        # Modules of PyTorch then compute what they else leave to one kernel, layer norms and all.
+        Operation("switch", torch.backends.mha, "get_fastpath_enabled", lambda original: (False,)),
+    ]
+
+
+def _read_softmax(original, input, dim=None, *others, axis=None, **options):
+    return input, axis if dim is None else dim
+
+
+def _read_matmul(original, input, other=None, *, mat2=None, **options):
+    return read_matmul(original, input, mat2 if other is None else other, **options)
+
+
+def _read_sum(original, input, dim=None, keepdim=False, **options):
+    return read_sum(original, input, dim, keepdim, **options)
+
+
+def _read_permute(original, input, *dims):
+    return read_transpose(original, input, dims[0] if isinstance(dims[0], list | tuple) else dims)
+
+
+def _read_einsum(original, equation, *operands):
+    return read_einsum(original, equation, *(operands[0] if isinstance(operands[0], list | tuple) else operands))
+
+
+def _read_attention(
+    original, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Its axes are (batch, head, position, size), or without heads; Keras' are (batch, position, head, size)."""
+    rank = query.dim()
+    if rank not in (3, 4):
+        return (f"it calls `scaled_dot_product_attention` with tensors of {rank} axes, which must be 3 or 4",)
+
+    def there(tensor):
+        return tensor.unsqueeze(2) if rank == 3 else tensor.transpose(1, 2)
+
+    def back(tensor):
+        return tensor.squeeze(2) if rank == 3 else tensor.transpose(1, 2)
+
+    def as_keras(query, key, value, bias=None, mask=None, scale=None, is_causal=False, flash_attention=None):
+        allowed = bias if mask is None else mask
+        allowed = allowed.squeeze(1) if rank == 3 and allowed is not None and allowed.dim() == 4 else allowed
+        heads = (back(tensor) for tensor in (query, key, value))
+        return there(original(*heads, allowed, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
+
+    given = {"query": there(query), "key": there(key), "value": there(value), "scale": scale, "is_causal": is_causal}
+    if attn_mask is not None:
+        with_heads = attn_mask.unsqueeze(1) if rank == 3 and attn_mask.dim() == 3 else attn_mask
+        given["mask" if attn_mask.dtype == torch.bool else "bias"] = with_heads
+    return as_keras, given, there, back
+
+
 def outside_traces():
     """A context in which PyTorch records no gradients."""
     return torch.no_grad()
@@ -126,11 +207,6 @@ def predict_step(model, state, data):
     Returns the outputs and the state after them.
     """
     return stateless_predict_step(model, state, data)
-
-
-def tensor_classes():
-    """The classes whose `@` multiplies tensors."""
-    return [torch.Tensor]
 
 
 def value_of(variable):

@@ -576,6 +576,11 @@ def _value_norms(call: Call) -> tuple[Any, Any]:
         sizes = ops.norm(ops.cast(call.values(), scores.dtype), axis=-1)  # (batch, key, head)
         weighted = scores * ops.transpose(sizes, (0, 2, 1))[:, :, None]
         return ops.sqrt(ops.sum(ops.square(weighted), axis=1)), scores
+    if call.value is None:
+        raise ValueError(
+            f"The values of layer {layer.name!r} are not known: a registered adapter makes its scores. Choose another "
+            "method, or other layers with `layers=[...]`."
+        )
     value = ops.cast(call.value, scores.dtype)
     of_queries = {"scores": ops.transpose(scores, (2, 0, 1, 3))}
     projected: Any = None

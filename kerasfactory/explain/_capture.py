@@ -73,13 +73,16 @@ def capture(
     are met. It is left out here as well. Rows sum to less than 1, and the rest is the coordinate `sink`. A sink that
     stays among the keys, with a row of zeros for its value, is a key like others.
 
+    Functions of the backend that a layer calls past Keras, such as `torch.nn.functional.scaled_dot_product_attention`,
+    are read like those of Keras. A softmax may be written out, and its result multiplied by the values and summed. A
+    softmax over the units of a dense layer that weighs as many parts of the same position, as in a mixture of experts,
+    is no attention.
+
     A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
     and layers that are called attention and in which no scores were seen. Linear attention forms none, and deformable
-    attention has no keys. What calls functions of the backend past Keras, such as
-    `torch.nn.functional.scaled_dot_product_attention`, is not seen. A softmax over the features of a query, as some
-    kinds of linear attention have it, is taken for attention. A function that a layer compiles by itself, by `jax.jit`
-    or `tf.function`, is noticed only while it is traced: if it has run before, attention in it may be missing without a
-    warning.
+    attention has no keys. What folds axes into the batch or hides its kernel is read by `register_attention`. A
+    function that a layer compiles by itself, by `jax.jit` or `tf.function`, is noticed only while it is traced: if it
+    has run before, attention in it may be missing without a warning.
 
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
@@ -125,7 +128,8 @@ def capture(
         `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
         with and without observation, relative to the largest. `read_from` names the function that the scores were read
         from: `_compute_attention`, the layer's own, returned them; `softmax` made them, and the values were multiplied
-        by them; `dot_product_attention` was called, and they are computed again from its arguments.
+        by them; `dot_product_attention` was called, and they are computed again from its arguments; an `adapter` that
+        was registered returned them.
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from kerasfactory import _backend
+from kerasfactory.explain._engine.registry import adapter_of
 from kerasfactory.explain._engine.undo import stand_in, twin, undone
 from kerasfactory.layers import InterpretableMultiHeadAttention
 from kerasfactory.layers._attention import Attention, Mask, keeping_aside, mask_in_parts
@@ -138,7 +139,10 @@ def _paths(model: Any) -> list[tuple[Any, list[str]]]:
 
 def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
     """From the name of each attention layer to the layer and its path."""
-    layers_and_paths = [(layer, path) for layer, path in _paths(model) if isinstance(layer, READ_LAYERS)]
+    adapted = adapted_layers(all_layers(model))
+    layers_and_paths = [
+        (layer, path) for layer, path in _paths(model) if isinstance(layer, READ_LAYERS) and id(layer) not in adapted
+    ]
     last_names = [path[-1] for _, path in layers_and_paths]
     full_names = ["/".join(path) for _, path in layers_and_paths]
     named = {}
@@ -148,6 +152,11 @@ def _named_attention(model: Any) -> dict[str, tuple[Any, str]]:
             name = f"{name}/{full_names[:number].count(name)}"
         named[name] = (layer, full_names[number])
     return named
+
+
+def adapted_layers(layers: Iterable[Any]) -> set[int]:
+    """The ids of those layers that an adapter is registered for, and of all layers in them."""
+    return {id(inner) for layer in layers if adapter_of(layer) is not None for inner in all_layers(layer)}
 
 
 def find_attention(model: Any) -> dict[str, Any]:
@@ -169,18 +178,28 @@ _OTHER_ATTENTION = {
     "timemix": "linear attention forms no scores",
     "retention": "linear attention forms no scores",
     "mamba": "a state space forms no scores",
-    "attention": "no softmax over keys was seen in it: it may attend in a linear way, or by a kernel of the backend",
+    "attention": "no softmax over keys was seen in it: it may attend in a linear way, or by a kernel of its own, for "
+    "which there is `explain.register_attention`",
 }
 
 
-def unseen_attention(called: Collection[Any], seen: Sequence[Any], known: Container[str]) -> dict[str, str]:
-    """The names of layers that were called, attend by their class's name, and in which none was seen; and why."""
+def unseen_attention(called: Mapping[Any, str | None], seen: Sequence[Any]) -> dict[str, str]:
+    """The names of layers that were called, attend by their class's name, and in which none was seen; and why.
+
+    Others come with a reason why attention in them cannot be read.
+    """
     reasons = {}
-    for layer in called:
+    adapted = adapted_layers(seen)
+    for layer, unread in list(called.items()):
         kind = type(layer).__name__
+        if id(layer) in adapted:
+            continue
+        if unread is not None:
+            reasons[layer.name] = unread
+            continue
         reason = next((reason for part, reason in _OTHER_ATTENTION.items() if part in kind.lower()), None)
         inside = {id(inner) for inner in all_layers(layer)}
-        if reason and layer.name not in known and not any(id(one) in inside for one in seen):
+        if reason and not any(id(one) in inside for one in seen):
             reasons[layer.name] = f"it is a `{kind}`: {reason}"
     return dict(sorted(reasons.items()))
 

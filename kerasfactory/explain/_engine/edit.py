@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from keras import ops, tree
 
@@ -30,6 +30,7 @@ from kerasfactory.explain._engine.observe import (
     rounding_of,
     state_of,
 )
+from kerasfactory.explain._engine.registry import adapter_of
 
 _EAGERLY = {"run_eagerly": True, "jit_compile": False}
 
@@ -60,6 +61,7 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     not made of the scores, so that changing these would show nothing.
     """
     first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
+    _check_not_adapted(first.found)
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
     names = {(found.name, found.number): name for name, found in first.found.items()}
     of_keras = {found.name: found.layer for found in first.found.values() if not found.path}
@@ -79,7 +81,9 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
             for layer_name, layer in of_keras.items():
                 _edit_calls(layer, layer_name, names, edited)
             of_sight = _edit_of_sights(of_keras, foreign, names, edited)
-            with watching_operations(WeakSet(), edit=of_sight) if foreign else contextlib.nullcontext():
+            with (
+                watching_operations(model, WeakKeyDictionary(), edit=of_sight) if foreign else contextlib.nullcontext()
+            ):
                 outputs, _ = _backend.predict_step(model, state, data)
         return outputs, before
 
@@ -124,6 +128,16 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
 
     _check_made_of_scores(model, batch, run)
     return Editor(first.found, shapes, predict, gradient)
+
+
+def _check_not_adapted(found: dict[str, Found]) -> None:
+    adapted = [name for name, call in found.items() if adapter_of(call.layer) is not None]
+    if adapted:
+        raise ValueError(
+            f"The scores of {', '.join(adapted)} are those that a registered adapter returns. They cannot be changed, "
+            "for there is no way back from them into the layer. Choose other layers with `layers=[...]`, or other "
+            "methods."
+        )
 
 
 def _check_made_of_scores(model: Any, batch: tuple, run: Callable) -> None:

@@ -8,20 +8,32 @@ import contextlib
 import functools
 import itertools
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.attention import ORDER, READ_LAYERS, Call, Heads, has_values, is_called
+from kerasfactory.explain._engine.attention import (
+    ORDER,
+    READ_LAYERS,
+    Call,
+    Heads,
+    all_layers,
+    has_values,
+    is_called,
+)
+from kerasfactory.explain._engine.registry import adapter_of
+from kerasfactory.explain._engine.undo import stand_in
+from kerasfactory.explain._engine.weights import Softmax, Weights
 from kerasfactory.layers._attention import mask_in_parts
 
-_REMEMBERED = 16  # results of a softmax that may still be contracted
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 
 _INNERMOST = threading.local()  # `sights`: the list that this thread fills at present
 
@@ -44,8 +56,10 @@ class Sight(NamedTuple):
     tensor: Any  # one of those that it computes with
     scores: Callable[[], Any]  # (batch, any other axes, head, query, key)
     products: Callable[[Any], tuple[Any, Any]]  # from the scores to what they make of the values, and the real product
-    edited: Callable[[Any], Any]  # from other scores to what stands in for the real product
-    values: Callable[[], Any]  # (batch, any other axes, key, head, size of a head)
+    # From other scores to what stands in for the real product, and (batch, any other axes, key, head, size of a head);
+    # not of scores that an adapter made.
+    edited: Callable[[Any], Any] | None
+    values: Callable[[], Any] | None
     masks: str
     order: int  # this and what follows: as those of a `Call`
     read_from: str
@@ -53,125 +67,174 @@ class Sight(NamedTuple):
     attended: Any = None
 
 
-class _Softmax(NamedTuple):
-    path: list[Any]
-    result: Any
-    axis: int
-
-
 @contextlib.contextmanager
 def watching_operations(
-    called: WeakSet[Any], attend: Callable | None = None, edit: Callable[[Sight], Any] | None = None
+    model: Any,
+    called: WeakKeyDictionary[Any, str | None],
+    attend: Callable | None = None,
+    edit: Callable[[Sight], Any] | None = None,
 ) -> Iterator[list[Sight]]:
-    """Fills a list with the attention that this thread computes by Keras' functions.
+    """Fills a list with the attention that this thread computes by functions of Keras and of the backend.
 
-    For the time of this, functions of ours stand in front of those of Keras. Other threads pass through them.
+    For the time of this, functions of ours stand in front of those. Other threads pass through them. To be used within
+    `unchanged`, which takes away what stands in front of layers that an adapter is registered for.
 
     Args:
-        called: Gets the layers in whose call anything is multiplied.
-        attend: From the layers that are being called, and the `Heads` that Keras' fused function is to attend with,
+        model: Functions that the files of its layers have imported by name are seen as well.
+        called: Gets the layers in whose call anything is multiplied, each with the reason why attention in it cannot be
+            read, if there is one.
+        attend: From the layers that are being called, and the `Heads` that the fused function is to attend with,
             to its output (`None`: the function is to compute it) and to what `Call.attended` is to be.
         edit: Called with each attention that is seen; returns other scores for it, or `None`.
     """
     sights: list[Sight] = []
-    softmaxes: list[_Softmax] = []
-    busy = False
-
-    def in_front_of(note):
-        def made_of(original):
-            def either(*args, **kwargs):
-                nonlocal busy
-                if busy or getattr(_INNERMOST, "sights", None) is not sights:
-                    return original(*args, **kwargs)
-                busy = True  # what a function is made of is not looked at
-                try:
-                    return note(original, lambda: original(*args, **kwargs), *args, **kwargs)
-                finally:
-                    busy = False
-
-            return either
-
-        return made_of
-
-    def noted(sight, result):
-        sights.append(sight)
-        scores = None if edit is None else edit(sight)
-        return result if scores is None else ops.cast(sight.edited(scores), result.dtype)
-
-    def softmax(original, run, x, axis=-1):
-        result = run()
-        rank = len(x.shape)
-        if isinstance(axis, int) and rank > 1 and axis % rank > 0:
-            softmaxes.append(_Softmax(_backend.layers_being_called(), result, axis % rank))
-            del softmaxes[:-_REMEMBERED]
-        return result
-
-    def contraction(run, operands, letters, out, again):
-        result, path = run(), _backend.layers_being_called()
-        called.update(path)
-        for number, (operand, of_operand) in enumerate(zip(operands, letters, strict=True)):
-            found = _softmax_of(operand, softmaxes, path)
-            if found is not None and _is_attention(of_operand, of_operand[found.axis], letters[1 - number], out):
-                softmaxes[:] = [softmax for softmax in softmaxes if softmax is not found]
-                values = operands[1 - number], letters[1 - number]
-                replaced = _replacing(again, operands, number)
-                return noted(_contracted(path, found, operand, of_operand, *values, out, replaced, result), result)
-        return result
-
-    def einsum(original, run, subscripts, *operands, **kwargs):
-        letters = _letters(subscripts, operands)
-        if len(operands) != 2 or letters is None:
-            return run()
-        return contraction(run, operands, letters[:2], letters[2], lambda *of: original(subscripts, *of, **kwargs))
-
-    def matmul(original, run, x1, x2):
-        ranks = [len(getattr(x, "shape", ())) for x in (x1, x2)]
-        if min(ranks) < 2:
-            return run()
-        ahead = _LETTERS[: max(ranks) - 2]
-        left, right = (ahead[max(ranks) - rank :] for rank in ranks)
-        return contraction(run, (x1, x2), (f"{left}XY", f"{right}YZ"), f"{ahead}XZ", original)
-
-    def dot_product_attention(original, run, query, key, value, **given):
-        path, given = _backend.layers_being_called(), {"query": query, "key": key, "value": value, **given}
-        heads = None if attend is None else _heads(path, original, given)
-        output, attended = (None, None) if attend is None or heads is None else attend(path, heads)
-        if output is None:
-            output = run()
-        return noted(_fused(path, given, output)._replace(attended=attended), output)
-
-    notes = {"softmax": softmax, "einsum": einsum, "matmul": matmul, "dot_product_attention": dot_product_attention}
-    with _in_place({name: in_front_of(note) for name, note in notes.items()}), noting_in(sights):
+    modules = {type(layer).__module__ for layer in all_layers(model)}
+    with _in_front_of_operations(_Notes(sights, called, attend, edit), modules), noting_in(sights):
+        for layer in all_layers(model):
+            if adapter_of(layer) is not None:
+                stand_in(layer, call=_adapted(layer, sights))
         yield sights
 
 
+class _Notes:
+    """What is noted of each kind of `Operation`: each method gets a call of the function, and what `read` returns."""
+
+    def __init__(self, sights: list[Sight], called: Any, attend: Callable | None, edit: Callable | None):
+        self.sights, self.called, self.attend, self.edit, self.weights = sights, called, attend, edit, Weights()
+
+    def softmax(self, run, x, axis):
+        result = run()
+        self.weights.softmax(_backend.layers_being_called(), x, axis, result)
+        return result
+
+    def moved(self, run, x, order):
+        result = run()
+        self.weights.moved(_backend.layers_being_called(), x, order, result)
+        return result
+
+    def contraction(self, run, subscripts, operands, again):
+        result, letters = run(), _letters(subscripts, operands)
+        if letters is not None and len(operands) == 2:
+            result = self._met(operands, letters[:2], letters[2], again, result)
+            self.weights.contracted(operands, letters[:2], letters[2], result)
+        return result
+
+    def product(self, run, x1, x2):
+        result = run()
+        self.weights.product((x1, x2), result)
+        self.called.update({layer: self.called.get(layer) for layer in _backend.layers_being_called()})
+        return result
+
+    def average(self, run, x, axis, again):
+        result, path, factors = run(), _backend.layers_being_called(), self.weights.factors(x)
+        if isinstance(axis, int) and any(self.weights.of(factor, path) is not None for factor in factors):
+            operands, letters, out, again = _multiplied(factors, axis, again)
+            for before, after in zip(factors, operands, strict=True):
+                self.weights.moved(path, before, None, after)
+            result = self._met(operands, letters, out, again, result)
+        return result
+
+    def total(self, run, x, axis, again):
+        result = self.average(run, x, axis, again)
+        self.weights.sum(x, axis, result)
+        return result
+
+    def chosen(self, run, x):
+        result = run()
+        self.weights.chosen(x, result[0])
+        return result
+
+    def shifted(self, run, x1, x2):
+        result = run()
+        self.weights.shifted(x1, result)
+        return result
+
+    def quotient(self, run, x1, x2):
+        result = run()
+        self.weights.quotient(_backend.layers_being_called(), x1, x2, result)
+        return result
+
+    def _met(self, operands, letters, out, again, result):
+        path = _backend.layers_being_called()
+        self.called.update({layer: self.called.get(layer) for layer in path})
+        for number in sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])):
+            operand, of_operand, values = operands[number], letters[number], letters[1 - number]
+            found = self.weights.of(operand, path)
+            if found is not None and found.axis is None and set(of_operand) - set(out):
+                self.called.update(dict.fromkeys(path[-1:], "its softmax runs over several axes at once"))
+            elif found is not None and _is_attention(of_operand, of_operand[found.axis], values, out):
+                long = {letter for letter, size in zip(of_operand, operand.shape, strict=True) if size != 1}
+                if not self.weights.is_gate(found, long, values, operands[1 - number]):
+                    self.weights.met(found)
+                    replaced = _replacing(again, operands, number)
+                    factors = operand, of_operand, operands[1 - number], values
+                    return self._noted(_contracted(path, found, *factors, out, replaced, result), result)
+        return result
+
+    def _noted(self, sight, result):
+        self.sights.append(sight)
+        scores = None if self.edit is None else self.edit(sight)
+        return result if scores is None else ops.cast(sight.edited(scores), result.dtype)
+
+    def attention(self, run, as_keras, given=None, there=None, back=None):
+        path = _backend.layers_being_called()
+        if given is None:
+            return self.unread(run, as_keras)
+        adapted = any(adapter_of(layer) for layer in path)  # and needs the scores
+        heads = None if self.attend is None or adapted else _heads(path, as_keras, given)
+        made, attended = (None, None) if self.attend is None or heads is None else self.attend(path, heads)
+        output = run() if made is None else back(made)
+        made = there(output) if made is None else made
+        others = self._noted(_fused(path, given, made)._replace(attended=attended), made)
+        return output if others is made else back(others)
+
+    def unread(self, run, reason):
+        self.called.update(dict.fromkeys(_backend.layers_being_called()[-1:], reason))
+        return run()
+
+    def switch(self, run, position):
+        return position
+
+
 @contextlib.contextmanager
-def _in_place(in_front: dict[str, Callable]) -> Iterator[None]:
-    """Puts in the place of each function of Keras what is made of it, and them back afterward."""
-    places = [(place, name, in_front[operation]) for operation, place, name in _backend.operations()]
-    places += [(of_tensors, "__matmul__", in_front["matmul"]) for of_tensors in _backend.tensor_classes()]
-    before = [(place, name, getattr(place, name)) for place, name, _ in places]
+def _in_front_of_operations(notes: _Notes, modules: set[str]) -> Iterator[None]:
+    """Has what this thread gives to functions noted, by their kind: see `Operation`.
+
+    In these modules they are found under any name: `from jax.nn import softmax`.
+    """
+    busy = False
+
+    def in_front_of(original, note, read):
+        @functools.wraps(original)
+        def either(*args, **kwargs):
+            nonlocal busy
+            if busy or getattr(_INNERMOST, "sights", None) is not notes.sights:
+                return original(*args, **kwargs)
+            busy = True  # what a function is made of is not looked at
+            try:
+                return note(lambda: original(*args, **kwargs), *read(original, *args, **kwargs))
+            finally:
+                busy = False
+
+        return either
+
+    others = [sys.modules[name] for name in modules - {"builtins"} if name in sys.modules and name[:6] != "keras."]
+    before = []
     try:
-        for (place, name, made_of), (_, _, original) in zip(places, before, strict=True):
-            setattr(place, name, made_of(original))
+        for kind, home, its_name, read in _backend.operations():
+            original = getattr(home, its_name)
+            watched = in_front_of(original, getattr(notes, kind), read)
+            imported = [(place, name) for place in others for name, value in vars(place).items() if value is original]
+            for place, name in [(home, its_name), *imported]:
+                before.append((place, name, vars(place).get(name)))  # a class may have it of another
+                setattr(place, name, watched)
         yield
     finally:
-        for place, name, original in before:
-            setattr(place, name, original)
-
-
-def _softmax_of(operand: Any, softmaxes: list[_Softmax], path: list[Any]) -> _Softmax | None:
-    """The softmax that an operand is the result of, or that something was made of entry by entry in the same layer."""
-    shape = tuple(getattr(operand, "shape", ()))
-    for found in reversed(softmaxes):
-        if found.result is operand:
-            return found
-    for found in reversed(softmaxes):
-        before = list(found.result.shape)
-        with_sink = [*before[:-1], before[-1] and before[-1] - 1]
-        if path and any(path[-1] is layer for layer in found.path) and shape in (tuple(before), tuple(with_sink)):
-            return found
-    return None
+        for place, name, original in reversed(before):
+            if original is None:
+                delattr(place, name)
+            else:
+                setattr(place, name, original)
 
 
 def _is_attention(scores: str, key: str, value: str, out: str) -> bool:
@@ -188,10 +251,38 @@ def _letters(subscripts: Any, operands: tuple) -> list[str] | None:
     if len(parts) != len(operands):
         return None
     free = [letter for letter in _LETTERS if letter not in subscripts]
-    ranks = [len(x.shape) - len(part.replace("...", "")) for x, part in zip(operands, parts, strict=True)]
+    ranks = [
+        len(getattr(x, "shape", ())) - len(part.replace("...", "")) for x, part in zip(operands, parts, strict=True)
+    ]
+    if min(ranks) < 0:
+        return None
     most = max([rank for rank, part in zip(ranks, parts, strict=True) if "..." in part], default=0)
     filled = [part.replace("...", "".join(free[most - rank : most])) for rank, part in zip(ranks, parts, strict=True)]
     return [*filled, out.replace("...", "".join(free[:most]))]
+
+
+def _multiplied(operands: tuple, axis: int, again: Callable) -> tuple[list[Any], list[str], str, Callable]:
+    """A product that is summed along an axis, as a contraction: operands, their letters, those of the result.
+
+    Axes along which a factor is repeated are taken away from it.
+    """
+    shapes = [tuple(getattr(operand, "shape", ())) for operand in operands]
+    rank = max(map(len, shapes))
+    letters, axis = _LETTERS[:rank], axis % rank
+    aligned = [(*[1] * (rank - len(shape)), *shape) for shape in shapes]
+    short = [
+        [place for place in range(rank) if one[place] == 1 != other[place]] for one, other in (aligned, aligned[::-1])
+    ]
+
+    def whole(*others):
+        return again(*(ops.expand_dims(x, places) if places else x for x, places in zip(others, short, strict=True)))
+
+    squeezed = []
+    for operand, shape, places in zip(operands, shapes, short, strict=True):
+        x = ops.expand_dims(operand, list(range(rank - len(shape)))) if rank > len(shape) else operand
+        squeezed.append(ops.squeeze(x, places) if places else x)
+    kept = ["".join(letter for place, letter in enumerate(letters) if place not in places) for places in short]
+    return squeezed, kept, letters.replace(letters[axis], ""), whole
 
 
 def _replacing(again: Callable, operands: tuple, number: int) -> Callable[[Any], Any]:
@@ -204,7 +295,7 @@ def _replacing(again: Callable, operands: tuple, number: int) -> Callable[[Any],
 
 def _contracted(
     path: list[Any],
-    found: _Softmax,
+    found: Softmax,
     operand: Any,
     scores: str,
     of_values: Any,
@@ -213,7 +304,7 @@ def _contracted(
     again: Callable,
     result: Any,
 ) -> Sight:
-    order, counts = _order(scores, scores[found.axis], value, out)
+    order, counts = _order(scores, scores[found.axis or 0], value, out)
     there, back = [scores.index(letter) for letter in order], [order.index(letter) for letter in scores]
 
     def canonical():
@@ -340,6 +431,55 @@ def _heads(path: list[Any], original: Callable, given: dict[str, Any]) -> Heads 
 
     query, key, value = (ops.cast(tensor, dtype) for tensor in (query, key, value))
     return Heads(path[-1], query, key, value, in_parts, own)
+
+
+def _adapted(layer: Any, sights: list[Sight]) -> Callable:
+    """The layer's `call`, which puts what the registered adapter makes in the place of what is seen in it."""
+    call, adapter = layer.call, adapter_of(layer)
+
+    def adapted(*args, **kwargs):
+        start, path = len(sights), _backend.layers_being_called()
+        output = call(*args, **kwargs)
+        made = functools.partial(_made_by, adapter, layer, output, args, kwargs, path)
+        seen: list[Sight | None] = [sight for sight in sights[start:] if _backend.is_usable(sight.tensor)]
+        sights[start:] = map(made, seen or [None])
+        return output
+
+    return adapted
+
+
+def _made_by(adapter: Any, layer: Any, output: Any, args: tuple, kwargs: dict, path: list[Any], seen: Any) -> Sight:
+    @functools.cache
+    def result():
+        of_adapter = adapter(layer, None if seen is None else seen.scores(), *args, **kwargs)
+        scores, remade = of_adapter if isinstance(of_adapter, tuple) and len(of_adapter) == 2 else (of_adapter, None)
+        if len(getattr(scores, "shape", ())) < 4:
+            what = f"shape {tuple(scores.shape)}" if hasattr(scores, "shape") else f"type {type(scores).__name__}"
+            raise ValueError(
+                f"The adapter that is registered for `{type(layer).__name__}` must return scores with the axes (batch, "
+                "head, query, key), others between batch and head, or a pair of these and the layer's output. For "
+                f"layer {layer.name!r} it returned: {what}"
+            )
+        return scores, remade
+
+    def products(scores):
+        remade = result()[1]
+        if remade is not None:
+            return remade, tree.flatten(output)[0]
+        if seen is None:
+            raise ValueError(
+                f"There is nothing to compare in layer {layer.name!r}: no attention was seen in it, and the adapter "
+                f"for `{type(layer).__name__}` returns scores alone. Let it return a pair: the scores, and the output "
+                "that the layer makes of them. Or leave the layer out with `layers=[...]`."
+            )
+        return seen.products(seen.scores())
+
+    if seen is None:
+        tensor = tree.flatten(output)[0]
+        return Sight(path, tensor, lambda: result()[0], products, None, None, "not known", next(ORDER), "adapter")
+    return seen._replace(
+        path=path, scores=lambda: result()[0], products=products, edited=None, values=None, read_from="adapter"
+    )
 
 
 def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], layers: Any) -> dict[str, list[Call]]:

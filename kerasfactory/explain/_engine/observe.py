@@ -37,6 +37,7 @@ from kerasfactory.explain._engine.foreign import (
     path_of,
     watching_operations,
 )
+from kerasfactory.explain._engine.registry import changes
 from kerasfactory.explain._engine.undo import alone, twin
 from kerasfactory.layers._attention import keeping_aside
 
@@ -163,14 +164,15 @@ class _Steps(NamedTuple):
     watched_until: Callable  # from a number of calls to the same function, which, if not compiled, stops after them
     found: dict[str, Found]  # with weak references to the layers: what is kept must not keep the model
     lost: set[str]  # layers whose scores cannot be had
-    called: weakref.WeakSet[Any]  # layers, as far as it is known
+    # Layers, as far as it is known, and why attention in them cannot be read, if it cannot.
+    called: weakref.WeakKeyDictionary[Any, str | None]
 
 
 def _steps(model: Any, chosen: dict[str, Any], layers: Any, measure: Callable[[Call], Any]) -> _Steps:
     def make():
         found: dict[str, Found] = {}
         lost: set[str] = set()
-        called: weakref.WeakSet[Any] = weakref.WeakSet()
+        called: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         # What is kept must not keep the model, or both would stay for ever.
         model_reference = weakref.ref(model)
         layer_references = {name: weakref.ref(layer) for name, layer in chosen.items()}
@@ -182,7 +184,7 @@ def _steps(model: Any, chosen: dict[str, Any], layers: Any, measure: Callable[[C
             model = model_reference()
             sees_all |= any(call.path for call in found.values())
             with unchanged(model), _watching(watched_layers()) as seen:
-                with watching_operations(called) if sees_all else contextlib.nullcontext(()) as sights:
+                with watching_operations(model, called) if sees_all else contextlib.nullcontext(()) as sights:
                     outputs, state = _backend.predict_step(model, state, data)
                 measured = _measured(model, seen, sights, layers, measure, found, lost)
             return measured, state, outputs
@@ -223,7 +225,7 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], layers: Any, measure: Ca
     """Not kept, for nothing is compiled: `attend` needs values."""
     found: dict[str, Found] = {}
     lost: set[str] = set()
-    called: weakref.WeakSet[Any] = weakref.WeakSet()
+    called: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
     # The other layers attend in the same way: they would form what the chosen ones do not.
     others = [layer for layer in find_attention(model).values() if all(layer is not one for one in chosen.values())]
 
@@ -234,7 +236,7 @@ def _steps_in_place(model: Any, chosen: dict[str, Any], layers: Any, measure: Ca
         with unchanged(model), _watching(chosen, attend) as seen:
             for layer in others:
                 Watch(layer, None, attend)
-            with watching_operations(called, attend_fused) as sights:
+            with watching_operations(model, called, attend_fused) as sights:
                 _, state = _backend.predict_step(model, state, data)
             measured = _measured(model, seen, sights, layers, measure, found, lost)
         return measured, state
@@ -295,7 +297,7 @@ _CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced",
 
 def _fingerprint(chosen: dict[str, Any], model: Any) -> list:
     """All that a traced function may have made a constant of: it changes if any attribute of any layer is set."""
-    entries: list[Any] = list(chosen)
+    entries: list[Any] = [changes(), *chosen]
     for layer in all_layers(model):
         for name, value in dict(vars(layer)).items():  # another thread may be adding one
             if name in _CHANGED_BY_USE:
@@ -322,13 +324,16 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict
     wanted = [layers] if isinstance(layers, str) else layers or ()
     others = [entry for entry in wanted if not choose_attention(model, [entry])]
     unknown = [str(entry) for entry in others if not any(is_called(entry, c.name, c.path) for c in found.values())]
+    unseen = unseen_attention(steps.called, [call.layer for call in found.values()])
     for name in [*chosen, *sorted(steps.lost - chosen.keys()), *unknown]:
         if name in steps.lost:
             missing[name] = "its scores stay inside a loop, a `vmap` or a function compiled by itself"
+        elif name in unknown and name in unseen:
+            missing[name] = unseen[name]
         elif name not in seen:
             missing[name] = "the model did not call it, or it has no softmax over keys that can be seen"
     if layers is None:
-        missing |= unseen_attention(steps.called, [call.layer for call in found.values()], missing)
+        missing = {**missing, **{name: reason for name, reason in unseen.items() if name not in missing}}
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
     if seen and layers is None:
         if missing:
@@ -339,7 +344,8 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict
         names = ", ".join(layer.name for layer in model.layers)
         raise ValueError(
             "The model has no attention that can be seen: no `MultiHeadAttention` or `GroupQueryAttention`, no softmax "
-            "over the keys of something, and no call of `keras.ops.dot_product_attention`. Its layers are: "
+            "over the keys of something, and no call of `keras.ops.dot_product_attention`. If one of its layers "
+            "attends all the same, `explain.register_attention` tells how to read it. Its layers are: "
             f"{names}"
         )
 

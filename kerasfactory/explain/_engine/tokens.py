@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -214,7 +214,7 @@ def _first_call(model: Any, data: tuple, change: Callable[[_Place, Any], Any], l
         with _changing(model, data, change) as data:
             for name, layer in chosen.items():
                 Watch(layer, calls[name])
-            with watching_operations(WeakSet()) as sights:
+            with watching_operations(model, WeakKeyDictionary()) as sights:
                 _backend.predict_step(model, state, data)
             seen = itertools.chain(*calls_of(model, sights, calls, layers).values())
             return min(filter(is_usable, seen), key=lambda call: call.order)
