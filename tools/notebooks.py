@@ -51,7 +51,8 @@ def from_source(source: Path) -> nbformat.NotebookNode:
 
 def versions() -> dict[str, str]:
     """What an output can depend on, besides the code."""
-    names = ("keras", "tensorflow", "jax", "torch", "numpy", "scipy", "scikit-learn", "xarray", "matplotlib")
+    backends = ("tensorflow", "jax", "torch")
+    names = ("keras", "keras-hub", *backends, "numpy", "scipy", "scikit-learn", "xarray", "matplotlib")
     return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 

@@ -1,0 +1,210 @@
+# %% [markdown] level="intermediate"
+# # What a language model from KerasHub attends to
+#
+# **A model from KerasHub chooses a word. Which words does it read to choose it, and is the right one among them?**
+#
+# Planted truth: "the ship behind the bell near the bird" is followed by *sails*, the verb of the first noun. So we know
+# which word a model must read. Two tiny models learn it, one built like Llama and one like BERT, and the first layer of
+# each gives nearly all of its attention to that word. The same lines read a model with real weights; the last section
+# loads one. The recipe needs `pip install keras-hub`.
+
+# %%
+import warnings
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kerasfactory import explain, plot
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a progress bar that KerasHub brings along warns where it has no widgets
+    import keras_hub
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## Sentences whose verb is known
+#
+# Each sentence has three nouns, and each noun has a verb of its own. Two more words, at random places, make the
+# sentences differ in where the first noun stands.
+
+# %%
+VERBS = {"clock": "ticks", "lamp": "shines", "dog": "barks", "bird": "sings", "ship": "sails", "bell": "rings"}
+words = ["<pad>", "<s>", "<mask>", "the", *VERBS, *VERBS.values()]
+words += ["near", "behind", "beside", "old", "small", "red", "today", "here", "now"]
+number_of = {word: number for number, word in enumerate(words)}
+nouns = [number_of[noun] for noun in VERBS]
+rng = np.random.default_rng(0)
+
+
+def one_of(*choice):
+    return [rng.choice(choice)]
+
+
+def sentence():
+    adverb, *adjectives = rng.permutation([1, 1, 0, 0]).tolist()
+    chosen = rng.permutation(list(VERBS))[:3]
+    text = ["<s>", *adverb * one_of("today", "here", "now")]
+    for place, noun in enumerate(chosen):
+        text += one_of("near", "behind", "beside") if place else []
+        text += ["the", *adjectives[place] * one_of("old", "small", "red"), noun]
+    return [number_of[word] for word in [*text, VERBS[chosen[0]]]]
+
+
+x_train, x_test = (np.array([sentence() for _ in range(number)]) for number in (4000, 500))
+noun_at = np.nonzero(np.isin(x_test, nouns))[1].reshape(-1, 3)  # (sentence, first to third noun)
+for sample in range(2):
+    print(" ".join(words[word] for word in x_test[sample]))
+print("Positions of the first noun:", np.unique(noun_at[:, 0]))
+
+# %% [markdown]
+# ## Two models
+#
+# Both have two layers of two heads. Llama reads from left to right and predicts the word that comes next. BERT sees the
+# whole sentence, with a mask in place of the verb. Both are trained on the verb alone.
+
+# %%
+size = {"vocabulary_size": len(words), "num_layers": 2, "hidden_dim": 32, "intermediate_dim": 64}
+llama = keras_hub.models.LlamaCausalLM(
+    keras_hub.models.LlamaBackbone(**size, num_query_heads=2, num_key_value_heads=1, tie_word_embeddings=True),
+    preprocessor=None,
+)
+bert = keras_hub.models.BertMaskedLM(
+    keras_hub.models.BertBackbone(**size, num_heads=2, max_sequence_length=12, dropout=0.0),
+    preprocessor=None,
+)
+
+
+def for_llama(x):
+    return {"token_ids": x[:, :-1], "padding_mask": np.ones_like(x[:, :-1])}
+
+
+def for_bert(x):
+    last = np.full((len(x), 1), x.shape[1] - 1)
+    masked = np.where(np.arange(x.shape[1]) == last, number_of["<mask>"], x)
+    return {"token_ids": masked, "padding_mask": np.ones_like(x), "segment_ids": 0 * x, "mask_positions": last}
+
+
+models = {"Llama": (llama, for_llama), "BERT": (bert, for_bert)}
+only_verb = np.eye(11)[[-1] * len(x_train)]  # the weight of each predicted word in the loss
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+fit = {"batch_size": 64, "epochs": 4, "shuffle": False, "verbose": 0}
+for model, _ in models.values():
+    model.compile(keras.optimizers.Adam(0.003), loss, jit_compile=False)
+llama.fit(for_llama(x_train), x_train[:, 1:], sample_weight=only_verb, **fit)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Keras warns that a part of BERT that is not used here does not learn
+    bert.fit(for_bert(x_train), x_train[:, -1:], **fit)
+
+
+def verbs(name, x):
+    model, inputs = models[name]
+    return model.predict(inputs(x), batch_size=250, verbose=0)[:, -1].argmax(axis=-1)
+
+
+for name in models:
+    print(f"{name}: right verb in {np.mean(verbs(name, x_test) == x_test[:, -1]):.0%} of 500 new sentences")
+
+# %% [markdown]
+# ## One line for each
+#
+# Llama's attention is a layer of KerasHub, and BERT's is one of Keras. [`explain.capture`](../api/explain.md) reads both.
+# The names are paths through the model. The end of a path is enough to choose a layer.
+
+# %%
+scores = {
+    name: explain.capture(model, inputs(x_test), batch_size=250, verbose=0) for name, (model, inputs) in models.items()
+}
+for layers in scores.values():
+    for layer, of_layer in layers.items():
+        print(f"{layer} ({of_layer.attrs['class']})", tuple(of_layer.sizes.values()))
+
+chosen = explain.capture(llama, for_llama(x_test[:1]), layers="transformer_layer_1/self_attention", verbose=0)
+print("Chosen by the end of its path:", *chosen)
+
+# %% [markdown]
+# ## How much goes to the word that decides?
+#
+# The words of a sentence become the names of its queries and keys. They differ from sentence to sentence, so they are
+# assigned to the scores of one. A word that occurs twice, as *the* does, is no trouble.
+
+# %% tags=["cover"] alt="Two heat maps of one sentence, words that look against words looked at. In both, the bottom row, from which the verb is predicted, is dark at the word ship, the first noun."
+text = [words[word] for word in x_test[0]]
+tokens = {"Llama": text[:-1], "BERT": [*text[:-1], "<mask>"]}
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+for ax, (name, layers) in zip(axes, scores.items(), strict=True):
+    first_layer = next(iter(layers.values())).isel(sample=0)
+    plot.heatmap(first_layer.assign_coords(query=tokens[name], key=tokens[name]), ax=ax, vmax=1)
+    ax.set_title(f"{name}, first layer")
+plt.show()
+
+# %% [markdown]
+# Each row says what one word reads. The last row is the one that matters: the verb is predicted from there. These are its
+# weights, the mean of the heads and of all 500 sentences. Uniform weights would be 0.1
+# for each of the 11 or 12 words.
+
+# %%
+print(f"{'':14}{'first noun':>12}{'word after it':>15}{'third noun':>12}{'<s>':>6}")
+for name, layers in scores.items():
+    for number, of_layer in enumerate(layers.values(), start=1):
+        row = of_layer.isel(query=-1).mean("head").values  # (sentence, word)
+        first, _, third = np.take_along_axis(row, noun_at, axis=1).mean(axis=0)
+        after = np.take_along_axis(row, noun_at[:, :1] + 1, axis=1).mean()
+        print(f"{name:6}layer {number} {first:12.1f}{after:15.1f}{third:12.1f}{row[:, 0].mean():6.1f}")
+
+# %% [markdown]
+# In both models the first layer reads the first noun and hardly anything else. What it found is then at the last
+# position, and the second layer need not look for it: Llama's gives most to the *third* noun. A picture of the last
+# layer alone would point to the wrong word.
+#
+# Large models that were trained for long give much of their attention to the first token, whatever it is: it is an
+# attention sink (Xiao et al. 2023,
+# [*Efficient Streaming Language Models with Attention Sinks*](https://arxiv.org/abs/2309.17453)). These two models have
+# none: the column `<s>` is never above the uniform share. In a model of yours look at that column first, and leave it
+# out before you compare the other words.
+#
+# ## Two checks
+#
+# Are these the scores that the model used? [`explain.recomposition_error`](../api/explain.md) multiplies the values by
+# them and compares with what the layers really put out, relative to the largest entry. And is the word that gets the attention
+# the one that counts? Put another noun in the place of each of the three, one at a time, and see how often the
+# predicted verb changes.
+
+# %%
+for name, (model, inputs) in models.items():
+    errors = explain.recomposition_error(model, inputs(x_test), batch_size=250, verbose=0)
+    print(f"{name}: largest error of the recomposed outputs {max(errors.values()):.5f}")
+
+other_noun = np.array([rng.choice(np.setdiff1d(nouns, row)) for row in x_test])
+for name in models:
+    for place, at in zip(("first", "second", "third"), noun_at.T, strict=True):
+        x = x_test.copy()
+        x[np.arange(len(x)), at] = other_noun
+        changed = np.mean(verbs(name, x) != verbs(name, x_test))
+        print(f"{name}: another {place} noun changes the verb in {changed:.0%} of the sentences")
+
+# %% [markdown]
+# ## A model with real weights
+#
+# Weights and vocabulary come from the network, which our tests do not use, so these lines are not executed here. The
+# preprocessor adds the special tokens and knows the words:
+#
+# ```python
+# preprocess = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
+#     "bert_base_en_uncased", sequence_length=12
+# )
+# bert = keras_hub.models.BertBackbone.from_preset("bert_base_en_uncased")
+#
+# x = preprocess(["the keys near the old cabinet are lost"])
+# tokens = [preprocess.tokenizer.id_to_token(int(word)) for word in x["token_ids"][0]]
+# scores = explain.capture(bert, x, layers="transformer_layer_0/self_attention_layer")
+# ```
+#
+# What comes back has the 12 heads of that layer. Without `layers=`, all 12 layers come.
+#
+# **It says** which words each layer of these models reads, that the scores are those that the models used, and, by the
+# second check, that the verb depends on the word that gets the attention.
+#
+# **It does not say** that attention finds the word that counts in every layer: here the second layer of Llama is as much
+# a part of the model as the first. Nor does it say what BERT or Llama with real weights attends to, in which no truth is planted.

@@ -1,0 +1,174 @@
+# %% [markdown] level="intermediate"
+# # Attention that is not Keras' own
+#
+# **Your model attends by a layer of your own, or from a paper, that returns no scores. How do you read them without touching it?**
+#
+# Planted truth: a case is eight events, each with an urgency and an amount, and the answer is the amount of the most
+# urgent one. So we know which event decides.
+
+# %%
+import warnings
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from keras import layers, ops
+
+from kerasfactory import explain, plot
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## Three ways to attend
+#
+# The first layer is written by hand, as in many papers' code: a product, a softmax, a product. The others are
+# `keras.layers.Attention`, and `AdditiveAttention`, whose scores are no product of queries and keys (Bahdanau et al.
+# 2015, [*Neural Machine Translation by Jointly Learning to Align and Translate*](https://arxiv.org/abs/1409.0473)).
+# None of them returns its scores.
+
+
+# %%
+class WrittenAttention(layers.Layer):
+    def __init__(self, width, **kwargs):
+        super().__init__(**kwargs)
+        self.query, self.key, self.value = (layers.Dense(width) for _ in range(3))
+
+    def call(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return ops.softmax(q @ ops.transpose(k, (0, 2, 1))) @ v
+
+
+def of_keras(attention):
+    return lambda x: attention([layers.Dense(16)(x), layers.Dense(16)(x), layers.Dense(16)(x)])  # query, value, key
+
+
+def model_with(attend):
+    events = keras.Input((8, 2))
+    attended = attend(layers.Dense(16, activation="relu")(events))
+    return keras.Model(events, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended)))
+
+
+models = {
+    "by hand": model_with(WrittenAttention(16, name="written")),
+    "Attention": model_with(of_keras(layers.Attention(name="product"))),
+    "AdditiveAttention": model_with(of_keras(layers.AdditiveAttention(name="additive"))),
+}
+
+# %% [markdown]
+# ## Does each model solve the task?
+
+# %%
+rng = np.random.default_rng(0)
+
+
+def cases(number):
+    urgency, amount = rng.random((number, 8)), rng.normal(size=(number, 8))
+    most_urgent = urgency.argmax(axis=1)
+    x = np.stack([urgency, amount], axis=-1).astype("float32")  # (case, event, urgency and amount)
+    return x, amount[np.arange(number), most_urgent], most_urgent
+
+
+x_train, y_train, _ = cases(4000)
+x_test, y_test, most_urgent = cases(1000)
+for name, model in models.items():
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+    model.fit(x_train, y_train, batch_size=64, epochs=8, verbose=0)
+    error = model.evaluate(x_test, y_test, batch_size=250, verbose=0)
+    print(f"{name:18} mean squared error {error:.1f} (always predicting the mean: {y_test.var():.1f})")
+
+# %% [markdown]
+# ## Read them
+#
+# [`explain.capture`](../api/explain.md) runs the model and sees a softmax whose result is multiplied by values,
+# whichever layer computes it. Nothing is added to the layer or to the model. Without heads, the axis `head` has length 1.
+
+# %%
+names = [f"event {number}" for number in range(1, 9)]
+scores = {}
+for name, model in models.items():
+    ((layer, scores[name]),) = explain.capture(model, x_test, feature_names=names, batch_size=250, verbose=0).items()
+    print(f"{layer} ({scores[name].attrs['class']})", dict(scores[name].sizes))
+
+# %% tags=["cover"] alt="Three heat maps of one case, for the layer written by hand, Attention and AdditiveAttention, from events that look to events looked at. Each has one dark column, at the same event: event 8, the most urgent one."
+case = 0
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+for ax, (name, of_layer) in zip(axes, scores.items(), strict=True):
+    plot.heatmap(of_layer.sel(sample=case), ax=ax, vmax=1)
+    ax.set_title(name)
+plt.show()
+print("Most urgent in this case:", names[most_urgent[case]])
+
+# %% [markdown]
+# ## Are these the scores that the model used?
+#
+# Two numbers say so. `prediction_difference` compares the outputs with and without observation.
+# [`explain.recomposition_error`](../api/explain.md) multiplies the values by the scores and compares with what the
+# layer really made of them. Both are relative to the largest entry, and 0 is perfect.
+
+# %%
+for name, model in models.items():
+    (error,) = explain.recomposition_error(model, x_test, batch_size=250, verbose=0).values()
+    difference = scores[name].attrs["prediction_difference"]
+    print(f"{name:18} prediction_difference {difference:.5f}   recomposition_error {error:.5f}")
+
+# %% [markdown]
+# ## What do they say?
+#
+# [`explain.attribute`](../api/explain.md) makes one number for each event. For how many cases is the largest that of the
+# most urgent event? And does the answer depend on the event that it names? Add 1 to the amount of that event, or to
+# that of another one, and see how far the answer moves.
+
+# %%
+cases_there = np.arange(len(x_test))
+
+
+def moved_by(model, event):
+    x = x_test.copy()
+    x[cases_there, event, 1] += 1
+    before, after = (model.predict(data, batch_size=250, verbose=0) for data in (x_test, x))
+    return np.abs(after - before).mean()
+
+
+print(f"{'':18}{'most urgent is first':>22}{'its amount + 1':>17}{'another + 1':>14}")
+for name, model in models.items():
+    named = explain.attribute(model, x_test, batch_size=250, verbose=0).argmax("feature").values
+    other = (named + rng.integers(1, 8, len(named))) % 8
+    print(f"{name:18}{np.mean(named == most_urgent):22.1f}{moved_by(model, named):17.1f}{moved_by(model, other):14.1f}")
+
+# %% [markdown]
+# ## What cannot be read, and how you learn of it
+#
+# Linear attention has no softmax over keys. It sums up all keys and values first, so there is no weight of a key for a
+# query (Katharopoulos et al. 2020, [*Transformers are RNNs*](https://arxiv.org/abs/2006.16236)). In a model that has it
+# beside another layer, the other layer is read, and a warning names what is missing.
+
+
+# %%
+class LinearAttention(WrittenAttention):
+    def call(self, x):
+        q, k, v = ops.elu(self.query(x)) + 1, ops.elu(self.key(x)) + 1, self.value(x)
+        return q @ (ops.transpose(k, (0, 2, 1)) @ v) / (q @ ops.sum(k, axis=1)[:, :, None])
+
+
+linear, written = LinearAttention(16, name="linear"), WrittenAttention(16, name="written")
+both = model_with(lambda x: written(linear(x)))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print("Read:", *explain.capture(both, x_test, batch_size=250, verbose=0))
+print(caught[0].message)
+
+# %% [markdown]
+# If you ask for that layer, the warning becomes an error:
+
+# %%
+try:
+    explain.capture(both, x_test, layers="linear", verbose=0)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# [Scores from any model](../learn/any-model.md) lists what else cannot be read, and why.
+#
+# **It says** which event each of the three layers reads, by the scores that the layers really used.
+#
+# **It does not say** that a layer that cannot be read does nothing: read the warnings before the maps.

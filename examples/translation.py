@@ -1,0 +1,199 @@
+# %% [markdown] level="intermediate"
+# # An encoder–decoder: which input word makes this output word?
+#
+# **A model translates. For each word that it writes, which input word does it read, and does the output depend on that word?**
+#
+# Planted truth: English numbers become German ones, which say the last digit before the tens. "two hundred forty seven"
+# is "zwei hundert sieben und vierzig". So we know which word each German word translates, and no model can do it
+# from left to right, word by word.
+
+# %%
+import keras
+import numpy as np
+from keras import layers
+
+from kerasfactory import explain, plot
+
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## Numbers in two languages
+#
+# All numbers below 10,000 whose last two digits are 20 or more. For each German word we note the position of the
+# English word that it translates. Two German words translate none: *und* (and), and the end.
+
+# %%
+ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+EINER = ["", "ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+ZEHNER = ["", "", "zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig"]
+ENGLISH = ["", *ONES[1:], *TENS[2:], "hundred", "thousand"]  # "" is padding
+GERMAN = ["", *EINER[1:], *ZEHNER[2:], "hundert", "tausend", "und", "<start>", "<end>"]
+
+
+def in_both(number):
+    """English words, German words, and for each of these the position of the English one, or -1."""
+    thousands, hundreds, tens, ones = (number // place % 10 for place in (1000, 100, 10, 1))
+    english, german, source = [], [], []
+    for digit, unit, of_german in [(thousands, "thousand", "tausend"), (hundreds, "hundred", "hundert")]:
+        if digit:
+            source += [len(english), len(english) + 1]
+            english += [ONES[digit], unit]
+            german += [EINER[digit], of_german]
+    place_of_tens = len(english)
+    english += [TENS[tens]]
+    if ones:
+        source += [len(english), -1]
+        english += [ONES[ones]]
+        german += [EINER[ones], "und"]
+    return english, [*german, ZEHNER[tens], "<end>"], [*source, place_of_tens, -1]
+
+
+def padded(rows, length, fill):
+    return np.array([[*row, *[fill] * (length - len(row))] for row in rows])
+
+
+numbers = np.random.default_rng(0).permutation([number for number in range(10_000) if number % 100 >= 20])
+english, german, source = zip(*map(in_both, numbers), strict=True)
+source = padded(source, 8, -1)
+read = padded([[ENGLISH.index(word) for word in row] for row in english], 6, 0)
+written = padded([[GERMAN.index(word) for word in row] for row in german], 8, 0)
+before = np.concatenate([np.full((len(numbers), 1), GERMAN.index("<start>")), written[:, :-1]], axis=1)
+train, test = slice(4000), slice(4000, 4500)
+print(f"{len(numbers)} numbers. The model sees 4000 of them in training; 500 others are the test.")
+
+# %% [markdown]
+# ## An encoder and a decoder
+#
+# Plain Keras layers. The decoder gets the words that have been written so far, and reads the encoder's output by
+# cross-attention. The mask of the padding is given to each layer: Keras' own way of handing it on ends at the first
+# residual connection.
+
+# %%
+WIDTH, HEADS = 32, 2
+
+
+class Words(layers.Layer):
+    """A vector for each word, plus one for its position."""
+
+    def __init__(self, words, length, **kwargs):
+        super().__init__(**kwargs)
+        self.words, self.positions = layers.Embedding(words, WIDTH), layers.Embedding(length, WIDTH)
+
+    def call(self, x):
+        return self.words(x) + self.positions(keras.ops.arange(x.shape[1]))
+
+
+def attention(name):
+    return layers.MultiHeadAttention(HEADS, key_dim=WIDTH // HEADS, name=name)
+
+
+of_english, of_german = keras.Input((6,), dtype="int32"), keras.Input((8,), dtype="int32")
+is_word = keras.ops.not_equal(of_english, 0)
+x = Words(len(ENGLISH), 6)(of_english)
+encoded = layers.LayerNormalization()(x + attention("encoder")(x, x, value_mask=is_word))
+y = Words(len(GERMAN), 8)(of_german)
+y = layers.LayerNormalization()(y + attention("decoder")(y, y, use_causal_mask=True))
+y = layers.LayerNormalization()(y + attention("cross")(y, encoded, value_mask=is_word))
+y = layers.LayerNormalization()(y + layers.Dense(WIDTH)(layers.Dense(2 * WIDTH, activation="relu")(y)))
+model = keras.Model([of_english, of_german], layers.Dense(len(GERMAN))(y))
+
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+model.compile(keras.optimizers.Adam(0.005), loss, jit_compile=False)
+model.fit([read[train], before[train]], written[train], batch_size=64, epochs=6, verbose=0)
+
+
+source, read, before, written = source[test], read[test], before[test], written[test]
+
+
+def next_words(read, before):
+    return model.predict([read, before], batch_size=250, verbose=0).argmax(axis=-1)
+
+
+# The model writes by itself: each word that it chooses goes in again before the next.
+own = np.zeros_like(before)
+own[:, 0] = GERMAN.index("<start>")
+for step in range(8):
+    chosen = next_words(read, own)
+    own[:, step + 1 : step + 2] = chosen[:, step : step + 1]
+right = ((chosen == written) | (written == 0)).all(axis=1)
+print(f"Translated without an error: {right.mean():.0%} of the test")
+
+# %% [markdown]
+# ## The scores, with two sets of names
+#
+# `feature_names` of [`explain.capture`](../api/explain.md) go onto every axis of their length. Here queries and keys
+# have different names, which change from number to number, so we assign them to the scores of one number. A query is
+# named after the word that the model *writes* there, not after the word before, which is its input.
+
+# %%
+scores = explain.capture(model, [read, before], layers="cross", batch_size=250, verbose=0)["cross"]
+print(dict(scores.sizes), "| masks:", scores.attrs["masks"])
+
+# %% tags=["cover"] alt="Two heat maps, one for each head, from the German words written to the English words read. Both have dark cells where the words mean the same: drei reads three, the last word, and achtzig reads eighty, the word before. Und and the end read hundred or thousand."
+one = int(np.flatnonzero((source >= 0).sum(axis=1) == 6)[0])  # a number of six English words
+german_words, english_words = ([*words[4000 + one]] for words in (german, english))
+of_one = scores.isel(sample=one, query=slice(len(german_words)))
+figure = plot.heads(of_one.assign_coords(query=german_words, key=english_words), vmax=1)
+
+# %% [markdown]
+# The last three words cross: the map shows that the model looks ahead for the last digit and then back to the tens.
+#
+# ## How often is the largest weight on the right word?
+#
+# The German words of the test that translate a word are counted, each with the keys that are no padding.
+
+# %%
+translates = source >= 0
+in_view = (read > 0).sum(axis=1, keepdims=True)
+print(f"{'':16}{'share of words':>16}{'weight':>9}")
+of_heads = {"head 0": scores.sel(head=0), "head 1": scores.sel(head=1), "mean of heads": scores.mean("head")}
+for name, weights in of_heads.items():
+    is_right = weights.values.argmax(axis=-1) == source
+    of_right = np.take_along_axis(weights.values, np.maximum(source, 0)[..., None], axis=-1)[..., 0]
+    print(f"{name:16}{is_right[translates].mean():16.1f}{of_right[translates].mean():9.1f}")
+by_chance = (1 / in_view).repeat(8, axis=1)[translates].mean()
+print(f"{'uniform weights':16}{by_chance:16.1f}{by_chance:9.1f}")
+
+# %% [markdown]
+# ## Does the output depend on the word that is read?
+#
+# Replace the English word with the largest weight by another one of its kind: a digit by a digit, *hundred* by
+# *thousand*. Does the model still write the same German word there? For comparison, replace another word of the number,
+# taken at random.
+
+# %%
+OTHER = np.array([0, *range(2, 10), 1, *range(11, 18), 10, 19, 18])  # the number of another word, for each word
+rows, now = np.arange(len(read)), next_words(read, before)
+most_read = scores.mean("head").values.argmax(axis=-1)
+at_random = (most_read + np.random.default_rng(1).integers(1, in_view.clip(2), most_read.shape)) % in_view
+
+
+def changes(position):
+    """Whether each German word is another one after the English word at its position has been replaced."""
+    changed = np.zeros(now.shape, bool)
+    for step in range(8):
+        x = read.copy()
+        x[rows, position[:, step]] = OTHER[x[rows, position[:, step]]]
+        changed[:, step] = (next_words(x, before) != now)[:, step]
+    return changed
+
+
+if_read, if_other = changes(most_read), changes(at_random)
+print(f"{'German words changed':22}{'word most read':>16}{'another word':>14}")
+kinds = {"digits": EINER[1:], "tens": ZEHNER[2:]} | {word: [word] for word in ("tausend", "hundert", "und", "<end>")}
+for kind, members in kinds.items():
+    chosen = np.isin(written, [GERMAN.index(word) for word in members]) & (in_view > 1)
+    print(f"{kind:22}{if_read[chosen].mean():16.1f}{if_other[chosen].mean():14.1f}")
+
+# %% [markdown]
+# Digits and tens depend on the word that is read, and not on another one: here the map is right. *und* and the end
+# depend on neither, since what has been written says that they are due. Their weights must sum to 1 all the same, and go
+# to *hundred* or *thousand*. *hundert* is between the two: its word is read, yet the decoder can guess it more often than not.
+#
+# **It says** which input word each head reads for each output word, and for which kinds of words the output depends
+# on the word that is read.
+#
+# **It does not say** that a dark cell is a translation: *und* has one as dark as *drei*. Nor is a key an input word:
+# the encoder has mixed the words, so a weight belongs to a position. That a position still stands for its word is what
+# the replacement showed, for digits and tens.
