@@ -61,14 +61,16 @@ print("Positions of the first noun:", np.unique(noun_at[:, 0]))
 # %% [markdown]
 # ## Two models
 #
-# Both are KerasHub's classes in a tiny size, of two layers with two heads. Llama reads from left to right and predicts
-# what follows the last word. BERT sees the whole sentence, with a mask in place of the verb. Above each, a dense layer
-# chooses the word at the last position.
+# Both are KerasHub's classes in a tiny size: Llama with two layers, BERT with one, each of two heads. Llama reads from left
+# to right and predicts what follows the last word. BERT sees the whole sentence, with a mask in place of the verb. Above
+# each, a dense layer chooses the word at the last position.
 
 # %%
-size = {"vocabulary_size": len(words), "num_layers": 2, "hidden_dim": 32, "intermediate_dim": 64}
-llama = keras_hub.models.LlamaBackbone(**size, num_query_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-bert = keras_hub.models.BertBackbone(**size, num_heads=2, max_sequence_length=12, dropout=0.0)
+size = {"vocabulary_size": len(words), "hidden_dim": 32, "intermediate_dim": 64}
+llama = keras_hub.models.LlamaBackbone(
+    **size, num_layers=2, num_query_heads=2, num_key_value_heads=1, tie_word_embeddings=True
+)
+bert = keras_hub.models.BertBackbone(**size, num_layers=1, num_heads=2, max_sequence_length=12, dropout=0.0)
 
 
 def choosing_at_the_end(backbone, output):
@@ -91,7 +93,7 @@ models = {
 for model, inputs in models.values():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.005), loss, jit_compile=False)
-    model.fit(inputs(x_train), x_train[:, -1], batch_size=64, epochs=2, verbose=0)
+    model.fit(inputs(x_train), x_train[:, -1], batch_size=64, verbose=0)
 
 
 def verbs(name, x):
@@ -117,7 +119,7 @@ for layers in scores.values():
         print(f"{layer} ({of_layer.attrs['class']})", tuple(of_layer.sizes.values()))
 
 chosen = explain.capture(
-    models["BERT"][0], for_bert(x_test[:1]), layers="transformer_layer_1/self_attention_layer", verbose=0
+    models["Llama"][0], for_llama(x_test[:1]), layers="transformer_layer_1/self_attention", verbose=0
 )
 print("Chosen by its path:", *chosen)
 
@@ -145,7 +147,7 @@ plt.show()
 # %%
 print(f"{'':20}{'first noun':>12}{'word after it':>15}{'third noun':>12}{'<s>':>6}")
 for name, layers in scores.items():
-    for number, of_layer in zip(("first", "second"), layers.values(), strict=True):
+    for number, of_layer in zip(("first", "second"), layers.values(), strict=False):
         row = of_layer.isel(query=-1).mean("head").values  # (sentence, word)
         first, _, third = np.take_along_axis(row, noun_at, axis=1).mean(axis=0)
         after = np.take_along_axis(row, noun_at[:, :1] + 1, axis=1).mean()
@@ -153,8 +155,8 @@ for name, layers in scores.items():
 
 # %% [markdown]
 # In both models the first layer reads the first noun and hardly anything else. What it found is then at the last
-# position, so the second layer need not look for it, and reads it less. In Llama, part of its weight goes to the word
-# after the noun: the map above shows that this word has read the noun as well.
+# position, so Llama's second layer need not look for it, and reads it less. Part of its weight goes to the word after
+# the noun, which has read the noun as well, as the map shows.
 #
 # Large models that were trained for long give much of their attention to the first token, whatever it is: it is an
 # attention sink (Xiao et al. 2023,
