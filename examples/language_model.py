@@ -141,17 +141,17 @@ plt.show()
 
 # %% [markdown]
 # Each row says what one word reads. The last row is the one that matters: the verb is predicted from there. These are its
-# weights, the mean of the heads and of all 500 sentences. Uniform weights would be 0.1
-# for each of the 11 or 12 words.
+# weights for the first noun, the word after that, the third noun and `<s>`, as the mean of the heads and of all 500
+# sentences. Uniform weights would be 0.1 for each of the 11 or 12 words.
 
 # %%
-print(f"{'':20}{'first noun':>12}{'word after it':>15}{'third noun':>12}{'<s>':>6}")
+print(f"{'model, layer':14}{'first':>6}{'after':>6}{'third':>6}{'<s>':>5}")
 for name, layers in scores.items():
     for number, of_layer in zip(("first", "second"), layers.values(), strict=False):
         row = of_layer.isel(query=-1).mean("head").values  # (sentence, word)
         first, _, third = np.take_along_axis(row, noun_at, axis=1).mean(axis=0)
         after = np.take_along_axis(row, noun_at[:, :1] + 1, axis=1).mean()
-        print(f"{f'{name}, {number} layer':20}{first:12.1f}{after:15.1f}{third:12.1f}{row[:, 0].mean():6.1f}")
+        print(f"{f'{name}, {number}':14}{first:6.1f}{after:6.1f}{third:6.1f}{row[:, 0].mean():5.1f}")
 
 # %% [markdown]
 # In both models the first layer reads the first noun and hardly anything else. What it found is then at the last
@@ -167,22 +167,23 @@ for name, layers in scores.items():
 # ## Two checks
 #
 # Are these the scores that the model used? [`explain.recomposition_error`](../api/explain.md) multiplies the values by
-# them and compares with what the layers really put out, relative to the largest entry. And is the word that gets the attention
-# the one that counts? Put another noun in the place of each of the three, one at a time, and see how often the
-# predicted verb changes.
+# them and compares with what the layers really put out, relative to the largest entry: 0 is perfect. And is the word
+# that gets the attention the one that counts? Put another noun in the place of each of the three, one at a time, and
+# see in how many sentences the predicted verb changes.
 
 # %%
 for name, (model, inputs) in models.items():
     errors = explain.recomposition_error(model, inputs(x_test), batch_size=250, verbose=0)
-    print(f"{name}: largest error of the recomposed outputs {max(errors.values()):.5f}")
+    print(f"{name}: recomposition error {max(errors.values()):.5f}")
 
 other_noun = np.array([rng.choice(np.setdiff1d(nouns, row)) for row in x_test])
+print("Another noun changes the verb:")
 for name in models:
     for place, at in zip(("first", "second", "third"), noun_at.T, strict=True):
         x = x_test.copy()
         x[np.arange(len(x)), at] = other_noun
         changed = np.mean(verbs(name, x) != verbs(name, x_test))
-        print(f"{name}: another {place} noun changes the verb in {changed:.0%} of the sentences")
+        print(f"{name}, {place} noun: {changed:.0%}")
 
 # %% [markdown]
 # ## A model with real weights

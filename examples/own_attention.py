@@ -74,7 +74,8 @@ for name, model in models.items():
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
     model.fit(x_train, y_train, batch_size=64, epochs=8, verbose=0)
     error = np.mean((model(x_test)[:, 0] - y_test) ** 2)
-    print(f"{name:18} mean squared error {error:.1f} (always predicting the mean: {y_test.var():.1f})")
+    print(f"{name:18}squared error {error:.1f}")
+print(f"{'always the mean':18}squared error {y_test.var():.1f}")
 
 # %% [markdown]
 # ## Read them
@@ -117,17 +118,18 @@ for name, event in [("most urgent", first), ("next", second)]:
 # layer really made of them. Both are relative to the largest entry, and 0 is perfect.
 
 # %%
+print(f"{'layer':18}{'predicted':>10}{'recomposed':>11}")
 for name, model in models.items():
     (error,) = explain.recomposition_error(model, x_test, batch_size=250, verbose=0).values()
     difference = scores[name].attrs["prediction_difference"]
-    print(f"{name:18} prediction_difference {difference:.5f}   recomposition_error {error:.5f}")
+    print(f"{name:18}{difference:10.5f}{error:11.5f}")
 
 # %% [markdown]
 # ## What do they say?
 #
-# [`explain.attribute`](../api/explain.md) makes one number for each event. For how many cases is the largest that of the
-# most urgent event? And does the answer depend on the event that it names? Add 1 to the amount of that event, or to
-# that of another one, and see how far the answer moves.
+# [`explain.attribute`](../api/explain.md) makes one number for each event. In what share of the cases is the largest that
+# of the most urgent event (*right*)? And does the answer depend on the event that it names? Add 1 to the amount of that
+# event (*named*), or to that of another one (*other*), and see how far the answer moves.
 
 # %%
 cases_there = np.arange(len(x_test))
@@ -139,11 +141,11 @@ def moved_by(model, event):
     return np.abs(model(x) - model(x_test)).mean()
 
 
-print(f"{'':18}{'most urgent is first':>22}{'its amount + 1':>17}{'another + 1':>14}")
+print(f"{'layer':18}{'right':>6}{'named':>7}{'other':>7}")
 for name, model in models.items():
     named = explain.attribute(model, x_test, batch_size=250, verbose=0).argmax("feature").values
     other = (named + rng.integers(1, 8, len(named))) % 8
-    print(f"{name:18}{np.mean(named == most_urgent):22.1f}{moved_by(model, named):17.1f}{moved_by(model, other):14.1f}")
+    print(f"{name:18}{np.mean(named == most_urgent):6.1f}{moved_by(model, named):7.1f}{moved_by(model, other):7.1f}")
 
 # %% [markdown]
 # ## What cannot be read, and how you learn of it

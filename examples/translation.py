@@ -141,26 +141,27 @@ figure = plot.heads(of_one.assign_coords(query=german_words, key=english_words),
 #
 # ## How often is the largest weight on the right word?
 #
-# The German words of the test that translate a word are counted, each with the keys that are no padding.
+# The first column is the share of German words, of those that translate one, whose largest weight is on the right
+# English word. The second is the mean weight of the right word.
 
 # %%
 translates = source >= 0
 in_view = (read > 0).sum(axis=1, keepdims=True)
-print(f"{'':16}{'share of words':>16}{'weight':>9}")
+print(f"{'scores':16}{'largest':>8}{'weight':>8}")
 of_heads = {"head 0": scores.sel(head=0), "head 1": scores.sel(head=1), "mean of heads": scores.mean("head")}
 for name, weights in of_heads.items():
     is_right = weights.values.argmax(axis=-1) == source
     of_right = np.take_along_axis(weights.values, np.maximum(source, 0)[..., None], axis=-1)[..., 0]
-    print(f"{name:16}{is_right[translates].mean():16.1f}{of_right[translates].mean():9.1f}")
+    print(f"{name:16}{is_right[translates].mean():8.1f}{of_right[translates].mean():8.1f}")
 by_chance = (1 / in_view).repeat(8, axis=1)[translates].mean()
-print(f"{'uniform weights':16}{by_chance:16.1f}{by_chance:9.1f}")
+print(f"{'uniform':16}{by_chance:8.1f}{by_chance:8.1f}")
 
 # %% [markdown]
 # ## Does the output depend on the word that is read?
 #
 # Replace the English word with the largest weight by another one of its kind: a digit by a digit, *hundred* by
-# *thousand*. Does the model still write the same German word there? For comparison, replace another word of the number,
-# taken at random.
+# *thousand*. In what share of cases does the model write another German word there? For comparison, replace another
+# word of the number, taken at random.
 
 # %%
 OTHER = np.array([0, *range(2, 10), 1, *range(11, 18), 10, 19, 18])  # the number of another word, for each word
@@ -180,11 +181,11 @@ def changes(position):
 
 
 if_read, if_other = changes(most_read), changes(at_random)
-print(f"{'German words changed':22}{'word most read':>16}{'another word':>14}")
+print(f"{'replaced:':10}{'most read word':>15}{'another':>9}")
 kinds = {"digits": EINER[1:], "tens": ZEHNER[2:]} | {word: [word] for word in ("tausend", "hundert", "und", "<end>")}
 for kind, members in kinds.items():
     chosen = np.isin(written, [GERMAN.index(word) for word in members]) & (in_view > 1)
-    print(f"{kind:22}{if_read[chosen].mean():16.1f}{if_other[chosen].mean():14.1f}")
+    print(f"{kind:10}{if_read[chosen].mean():15.1f}{if_other[chosen].mean():9.1f}")
 
 # %% [markdown]
 # Digits and tens depend on the word that is read, and not on another one: here the map is right. *und* and the end
