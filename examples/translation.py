@@ -100,7 +100,7 @@ model = keras.Model([of_english, of_german], layers.Dense(len(GERMAN))(y))
 
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
 model.compile(keras.optimizers.Adam(0.005), loss, jit_compile=False)
-model.fit([read[train], before[train]], written[train], batch_size=64, epochs=6, verbose=0)
+model.fit([read[train], before[train]], written[train], batch_size=64, epochs=4, verbose=0)
 
 
 source, read, before, written = source[test], read[test], before[test], written[test]
