@@ -195,6 +195,6 @@ for kind, members in kinds.items():
 # **It says** which input word each head reads for each output word, and for which kinds of words the output depends
 # on the word that is read.
 #
-# **It does not say** that a dark cell is a translation: *und* has one as dark as *drei*. Nor is a key an input word:
+# **It does not say** that a dark cell is a translation: the end has one as well, at *thousand*. Nor is a key an input word:
 # the encoder has mixed the words, so a weight belongs to a position. That a position still stands for its word is what
 # the replacement showed, for digits and tens.
