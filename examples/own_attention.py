@@ -179,7 +179,9 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# [Scores from any model](../learn/any-model.md) lists what else cannot be read, and why.
+# A layer that has weights but hides them, in a kernel of its own, can be read once you say where they are: see
+# [`explain.register_attention`](../api/explain.md). [Scores from any model](../learn/any-model.md) lists what else cannot
+# be read, and why.
 #
 # **It says** which event each of the three layers reads, by the scores that the layers really used.
 #
