@@ -109,7 +109,8 @@ class _Notes:
 
     def moved(self, run, x, order):
         result = run()
-        self.weights.moved(_backend.layers_being_called(), x, order, result)
+        if self.weights:
+            self.weights.moved(_backend.layers_being_called(), x, order, result)
         return result
 
     def contraction(self, run, subscripts, operands, again):
@@ -122,11 +123,11 @@ class _Notes:
     def product(self, run, x1, x2):
         result = run()
         self.weights.product((x1, x2), result)
-        self.called.update({layer: self.called.get(layer) for layer in _backend.layers_being_called()})
+        self._call(_backend.layers_being_called())
         return result
 
     def average(self, run, x, axis, again):
-        result, path, factors = run(), _backend.layers_being_called(), self.weights.factors(x)
+        result, path, factors = run(), _backend.layers_being_called(), self.weights.factors(x) if self.weights else ()
         if isinstance(axis, int) and any(self.weights.of(factor, path) is not None for factor in factors):
             operands, letters, out, again = _multiplied(factors, axis, again)
             for before, after in zip(factors, operands, strict=True):
@@ -151,13 +152,17 @@ class _Notes:
 
     def quotient(self, run, x1, x2):
         result = run()
-        self.weights.quotient(_backend.layers_being_called(), x1, x2, result)
+        axis = self.weights.axis_of_quotient(x1, x2)
+        if axis is not None:
+            self.weights.softmax(_backend.layers_being_called(), x1, axis, result)
         return result
 
     def _met(self, operands, letters, out, again, result):
         path = _backend.layers_being_called()
-        self.called.update({layer: self.called.get(layer) for layer in path})
-        for number in sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])):
+        self._call(path)
+        for number in (
+            sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])) if self.weights else ()
+        ):
             operand, of_operand, values = operands[number], letters[number], letters[1 - number]
             found = self.weights.of(operand, path)
             if found is not None and found.axis is None and set(of_operand) - set(out):
@@ -170,6 +175,12 @@ class _Notes:
                     factors = operand, of_operand, operands[1 - number], values
                     return self._noted(_contracted(path, found, *factors, out, replaced, result), result)
         return result
+
+    def _call(self, path):
+        for layer in reversed(path):
+            if layer in self.called:
+                break
+            self.called[layer] = None
 
     def _noted(self, sight, result):
         self.sights.append(sight)

@@ -42,6 +42,10 @@ class Weights:
         self._products: list[_Product] = []
         self._sums: list[_Sum] = []
 
+    def __bool__(self):
+        """Whether there are any that have not met values yet."""
+        return bool(self._softmaxes)
+
     def softmax(self, path: list[Any], x: Any, axis: Any, result: Any) -> None:
         """Notes that a result, or what is made of `x` with it, sums to 1 along an axis, which is that of `x`."""
         rank = len(getattr(x, "shape", ()))
@@ -137,12 +141,12 @@ class Weights:
                 _append(self._sums, one._replace(result=result))
                 break
 
-    def quotient(self, path: list[Any], x: Any, divisor: Any, result: Any) -> None:
-        """Notes that something was divided by a sum of its kind: a softmax, written out."""
+    def axis_of_quotient(self, x: Any, divisor: Any) -> int | None:
+        """The axis along which something was summed of which `x` is divided by the sum: a softmax, written out."""
         for one in reversed(self._sums):
             if one.result is divisor and one.shape == tuple(getattr(x, "shape", ())):
-                self.softmax(path, x, one.axis, result)
-                break
+                return one.axis
+        return None
 
     def _made_like(self, x: Any) -> _Made | None:
         """The latest contraction with a result of this shape, but for axes of length 1."""
