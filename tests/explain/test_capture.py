@@ -685,7 +685,7 @@ def in_a_loop():
     [
         (no_attention, {}, "no `MultiHeadAttention` or `GroupQueryAttention`.* Its layers are: hidden"),
         (in_a_linear_way, {}, "linear: it is a `LinearAttention`: no softmax over keys was seen in it"),
-        (in_a_linear_way, {"layers": "linear"}, "linear: the model did not call it, or it has no softmax over keys"),
+        (in_a_linear_way, {"layers": "linear"}, "linear: it is a `LinearAttention`: no softmax over keys"),
         (in_a_loop, {}, "attention: its scores stay inside a loop"),
         (keras_attention, {"layers": "atention"}, "no layer 'atention'. Did you mean 'attention'?"),
         (keras_attention, {"layers": ["attention", 3]}, "no layer 3. Its attention layers of Keras are: attention"),

@@ -189,10 +189,11 @@ def unseen_attention(called: Mapping[Any, str | None], seen: Sequence[Any]) -> d
     Others come with a reason why attention in them cannot be read.
     """
     reasons = {}
-    adapted = adapted_layers(seen)
+    of_keras = (layer for layer in seen if isinstance(layer, READ_LAYERS))
+    read = adapted_layers(seen) | {id(inner) for layer in of_keras for inner in all_layers(layer)}
     for layer, unread in list(called.items()):
         kind = type(layer).__name__
-        if id(layer) in adapted:
+        if id(layer) in read:
             continue
         if unread is not None:
             reasons[layer.name] = unread
