@@ -6,7 +6,7 @@ UV = $(BIN)/uv --quiet pip install --python $(BIN)/python
 # What another backend can change, and what another Keras can: the layers, and what reaches inside those of Keras.
 BACKEND_TESTS = -m "not backend_independent" tests/layers tests/explain
 KERAS_TESTS = -m "not backend_independent" tests/layers \
-	$(patsubst %,tests/explain/test_%.py,attribution capture edit heads monitor summary)
+	$(patsubst %,tests/explain/test_%.py,attribution capture edit foreign heads monitor summary ways_to_attend)
 PYTEST = TEST_SUMMARY=$(SUMMARY) $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
 # Each run of pytest adds its line, which are shown together at the end.
 SUMMARY = .venv/summary
@@ -53,10 +53,11 @@ keras-versions: summary .venv/ready ## what another Keras can change, on the old
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
 
-bench: .venv/ready ## measure the layer, capture and summarize beside their peers, how often verdicts are right, and which reading is; over an hour
+bench: .venv/ready ## measure the layer, capture and summarize beside their peers, which models are read, how often verdicts are right, and which reading is; some hours
 	$(UV) --require-hashes --no-deps --target .venv/peers -r requirements-bench.txt
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/summary.py
 	$(BIN)/python benchmarks/claims.py
 	$(BIN)/python benchmarks/readings.py

@@ -1,9 +1,11 @@
-"""What `explain.capture` costs beside a model of the scores: writes capture.json, which a page of the site shows.
+"""What `explain.capture` costs: writes capture.json, which a page of the site shows.
 
-That model is made by hand, `keras.Model(inputs, scores).predict`. Times are taken in turn in one process a backend, the
-first call, which compiles, apart from later ones; peak memory in a process of its own each.
+Beside a model of the scores made by hand, `keras.Model(inputs, scores).predict`; and, for attention that is not Keras'
+own, which no such model reaches, beside `predict` of the model itself. Times are taken in turn in one process a
+backend, the first call, which compiles, apart from later ones; peak memory in a process of its own each.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,8 +18,11 @@ from pathlib import Path
 
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 ROUNDS = 5
+QUARTILES = (0.25, 0.5, 0.75)
 SAMPLES = 10_000
 MEMORY_SAMPLES = (10_000, 20_000)
+FOREIGN = {"Llama": {}, "Gemma": {"head_dim": 32}}  # backbones of KerasHub, with what is special to each
+TEXTS, TOKENS = 512, 128
 # Times are taken in a process that keeps freed memory: how fast a virtual machine gets new pages varies tenfold.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -45,16 +50,17 @@ def data(samples):
     return np.random.default_rng(0).normal(size=(samples, 32)).astype("float32")
 
 
+def seconds(call, x, batch_size):
+    start = time.perf_counter()
+    call(x, batch_size=batch_size, verbose=0)
+    return time.perf_counter() - start
+
+
 def speed():
     """Seconds of `capture` and of the model by hand, (first, later), in turn."""
     import keras
 
     from kerasfactory import explain
-
-    def seconds(call, *arguments):
-        start = time.perf_counter()
-        call(*arguments, batch_size=256, verbose=0)
-        return time.perf_counter() - start
 
     x = data(SAMPLES)
     result = {"first": [], "later": []}
@@ -62,7 +68,28 @@ def speed():
         keras.backend.clear_session()
         model, by_hand = model_and_scores()
         for when in ("first", "later", "later", "later"):
-            result[when].append([seconds(explain.capture, model, x), seconds(by_hand.predict, x)])
+            capture = functools.partial(explain.capture, model)
+            result[when].append([seconds(capture, x, 256), seconds(by_hand.predict, x, 256)])
+    return result
+
+
+def foreign():
+    """Seconds of `capture` and of `predict` for models of 4 layers and 8 heads, by name, (first, later), in turn."""
+    import keras_hub
+    import numpy as np
+
+    from kerasfactory import explain
+
+    ids = np.random.default_rng(0).integers(1, 1000, size=(TEXTS, TOKENS)).astype("int32")
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    sizes = {"vocabulary_size": 1000, "hidden_dim": 256, "intermediate_dim": 1024, "num_layers": 4}
+    heads = {"num_query_heads": 8, "num_key_value_heads": 4}
+    result = {}
+    for name, special in FOREIGN.items():
+        model = getattr(keras_hub.models, f"{name}Backbone")(**sizes, **heads, **special)
+        capture = functools.partial(explain.capture, model)
+        pairs = [[seconds(capture, x, 32), seconds(model.predict, x, 32)] for _ in range(1 + 2 * ROUNDS)]
+        result[name] = {"first": pairs[:1], "later": pairs[1:]}
     return result
 
 
@@ -104,7 +131,7 @@ def main():
         row = {"backend": name}
         for when, pairs in in_a_process(backend, "speed", **KEEP_MEMORY).items():
             by_hand_to_ours = [by_hand / ours for ours, by_hand in pairs]
-            low, middle, high = np.quantile(by_hand_to_ours, [0.25, 0.5, 0.75])
+            low, middle, high = np.quantile(by_hand_to_ours, QUARTILES)
             row[when] = {
                 "throughput": round(float(middle), 2),
                 "quartiles": [round(float(low), 2), round(float(high), 2)],
@@ -112,9 +139,14 @@ def main():
             }
         for who in ("capture", "by hand"):
             row[who] = {samples: in_a_process(backend, "memory", who, samples) for samples in MEMORY_SAMPLES}
+        row["foreign"] = {}
+        for name, of_model in in_a_process(backend, "foreign", **KEEP_MEMORY).items():
+            ratios = {when: [ours / model for ours, model in pairs] for when, pairs in of_model.items()}
+            row["foreign"][name] = {when: np.quantile(of, QUARTILES).round(2).tolist() for when, of in ratios.items()}
         rows.append(row)
         print(json.dumps(row))
-    versions = {name: importlib.metadata.version(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
+    packages = ("keras", "keras-hub", "tensorflow", "jax", "torch", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
@@ -128,7 +160,7 @@ def main():
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
-    elif sys.argv[1] == "speed":
-        print(json.dumps(speed()))
+    elif sys.argv[1] in ("speed", "foreign"):
+        print(json.dumps({"speed": speed, "foreign": foreign}[sys.argv[1]]()))
     else:
         print(json.dumps(memory(sys.argv[2], int(sys.argv[3]))))

@@ -227,6 +227,15 @@ def _capture(result):
     ]
 
 
+def _capture_foreign(result):
+    rows = []
+    for row in result["rows"]:
+        for name, of_model in row["foreign"].items():
+            (_, first, _), (low, middle, high) = of_model["first"], of_model["later"]
+            rows.append([row["backend"], name, f"{first:.2f}", f"**{middle:.2f}** ({low:.2f}–{high:.2f})"])
+    return _rows(["backend", "model", "first call of each", "later calls"], *rows)
+
+
 def _summary(result):
     rows = [
         [
@@ -523,6 +532,7 @@ TABLES = {
     "layer.json capture": _layer_capture,
     "layer.json import": _layer_import,
     "capture.json": _capture,
+    "capture.json foreign": _capture_foreign,
     "summary.json": _summary,
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
