@@ -28,8 +28,9 @@ PRIVATE_NAMES = {
     "keras.src.backend.math": ("logsumexp", "top_k"),
     "keras.src.backend.numpy": (
         *("einsum", "matmul", "multiply", "add", "maximum", "divide", "true_divide", "sum", "mean"),
-        *("reshape", "transpose", "swapaxes", "moveaxis", "repeat", "tile"),
+        *("reshape", "transpose", "swapaxes", "moveaxis", "repeat", "tile", "broadcast_to", "split", "log"),
     ),
+    "keras.src.backend.core": ("unstack",),
 }
 
 
@@ -78,7 +79,10 @@ def operations():
         ("moved", "numpy.transpose", read_transpose),
         ("moved", "numpy.swapaxes", read_swap),
         ("moved", "numpy.moveaxis", _read_moveaxis),
-        *(("moved", f"numpy.{name}", _read_repeat) for name in ("repeat", "tile")),
+        *(("moved", f"numpy.{name}", _read_repeat) for name in ("repeat", "tile", "broadcast_to")),
+        ("moved", "numpy.split", _read_split),
+        ("moved", "core.unstack", _read_unstack),
+        ("logarithm", "numpy.log", lambda original, x: (x,)),
     ]
     found = []
     for kind, path, read in functions:
@@ -99,6 +103,14 @@ def _read_moveaxis(original, x, source, destination):
 
 def _read_repeat(original, x, *others, **options):
     return x, range(len(x.shape))
+
+
+def _read_split(original, x, indices_or_sections, axis=0):
+    return x, [-1 if place == axis % len(x.shape) else place for place in range(len(x.shape))]
+
+
+def _read_unstack(original, x, num=None, axis=0):
+    return x, [place for place in range(len(x.shape)) if place != axis % len(x.shape)]
 
 
 def _read_softmax(original, x, axis=-1):

@@ -17,7 +17,8 @@ class Operation(NamedTuple):
     - `"contraction"`: the subscripts of an einsum, its operands, and a function that does the same with others.
     - `"product"`, entry by entry, `"shifted"` (a sum of two), `"quotient"`: both operands.
     - `"total"` (a sum), `"average"`: the tensor, the axis, and a function that does the same with a product of two.
-    - `"moved"`: the tensor, and the order of its axes, `None` if it is reshaped.
+    - `"moved"`: the tensor, and the order of its axes, `None` if it is reshaped; of each part, if there are several.
+    - `"logarithm"`: the tensor.
     - `"chosen"`: the tensor of which the largest are taken.
     - `"attention"`: the fused function with the arguments and axes of Keras' own, these arguments by name, and two
       functions, from its output to that of Keras and back; or the reason why it cannot be read so.
@@ -59,6 +60,26 @@ def read_swap(original, x, axis1, axis2):
     return x, order
 
 
+def read_getitem(original, x, index):
+    """What is indexed, and the axes that are left whole: -1 stands for one that is new or has become shorter."""
+    parts = index if isinstance(index, tuple) else (index,)
+    rest = len(x.shape) - sum(part is not None and part is not Ellipsis for part in parts)
+    order: list[int] = []
+    axis = 0
+    for part in parts:
+        if part is Ellipsis:
+            order += range(axis, axis + rest)
+            axis += rest
+        elif part is None:
+            order.append(-1)
+        else:
+            if isinstance(part, slice):
+                is_whole = part.start is None and part.stop is None and part.step is None
+                order.append(axis if is_whole else -1)
+            axis += 1
+    return x, [*order, *range(axis, len(x.shape))]
+
+
 def read_einsum(original, subscripts, *operands, **options):
     """As an einsum, what `einsum` of any library is given."""
     return subscripts, operands, lambda *others: original(subscripts, *others, **options)
@@ -82,7 +103,11 @@ def read_arithmetic(tensors):
     """The operators of a class of tensors, as a list of `Operation`."""
     kinds = {"__mul__": "product", "__add__": "shifted", "__truediv__": "quotient"}
     operators = [Operation(kind, tensors, name, read_two) for name, kind in kinds.items()]
-    return [Operation("contraction", tensors, "__matmul__", read_matmul), *operators]
+    return [
+        Operation("contraction", tensors, "__matmul__", read_matmul),
+        Operation("moved", tensors, "__getitem__", read_getitem),
+        *operators,
+    ]
 
 
 def after_fork(function):

@@ -1,4 +1,4 @@
-"""Attention scores of any model, labeled, and the proof that they are the model's."""
+"""Attention scores of any model, labeled, and a check that they are the model's."""
 
 import functools
 import os
@@ -11,6 +11,7 @@ import xarray as xr
 from keras import ops
 
 from kerasfactory import _backend
+from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import (
     Call,
     attention_axes,
@@ -30,6 +31,8 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
+
+_ROW_SUM = 0.05  # by how much a row may exceed 1: rounding in half precision
 
 
 def capture(
@@ -54,7 +57,7 @@ def capture(
 
     with the projected queries \(Q_h\) and keys \(K_h\) of head \(h\), of width \(d\), and the mask \(M\), 0 or
     \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
-    3.2.1). They are taken before dropout.
+    3.2.1). Those of Keras' own layers are taken before dropout.
 
     Attention is captured wherever it is in the model, and whatever layer computes it:
 
@@ -62,8 +65,9 @@ def capture(
       subclasses. The scores are what the layer's `_compute_attention` returns.
     - In any other layer, such as those of KerasHub, `keras.layers.Attention` or one of your own: a softmax whose
       result is contracted, along the axis that it was taken over, with something that is not the same for all samples
-      (`keras.ops.matmul`, `keras.ops.einsum` or `@`). The scores are what the values are multiplied by, whatever was
-      done to the softmax before.
+      (`keras.ops.matmul`, `keras.ops.einsum` or `@`, or multiplied with it and summed). The scores are what the values
+      are multiplied by, with whatever was done to the softmax before. If that is no weight any more (rows sum to more
+      than 1), a warning says so. The first axis of the softmax is taken for that of the samples.
     - A call of `keras.ops.dot_product_attention`. Its scores are computed again from its arguments.
 
     Without heads, the axis `head` has length 1. If there are several axes and it is not known which are heads, they are
@@ -172,7 +176,10 @@ def capture(
     arguments |= {"feature_names": given.names or given.columns}
     with results_of(store, "capture", model, x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, float_scores, only_scores=True):
+            is_first = not shapes
             scores = _checked_scores(batch, shapes, given.names)
+            if is_first:
+                _warn_of_no_weights(batch, scores)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
             arrays = {name: _arrays(rows, batch.found[name].has_sink) for name, rows in scores.items()}
@@ -205,6 +212,10 @@ def recomposition_error(
     The output is the layer's real one, read while the model runs, whichever way the layer computed it (Keras may
     use a fused kernel that never forms the scores). With a gate (`use_gate=True`), the gate is applied as the layer
     does.
+
+    Where the scores were read from a softmax (the attribute `read_from` of `capture`), the product with the values is
+    one that the layer itself computes, so that the error is 0 or nearly so: it says that these numbers weight something
+    in the layer, and not that the layer's output is nothing else.
 
     Queries whose keys are all masked are left out: their scores are 0, and Keras' output for them is 0 or the mean of
     all values, depending on how it computes attention.
@@ -263,6 +274,19 @@ def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: lis
 
 def _arrays(scores: np.ndarray, has_sink: bool) -> dict[str, np.ndarray]:
     return {"scores": scores} | ({"sink": sink_of(scores)} if has_sink else {})
+
+
+def _warn_of_no_weights(batch: Batch, scores: dict[str, np.ndarray]) -> None:
+    """Warns of scores that no softmax has given: what was taken for them may be something else."""
+    for name, rows in scores.items():
+        sums = rows.sum(axis=-1) if batch.found[name].path else np.zeros(1)
+        if sums.max() > 1 + _ROW_SUM or rows.min(initial=0) < 0:
+            warn(
+                f"The scores of layer {name!r} are no weights: rows over the keys sum to up to {sums.max():.3g}, and "
+                f"the smallest entry is {rows.min():.3g}. Either the layer makes something else of its softmax, as "
+                "dropout does, or they are not what its values are weighted with. `explain.register_attention` tells "
+                "how to read such a layer."
+            )
 
 
 def _labeled(model: Any, batch: Batch, given: Given, layer: str, arrays: dict[str, np.ndarray]) -> xr.Dataset:

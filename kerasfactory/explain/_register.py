@@ -28,7 +28,8 @@ def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[
 
     It returns scores (batch, head, query, key), or with further axes between batch and head: `(batch, axis, head,
     query, key)`. It may return a pair of these and the output that they make, where the layer hides its kernel.
-    `recomposition_error` then compares that output with the layer's own: the proof that the adapter is right. Where
+    `recomposition_error` then compares that output with the layer's own. It shows that the adapter is right if the
+    output is made of the very scores that are returned: multiply these with the values, and call no kernel. Where
     scores were seen, it compares what these make of the values, as for every other layer.
 
     It is assumed that the adapter uses `keras.ops`, because it may be compiled, that it keeps nothing of what it

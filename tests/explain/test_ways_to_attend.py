@@ -131,7 +131,94 @@ def first_of_two_is_used_last(layer, x):
     return (sharper @ x) + (weights @ x)
 
 
+# Beside the attention, something else that looks like it, or of which only a part meets the values.
+
+
+def neighbors_beside(layer, x):
+    """A product with another matrix of the same shape."""
+    weights, neighbors = ops.softmax(logits(x)), ops.cast(logits(x) > 0, "float32")
+    return neighbors @ x + weights @ x
+
+
+def logits_beside(layer, x):
+    z = logits(x)
+    weights = ops.softmax(z)
+    return z @ x + weights @ x
+
+
+def masked_beside(layer, x):
+    """The weights are masked afterward: what has their shape is not looked at when they have met their values."""
+    weights = ops.softmax(logits(x)) * ops.cast(np.arange(5) < 3, "float32")
+    return weights / ops.sum(weights, axis=-1, keepdims=True) @ x
+
+
+def masked_by_sample(layer, x):
+    mask = ops.cast(energies(x) > 0, "float32")[:, None]
+    weights = ops.softmax(logits(x)) * mask
+    return weights / (ops.sum(weights * mask, axis=-1, keepdims=True) + 1e-9) @ x
+
+
+def with_a_penalty_on_entropy(layer, x):
+    weights = ops.softmax(logits(x))
+    layer.add_loss(ops.mean(-ops.sum(weights * ops.log(weights + 1e-9), axis=-1)))
+    return weights @ x
+
+
+def of_one_query(layer, x):
+    return ops.softmax(logits(x))[:, :1] @ x
+
+
+def of_one_query_by_number(layer, x):
+    return ops.sum(ops.softmax(logits(x))[:, 0, :, None] * x, axis=1)
+
+
+def head_by_head(layer, x):
+    heads = ops.transpose(ops.reshape(x, (-1, 5, 2, 4)), (0, 2, 1, 3))
+    weights = ops.softmax(ops.matmul(heads, ops.swapaxes(heads, 2, 3)))
+    return weights[:, 0] @ heads[:, 0] + weights[:, 1] @ heads[:, 1]
+
+
+def unstacked_heads(layer, x):
+    heads = ops.transpose(ops.reshape(x, (-1, 5, 2, 4)), (0, 2, 1, 3))
+    first, second = ops.unstack(ops.softmax(ops.matmul(heads, ops.swapaxes(heads, 2, 3))), axis=1)
+    return first @ heads[:, 0] + second @ heads[:, 1]
+
+
+def split_queries(layer, x):
+    first, second = ops.split(ops.softmax(logits(x)), [2], axis=1)
+    return ops.concatenate([first @ x, second @ x], axis=1)
+
+
+def summed_along_a_list_of_one_axis(layer, x):
+    return ops.sum(ops.expand_dims(ops.softmax(energies(x)), -1) * x, axis=[1])
+
+
+def weights_for_each_channel(layer, x):
+    return ops.sum(ops.softmax(x, axis=1) * x, axis=1)
+
+
+def twenty_at_once(layer, x):
+    return sum(weights @ x for weights in [ops.softmax(logits(x)) for _ in range(20)])
+
+
+KEPT = softmax(np.where(np.arange(5) < 3, np.einsum("bqd,bkd->bqk", X, X), -np.inf))[:, None]
+IN_VIEW = (X @ SCORE > 0)[:, None, None]
+OF_SAMPLE = OF_SELF * IN_VIEW / ((OF_SELF * IN_VIEW).sum(-1, keepdims=True) + 1e-9)
+
 WAYS = {
+    neighbors_beside: [OF_SELF],
+    logits_beside: [OF_SELF],
+    masked_beside: [KEPT],
+    masked_by_sample: [OF_SAMPLE],
+    with_a_penalty_on_entropy: [OF_SELF],
+    of_one_query: [OF_SELF[:, :, :1]],
+    of_one_query_by_number: [OF_SELF[:, :, :1]],
+    head_by_head: [HEADS[:, :1], HEADS[:, 1:]],
+    unstacked_heads: [HEADS[:, :1], HEADS[:, 1:]],
+    split_queries: [OF_SELF[:, :, :2], OF_SELF[:, :, 2:]],
+    summed_along_a_list_of_one_axis: [OF_POOLING],
+    weights_for_each_channel: [softmax(X, axis=1).transpose(0, 2, 1)[:, :, None]],
+    twenty_at_once: [OF_SELF] * 20,
     exp_by_hand: [OF_SELF],
     exp_by_hand_with_epsilon: [OF_POOLING],
     log_softmax: [OF_SELF],
@@ -163,7 +250,8 @@ def test_it_is_read(way):
     model = model_of(way)
     found = explain.capture(model, X, verbose=0)
     expected = WAYS[way]
-    assert list(found) == (["attending"] if len(expected) == 1 else ["attending#1", "attending#2"])
+    several = [f"attending#{number}" for number in range(1, len(expected) + 1)]
+    assert list(found) == (["attending"] if len(expected) == 1 else several)
     for scores, right in zip(found.values(), expected, strict=True):
         np.testing.assert_allclose(scores, right, atol=3e-6)
     assert max(explain.recomposition_error(model, X, verbose=0).values()) < 1e-5
@@ -193,12 +281,19 @@ def luong(x):
     return layers.Dot(axes=(2, 1), name="context")([layers.Activation("softmax")(e), x]), "context"
 
 
-@pytest.mark.parametrize("graph", [bahdanau, repeated, masked_softmax, luong], ids=lambda graph: graph.__name__)
+def in_the_model_itself(x):
+    e = ops.squeeze(layers.Dense(1, name="energy")(x), -1)
+    return ops.sum(ops.expand_dims(ops.softmax(e), -1) * x, axis=1), "functional"
+
+
+@pytest.mark.parametrize(
+    "graph", [bahdanau, repeated, masked_softmax, luong, in_the_model_itself], ids=lambda graph: graph.__name__
+)
 def test_a_graph_of_plain_layers_is_named_by_the_layer_that_contracts(graph):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((5, 8))
     outputs, name = graph(inputs)
-    model = keras.Model(inputs, outputs)
+    model = keras.Model(inputs, outputs, name="functional")
     energy = keras.Model(inputs, model.get_layer("energy").output).predict(X, verbose=0)
     z = np.einsum("bqd,bkd->bqk", energy, X) if graph is luong else energy.transpose(0, 2, 1)
     found = explain.capture(model, X, verbose=0)
@@ -261,7 +356,20 @@ def feature_softmax(layer, x):
     return ops.matmul(q, ops.matmul(ops.swapaxes(k, 1, 2), x))
 
 
+def entropy_of_experts(layer, x):
+    weights = layer.dense(3, x, "softmax")
+    layer.add_loss(-ops.mean(ops.sum(weights * ops.log(weights + 1e-9), axis=-1)))
+    return weights
+
+
+def entropy_of_features(layer, x):
+    weights = ops.softmax(x)
+    return ops.sum(weights * ops.log(weights), axis=-1)
+
+
 NO_ATTENTION = [
+    entropy_of_experts,
+    entropy_of_features,
     experts,
     experts_by_einsum,
     experts_by_matmul,
@@ -283,6 +391,18 @@ def test_gates_and_the_like_are_no_attention(way):
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, Attending(way, name="block")(layers.Attention(name="beside")([inputs, inputs])))
     assert list(explain.capture(model, X, verbose=0)) == ["beside"]
+
+
+def dropped(layer, x):
+    weights = ops.softmax(logits(x))
+    return (weights * ops.cast(np.arange(5) % 2, "float32") * 2.0) @ x
+
+
+def test_what_is_no_distribution_is_said():
+    model = model_of(dropped)
+    with pytest.warns(UserWarning, match="layer 'attending' are no weights: rows over the keys sum to up to 2"):
+        scores = explain.capture(model, X, verbose=0)["attending"]
+    np.testing.assert_allclose(scores, OF_SELF * 2 * (np.arange(5) % 2), atol=3e-6)
 
 
 def several_axes(layer, x):

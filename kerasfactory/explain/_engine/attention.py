@@ -103,6 +103,7 @@ class Call(NamedTuple):
     has_sink: bool = False  # weights went to what is no key, and are left out
     read_from: str = "_compute_attention"  # the function that gave the scores, or whose arguments give them again
     values: Callable[[], Any] | None = None  # in place of `value`: (batch, key, head, size of a head)
+    candidate: int = 0  # its number among all that was taken for attention in its layer, from 1
 
 
 class Heads(NamedTuple):

@@ -5,7 +5,6 @@ Nothing of the model is changed, as with `observe`.
 
 import contextlib
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -63,7 +62,7 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
     _check_not_adapted(first.found)
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
-    names = {(found.name, found.number): name for name, found in first.found.items()}
+    names = {(found.name, found.candidate or found.number): name for name, found in first.found.items()}
     of_keras = {found.name: found.layer for found in first.found.values() if not found.path}
     foreign = {found.name: found.layer for found in first.found.values() if found.path}
 
@@ -174,7 +173,6 @@ def _edit_of_sights(
     of_keras: dict[str, Any], foreign: dict[str, Any], names: dict[tuple[str, int], str], edited: Callable
 ) -> Callable[[Sight], Any]:
     """From what is seen as the model runs to its edited scores, or to `None` if it is not to be edited."""
-    numbers: Counter[str] = Counter()
     known = {id(layer) for layer in of_keras.values()}
     owners = {id(layer): name for name, layer in foreign.items()}
 
@@ -182,9 +180,8 @@ def _edit_of_sights(
         layer_name = owners.get(id(sight.path[-1])) if sight.path else None
         if layer_name is None or any(id(layer) in known for layer in sight.path):
             return None
-        numbers[layer_name] += 1
-        name = names.get((layer_name, numbers[layer_name]))
-        if name is None:  # its scores cannot be had outside a loop
+        name = names.get((layer_name, sight.candidate))
+        if name is None:  # its scores cannot be had outside a loop, or are those of something else
             return None
         scores = sight.scores()
         return edited(name, scores, scores)

@@ -10,6 +10,7 @@ import itertools
 import operator
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -65,6 +66,7 @@ class Sight(NamedTuple):
     read_from: str
     has_sink: bool = False
     attended: Any = None
+    candidate: int = 0
 
 
 @contextlib.contextmanager
@@ -89,7 +91,7 @@ def watching_operations(
     """
     sights: list[Sight] = []
     modules = {type(layer).__module__ for layer in all_layers(model)}
-    with _in_front_of_operations(_Notes(sights, called, attend, edit), modules), noting_in(sights):
+    with _in_front_of_operations(_Notes(model, sights, called, attend, edit), modules), noting_in(sights):
         for layer in all_layers(model):
             if adapter_of(layer) is not None:
                 stand_in(layer, call=_adapted(layer, sights))
@@ -99,18 +101,31 @@ def watching_operations(
 class _Notes:
     """What is noted of each kind of `Operation`: each method gets a call of the function, and what `read` returns."""
 
-    def __init__(self, sights: list[Sight], called: Any, attend: Callable | None, edit: Callable | None):
-        self.sights, self.called, self.attend, self.edit, self.weights = sights, called, attend, edit, Weights()
+    def __init__(self, model: Any, sights: list[Sight], called: Any, attend: Callable | None, edit: Callable | None):
+        self.model, self.sights, self.called, self.attend, self.edit = model, sights, called, attend, edit
+        self.weights = Weights()
+        self.doubtful: dict[int, Sight] = {}  # by origin: of what only looks as if it were made of a softmax
+        self.candidates: Counter[int] = Counter()
+
+    def _path(self):
+        return _backend.layers_being_called() or [self.model]  # JAX calls the model itself past Keras' scopes
 
     def softmax(self, run, x, axis):
         result = run()
-        self.weights.softmax(_backend.layers_being_called(), x, axis, result)
+        self.weights.softmax(self._path(), x, axis, result)
         return result
 
     def moved(self, run, x, order):
         result = run()
         if self.weights:
-            self.weights.moved(_backend.layers_being_called(), x, order, result)
+            for part in result if isinstance(result, list | tuple) else [result]:
+                self.weights.moved(self._path(), x, order, part)
+        return result
+
+    def logarithm(self, run, x):
+        result = run()
+        if self.weights:
+            self.weights.logarithm(x, result)
         return result
 
     def contraction(self, run, subscripts, operands, again):
@@ -123,16 +138,20 @@ class _Notes:
     def product(self, run, x1, x2):
         result = run()
         self.weights.product((x1, x2), result)
-        self._call(_backend.layers_being_called())
+        self._call(self._path())
         return result
 
     def average(self, run, x, axis, again):
-        result, path, factors = run(), _backend.layers_being_called(), self.weights.factors(x) if self.weights else ()
+        result, path, factors = run(), self._path(), self.weights.factors(x) if self.weights else ()
+        axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+        if any(map(self.weights.is_of_weights, factors)):  # an entropy
+            return result
         if isinstance(axis, int) and any(self.weights.of(factor, path) is not None for factor in factors):
             operands, letters, out, again = _multiplied(factors, axis, again)
             for before, after in zip(factors, operands, strict=True):
                 self.weights.moved(path, before, None, after)
-            result = self._met(operands, letters, out, again, result)
+            keeps_axis = len(result.shape) == len(x.shape)
+            result = self._met(operands, letters, out, again, result, is_sum=True, keeps_axis=keeps_axis)
         return result
 
     def total(self, run, x, axis, again):
@@ -154,27 +173,57 @@ class _Notes:
         result = run()
         axis = self.weights.axis_of_quotient(x1, x2)
         if axis is not None:
-            self.weights.softmax(_backend.layers_being_called(), x1, axis, result)
+            self.weights.softmax(self._path(), x1, axis, result)
         return result
 
-    def _met(self, operands, letters, out, again, result):
-        path = _backend.layers_being_called()
+    def _met(self, operands, letters, out, again, result, is_sum=False, keeps_axis=False):
+        path = self._path()
         self._call(path)
-        for number in (
+        numbers = (
             sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])) if self.weights else ()
-        ):
+        )
+        for number in numbers:
             operand, of_operand, values = operands[number], letters[number], letters[1 - number]
             found = self.weights.of(operand, path)
-            if found is not None and found.axis is None and set(of_operand) - set(out):
-                self.called.update(dict.fromkeys(path[-1:], "its softmax runs over several axes at once"))
-            elif found is not None and _is_attention(of_operand, of_operand[found.axis], values, out):
-                long = {letter for letter, size in zip(of_operand, operand.shape, strict=True) if size != 1}
-                if not self.weights.is_gate(found, long, values, operands[1 - number]):
-                    self.weights.met(found)
-                    replaced = _replacing(again, operands, number)
-                    factors = operand, of_operand, operands[1 - number], values
-                    return self._noted(_contracted(path, found, *factors, out, replaced, result), result)
+            if found is None:
+                continue
+            if found.axis is None:
+                if set(of_operand) - set(out):
+                    self.called.update(dict.fromkeys(path[-1:], "its softmax runs over several axes at once"))
+            elif not _is_attention(of_operand, of_operand[found.axis], values, out):
+                self._in_a_loop(path, operand, operands[1 - number], of_operand[found.axis] in set(values) - set(out))
+            elif not self.weights.is_gate(found, _long_letters(operand, of_operand), values, operands[1 - number]):
+                adds_axis = not is_sum or self._adds_axis(found, operands, letters, number)
+                if adds_axis is False or (adds_axis is None and keeps_axis):
+                    continue  # it is the sum of the weights that a mask leaves
+                factors = operand, of_operand, operands[1 - number], values
+                sight = _contracted(path, found, *factors, out, _replacing(again, operands, number), result)
+                is_sure = bool(adds_axis) and self.weights.is_result(operand)
+                return self._noted(self._instead(sight, found, operand, is_sure), result)
         return result
+
+    def _instead(self, sight, found, operand, is_sure):
+        """The sight, in place of an earlier one that only looked as if it were of the same softmax."""
+        if not is_sure:
+            self.doubtful[found.origin] = sight
+        elif found.origin in self.doubtful:
+            doubtful = self.doubtful.pop(found.origin)
+            self.sights[:] = [one for one in self.sights if one.scores is not doubtful.scores]
+        self.weights.met(found, operand, is_sure)
+        return sight
+
+    def _adds_axis(self, found, operands, letters, number):
+        """Whether values have an axis that their weights lack; `None` if both have the same, as weights of channels."""
+        of_weights, of_others = (_long_letters(operands[n], letters[n]) for n in (number, 1 - number))
+        if of_others - of_weights or len(of_weights) > found.long_axes:
+            return True
+        return None if of_others == of_weights and len(of_weights) > 2 else False
+
+    def _in_a_loop(self, path, operand, of_values, is_contracted):
+        """Notes weights without an axis of samples, where nothing can be had outside: samples are taken one by one."""
+        is_inside = not (_backend.is_usable(operand) or _backend.is_usable(of_values))
+        if is_inside and is_contracted and self.weights.is_result(operand):
+            self.called.update(dict.fromkeys(path[-1:], "its scores stay inside a loop or a `vmap`"))
 
     def _call(self, path):
         for layer in reversed(path):
@@ -183,12 +232,15 @@ class _Notes:
             self.called[layer] = None
 
     def _noted(self, sight, result):
+        owner = id(sight.path[-1])
+        self.candidates[owner] += 1
+        sight = sight._replace(candidate=self.candidates[owner])
         self.sights.append(sight)
         scores = None if self.edit is None else self.edit(sight)
         return result if scores is None else ops.cast(sight.edited(scores), result.dtype)
 
     def attention(self, run, as_keras, given=None, there=None, back=None):
-        path = _backend.layers_being_called()
+        path = self._path()
         if given is None:
             return self.unread(run, as_keras)
         adapted = any(adapter_of(layer) for layer in path)  # and needs the scores
@@ -200,7 +252,7 @@ class _Notes:
         return output if others is made else back(others)
 
     def unread(self, run, reason):
-        self.called.update(dict.fromkeys(_backend.layers_being_called()[-1:], reason))
+        self.called.update(dict.fromkeys(self._path()[-1:], reason))
         return run()
 
     def switch(self, run, position):
@@ -246,6 +298,10 @@ def _in_front_of_operations(notes: _Notes, modules: set[str]) -> Iterator[None]:
                 delattr(place, name)
             else:
                 setattr(place, name, original)
+
+
+def _long_letters(operand: Any, letters: str) -> set[str]:
+    return {letter for letter, size in zip(letters, operand.shape, strict=True) if size != 1}
 
 
 def _is_attention(scores: str, key: str, value: str, out: str) -> bool:
@@ -544,4 +600,5 @@ def _call_of(sight: Sight, path: str) -> Call:
         has_sink=sight.has_sink,
         read_from=sight.read_from,
         values=sight.values if is_wanted else None,
+        candidate=sight.candidate,
     )

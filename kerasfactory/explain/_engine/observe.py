@@ -65,6 +65,7 @@ class Found(NamedTuple):
     path: str = ""  # this and what follows: as those of the call
     has_sink: bool = False
     read_from: str = ""
+    candidate: int = 0
 
 
 def observe(
@@ -265,7 +266,7 @@ def _measured(
         if not is_usable(call):
             lost.add(name)
             continue
-        about = (call.masks, call.path, call.has_sink, call.read_from)
+        about = (call.masks, call.path, call.has_sink, call.read_from, call.candidate)
         found[full_name] = Found(name, number, weakref.ref(call.layer), *about)
         measured[full_name] = measure(call)
     return measured

@@ -1,10 +1,11 @@
 """Which tensors of a forward pass may be attention weights: results of a softmax, and what is made of them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_REMEMBERED = 16  # of each kind: what was computed longer ago does not meet values any more
+_REMEMBERED = 64  # of each kind: what was computed longer ago does not meet values any more
 
 
 class Softmax(NamedTuple):
@@ -14,6 +15,8 @@ class Softmax(NamedTuple):
     result: Any
     axis: int | None
     is_of_features: bool  # the axis is one that a kernel made, such as the units of a dense layer
+    long_axes: int  # of the softmax itself, those of another length than 1
+    origin: int  # the same for all that is made of one softmax by moving its axes
 
 
 class _Made(NamedTuple):
@@ -41,6 +44,9 @@ class Weights:
         self._made: list[_Made] = []
         self._products: list[_Product] = []
         self._sums: list[_Sum] = []
+        self._of_weights: list[Any] = []  # logarithms of weights, and weights with a small constant
+        self._origins = itertools.count()
+        self._met: set[int] = set()  # origins that values were met with
 
     def __bool__(self):
         """Whether there are any that have not met values yet."""
@@ -52,18 +58,24 @@ class Weights:
         result = result if rank == len(result.shape) and _long(result.shape) == _long(x.shape) else x
         axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
         if isinstance(axis, list | tuple):
-            _append(self._softmaxes, Softmax(path, result, None, False))
+            _append(self._softmaxes, Softmax(path, result, None, False, 0, next(self._origins)))
         elif isinstance(axis, int) and rank > 1 and axis % rank > 0:
             made = self._made_like(x)
             of_features = made is not None and _place(axis % rank, x.shape, made.shape) in made.by_kernel
-            _append(self._softmaxes, Softmax(path, result, axis % rank, of_features))
+            long_axes = len(_long(result.shape))
+            _append(self._softmaxes, Softmax(path, result, axis % rank, of_features, long_axes, next(self._origins)))
 
     def moved(self, path: list[Any], x: Any, order: Sequence[int] | None, result: Any) -> None:
-        """Notes that the axes of `x` were put into another order; without one, that it was reshaped."""
+        """Notes that the axes of `x` were put into another order; without one, that it was reshaped.
+
+        An order may leave axes out, and have -1 for one that is new, or of which a part is taken.
+        """
         found = self.of(x, path)
         if found is None or result is x or not (found.result is x or _is_within(path, found.path)):
             return
         axis = found.axis
+        if order is not None and axis is not None and axis not in order:
+            return
         if axis is not None:
             axis = _reshaped(axis, x.shape, result.shape) if order is None else list(order).index(axis)
         if axis != 0:
@@ -79,7 +91,7 @@ class Weights:
             return next(found for found in reversed(self._softmaxes) if found.result is operand)
         for found in reversed(self._softmaxes):
             before = tuple(found.result.shape)
-            if shape and _is_same_layer(path, found.path):
+            if found.origin not in self._met and shape and _is_same_layer(path, found.path):
                 if shape in (before, (*before[:-1], before[-1] and before[-1] - 1)):
                     return found
                 if found.axis is not None and _long(shape) == _long(before):
@@ -91,9 +103,14 @@ class Weights:
         """Whether an operand itself is the result of a softmax."""
         return any(found.result is operand for found in self._softmaxes)
 
-    def met(self, found: Softmax) -> None:
-        """Forgets a softmax that has met its values."""
-        self._softmaxes = [one for one in self._softmaxes if one.path is not found.path]
+    def met(self, found: Softmax, operand: Any, surely: bool) -> None:
+        """Notes that a softmax has met its values: from now on, no more is taken for made of it that only looks so.
+
+        If it has surely, its result has had its values.
+        """
+        self._met.add(found.origin)
+        if surely:
+            self._softmaxes = [one for one in self._softmaxes if one.result is not operand]
 
     def contracted(self, operands: Sequence[Any], letters: Sequence[str], out: str, result: Any) -> None:
         """Notes which axes of a contraction's result are from a kernel."""
@@ -140,6 +157,16 @@ class Weights:
             if one.result is x:
                 _append(self._sums, one._replace(result=result))
                 break
+        self.logarithm(x, result)
+
+    def logarithm(self, x: Any, result: Any) -> None:
+        """Notes that numbers were made of weights that are no weights any more."""
+        if self.is_result(x) or self.is_of_weights(x):
+            _append(self._of_weights, result)
+
+    def is_of_weights(self, x: Any) -> bool:
+        """Whether something was made of weights alone, and is no weights itself."""
+        return any(one is x for one in self._of_weights)
 
     def axis_of_quotient(self, x: Any, divisor: Any) -> int | None:
         """The axis along which something was summed of which `x` is divided by the sum: a softmax, written out."""
