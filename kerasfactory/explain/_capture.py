@@ -13,6 +13,7 @@ from keras import ops
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import (
+    ROW_SUM,
     Call,
     attention_axes,
     combined,
@@ -31,8 +32,6 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
-
-_ROW_SUM = 0.05  # by how much a row may exceed 1: rounding in half precision
 
 
 def capture(
@@ -280,7 +279,7 @@ def _warn_of_no_weights(batch: Batch, scores: dict[str, np.ndarray]) -> None:
     """Warns of scores that no softmax has given: what was taken for them may be something else."""
     for name, rows in scores.items():
         sums = rows.sum(axis=-1) if batch.found[name].path else np.zeros(1)
-        if sums.max() > 1 + _ROW_SUM or rows.min(initial=0) < 0:
+        if sums.max() > 1 + ROW_SUM or rows.min(initial=0) < 0:
             warn(
                 f"The scores of layer {name!r} are no weights: rows over the keys sum to up to {sums.max():.3g}, and "
                 f"the smallest entry is {rows.min():.3g}. Either the layer makes something else of its softmax, as "

@@ -11,13 +11,13 @@ from scipy.special import entr, rel_entr
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import ROW_SUM
 from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
-_ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
 
 
 @overload
@@ -147,7 +147,7 @@ def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any, has_sink: bool
     total = scores.sum(-1, dtype="float64")
     attends = total != 0  # (sample, head, query); NaN counts
     missed = total - 1 if has_sink else np.abs(total - 1)
-    if (missed > _ROW_SUM)[attends].any() or (scores < 0).any():
+    if (missed > ROW_SUM)[attends].any() or (scores < 0).any():
         raise ValueError(
             f"The scores of layer {name!r} are no weights: each row over the keys must be at least 0 and sum to 1, or "
             f"be 0 if the query may look at nothing. Received rows that sum to {total.min():.3g} up to "

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from kerasfactory.explain._engine.registry import register
+from kerasfactory.explain._engine.adapters import register
 
 
 def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[..., Any] | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from kerasfactory import _backend
-from kerasfactory.explain._engine.registry import adapter_of
+from kerasfactory.explain._engine.adapters import adapter_of
 from kerasfactory.explain._engine.undo import stand_in, twin, undone
 from kerasfactory.layers import InterpretableMultiHeadAttention
 from kerasfactory.layers._attention import Attention, Mask, keeping_aside, mask_in_parts
@@ -172,6 +172,8 @@ def reads_tokens(model: Any, x: np.ndarray) -> bool:
     return is_whole and 0 < len(embeddings) < x.shape[1] and x.max() < max(one.input_dim for one in embeddings)
 
 
+STAYS_INSIDE = "its scores stay inside a loop, a `vmap` or a function compiled by itself"
+
 # Parts of the names of classes, and what such layers do in place of a softmax over keys.
 _OTHER_ATTENTION = {
     "deformable": "it samples points, and has no keys",
@@ -240,6 +242,9 @@ def attention_axes(layer: Any) -> Sequence[int]:
     """The axes of the query over which the layer attends."""
     # Keras' grouped layer knows one only, and so does what is seen of other layers.
     return (isinstance(layer, READ_LAYERS) and getattr(layer, "_attention_axes", None)) or (1,)
+
+
+ROW_SUM = 0.05  # how far the sum of a row of scores may lie from 1: rounding in half precision
 
 
 def float_scores(call: Call) -> Any:

@@ -13,6 +13,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.adapters import adapter_of
 from kerasfactory.explain._engine.attention import (
     differentiate_rightly,
     edit_scores,
@@ -29,7 +30,6 @@ from kerasfactory.explain._engine.observe import (
     rounding_of,
     state_of,
 )
-from kerasfactory.explain._engine.registry import adapter_of
 
 _EAGERLY = {"run_eagerly": True, "jit_compile": False}
 
@@ -177,7 +177,7 @@ def _edit_of_sights(
     owners = {id(layer): name for name, layer in foreign.items()}
 
     def of_sight(sight):
-        layer_name = owners.get(id(sight.path[-1])) if sight.path else None
+        layer_name = owners.get(id(sight.path[-1]))
         if layer_name is None or any(id(layer) in known for layer in sight.path):
             return None
         name = names.get((layer_name, sight.candidate))

@@ -19,18 +19,19 @@ import keras
 from keras import ops, tree
 
 from kerasfactory import _backend
+from kerasfactory.explain._engine.adapters import adapter_of
 from kerasfactory.explain._engine.attention import (
     ORDER,
     READ_LAYERS,
+    STAYS_INSIDE,
     Call,
     Heads,
     all_layers,
     has_values,
     is_called,
 )
-from kerasfactory.explain._engine.registry import adapter_of
 from kerasfactory.explain._engine.undo import stand_in
-from kerasfactory.explain._engine.weights import Softmax, Weights
+from kerasfactory.explain._engine.weights import Softmax, Weights, one_axis
 from kerasfactory.layers._attention import mask_in_parts
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -143,7 +144,7 @@ class _Notes:
 
     def average(self, run, x, axis, again):
         result, path, factors = run(), self._path(), self.weights.factors(x) if self.weights else ()
-        axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+        axis = one_axis(axis)
         if any(map(self.weights.is_of_weights, factors)):  # an entropy
             return result
         if isinstance(axis, int) and any(self.weights.of(factor, path) is not None for factor in factors):
@@ -179,17 +180,16 @@ class _Notes:
     def _met(self, operands, letters, out, again, result, is_sum=False, keeps_axis=False):
         path = self._path()
         self._call(path)
-        numbers = (
-            sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])) if self.weights else ()
-        )
-        for number in numbers:
+        if not self.weights:
+            return result
+        for number in sorted((0, 1), key=lambda number: not self.weights.is_result(operands[number])):
             operand, of_operand, values = operands[number], letters[number], letters[1 - number]
             found = self.weights.of(operand, path)
             if found is None:
                 continue
             if found.axis is None:
                 if set(of_operand) - set(out):
-                    self.called.update(dict.fromkeys(path[-1:], "its softmax runs over several axes at once"))
+                    self.called[path[-1]] = "its softmax runs over several axes at once"
             elif not _is_attention(of_operand, of_operand[found.axis], values, out):
                 self._in_a_loop(path, operand, operands[1 - number], of_operand[found.axis] in set(values) - set(out))
             elif not self.weights.is_gate(found, _long_letters(operand, of_operand), values, operands[1 - number]):
@@ -223,7 +223,7 @@ class _Notes:
         """Notes weights without an axis of samples, where nothing can be had outside: samples are taken one by one."""
         is_inside = not (_backend.is_usable(operand) or _backend.is_usable(of_values))
         if is_inside and is_contracted and self.weights.is_result(operand):
-            self.called.update(dict.fromkeys(path[-1:], "its scores stay inside a loop or a `vmap`"))
+            self.called[path[-1]] = STAYS_INSIDE
 
     def _call(self, path):
         for layer in reversed(path):
@@ -252,7 +252,7 @@ class _Notes:
         return output if others is made else back(others)
 
     def unread(self, run, reason):
-        self.called.update(dict.fromkeys(self._path()[-1:], reason))
+        self.called[self._path()[-1]] = reason
         return run()
 
     def switch(self, run, position):
@@ -481,7 +481,7 @@ def _heads(path: list[Any], original: Callable, given: dict[str, Any]) -> Heads 
     query, key, value = (ops.convert_to_tensor(given[name]) for name in ("query", "key", "value"))
     mask, scale = given.get("mask"), given.get("scale")
     is_of_keras = any(isinstance(layer, READ_LAYERS) for layer in path)
-    if others or not path or is_of_keras or not has_values(query, key, value):
+    if others or is_of_keras or not has_values(query, key, value):
         return None
     dtype = keras.backend.result_type(query.dtype, key.dtype, value.dtype)
     groups = query.shape[2] // key.shape[2]
@@ -505,7 +505,7 @@ def _adapted(layer: Any, sights: list[Sight]) -> Callable:
     call, adapter = layer.call, adapter_of(layer)
 
     def adapted(*args, **kwargs):
-        start, path = len(sights), _backend.layers_being_called()
+        start, path = len(sights), _backend.layers_being_called() or [layer]
         output = call(*args, **kwargs)
         made = functools.partial(_made_by, adapter, layer, output, args, kwargs, path)
         seen: list[Sight | None] = [sight for sight in sights[start:] if _backend.is_usable(sight.tensor)]
@@ -555,7 +555,7 @@ def calls_of(model: Any, sights: Sequence[Sight], calls: dict[str, list[Call]], 
     A layer that Keras' own calls are known of is left out: what it computes was seen as well.
     """
     known = {id(call.layer) for of_layer in calls.values() for call in of_layer if is_usable(call)}
-    rest = [sight for sight in sights if sight.path and not any(id(layer) in known for layer in sight.path)]
+    rest = [sight for sight in sights if not any(id(layer) in known for layer in sight.path)]
     paths = {id(sight.path[-1]): path_of(sight.path, model) for sight in rest}
     last = [path.rpartition("/")[2] for path in [*paths.values(), *calls]]
     found = {name: of_layer for name, of_layer in calls.items() if any(map(is_usable, of_layer))}

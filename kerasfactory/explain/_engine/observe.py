@@ -15,7 +15,9 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.adapters import changes
 from kerasfactory.explain._engine.attention import (
+    STAYS_INSIDE,
     Call,
     Heads,
     Watch,
@@ -37,7 +39,6 @@ from kerasfactory.explain._engine.foreign import (
     path_of,
     watching_operations,
 )
-from kerasfactory.explain._engine.registry import changes
 from kerasfactory.explain._engine.undo import alone, twin
 from kerasfactory.layers._attention import keeping_aside
 
@@ -328,7 +329,7 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict
     unseen = unseen_attention(steps.called, [call.layer for call in found.values()])
     for name in [*chosen, *sorted(steps.lost - chosen.keys()), *unknown]:
         if name in steps.lost:
-            missing[name] = "its scores stay inside a loop, a `vmap` or a function compiled by itself"
+            missing[name] = STAYS_INSIDE
         elif name in unknown and name in unseen:
             missing[name] = unseen[name]
         elif name not in seen:

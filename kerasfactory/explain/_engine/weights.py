@@ -56,7 +56,7 @@ class Weights:
         """Notes that a result, or what is made of `x` with it, sums to 1 along an axis, which is that of `x`."""
         rank = len(getattr(x, "shape", ()))
         result = result if rank == len(result.shape) and _long(result.shape) == _long(x.shape) else x
-        axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+        axis = one_axis(axis)
         if isinstance(axis, list | tuple):
             _append(self._softmaxes, Softmax(path, result, None, False, 0, next(self._origins)))
         elif isinstance(axis, int) and rank > 1 and axis % rank > 0:
@@ -147,7 +147,7 @@ class Weights:
 
     def sum(self, x: Any, axis: Any, result: Any) -> None:
         """Notes a sum of the same rank as `x`."""
-        axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+        axis = one_axis(axis)
         if isinstance(axis, int) and len(result.shape) == len(x.shape):
             _append(self._sums, _Sum(tuple(x.shape), axis % len(x.shape), result))
 
@@ -178,6 +178,11 @@ class Weights:
     def _made_like(self, x: Any) -> _Made | None:
         """The latest contraction with a result of this shape, but for axes of length 1."""
         return next((made for made in reversed(self._made) if _long(made.shape) == _long(x.shape)), None)
+
+
+def one_axis(axis: Any) -> Any:
+    """The axis out of a list of one; what else was given, as it is."""
+    return axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
 
 
 def _append(remembered: list, entry: Any) -> None:
