@@ -12,7 +12,7 @@ import numpy as np
 from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
 from kerasfactory._backend._keras import get_loss as get_loss
 from kerasfactory._backend._keras import layers_being_called as layers_being_called
-from kerasfactory._backend._keras import operations as _operations_of_keras
+from kerasfactory._backend._keras import operations_of_keras as operations_of_keras
 from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
 from kerasfactory._backend._shared import after_fork as after_fork
 from kerasfactory._backend._shared import missing as missing
@@ -36,16 +36,12 @@ gradient = _chosen.gradient
 in_scope = _chosen.in_scope
 is_usable = _chosen.is_usable
 on_cpu = _chosen.on_cpu
+operations = _chosen.operations
 outside_traces = _chosen.outside_traces
 predict_step = _chosen.predict_step
 value_of = _chosen.value_of
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
-
-
-def operations():
-    """The functions that attention goes through, Keras' and the backend's own, as a list of `Operation`."""
-    return [*_operations_of_keras(), *_chosen.operations()]
 
 
 def summary_writer(log_dir):

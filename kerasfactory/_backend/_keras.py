@@ -60,7 +60,7 @@ def layers_being_called():
     return [caller for caller in callers if isinstance(caller, keras.layers.Layer)]
 
 
-def operations():
+def operations_of_keras():
     """Keras' own functions that attention goes through, as a list of `Operation`."""
     modules = importlib.import_module("keras.src.backend").__dict__
     functions: list[tuple[str, str, Callable]] = [

@@ -230,6 +230,15 @@ def test_arguments_and_results_are_checked():
     explain.register_attention(InWindows, lambda layer, scores, x: None)
     with pytest.raises(ValueError, match="'windows' it returned: type NoneType"):
         explain.capture(windowed(InWindows), X, verbose=0)
+    explain.register_attention(InWindows, lambda layer, scores: scores)  # `call` has an argument more
+    with pytest.raises(TypeError) as caught:
+        explain.capture(windowed(InWindows), X, verbose=0)
+    assert caught.value.__notes__[0] == "Raised by the adapter that is registered for `InWindows`, in layer 'windows'."
+
+
+def test_an_array_is_taken_as_a_tensor_is():
+    explain.register_attention(InWindows, lambda layer, scores, x: np.full((10, 1, 12, 12), 1 / 12))
+    np.testing.assert_allclose(explain.capture(windowed(InWindows), X, verbose=0)["windows"], 1 / 12)
 
 
 def test_neither_layer_nor_model_is_kept():

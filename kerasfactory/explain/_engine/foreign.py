@@ -284,7 +284,7 @@ def _in_front_of_operations(notes: _Notes, modules: set[str]) -> Iterator[None]:
     others = [sys.modules[name] for name in modules - {"builtins"} if name in sys.modules and name[:6] != "keras."]
     before = []
     try:
-        for kind, home, its_name, read in _backend.operations():
+        for kind, home, its_name, read in (*_backend.operations_of_keras(), *_backend.operations()):
             original = getattr(home, its_name)
             watched = in_front_of(original, getattr(notes, kind), read)
             imported = [(place, name) for place in others for name, value in vars(place).items() if value is original]
@@ -518,7 +518,13 @@ def _adapted(layer: Any, sights: list[Sight]) -> Callable:
 def _made_by(adapter: Any, layer: Any, output: Any, args: tuple, kwargs: dict, path: list[Any], seen: Any) -> Sight:
     @functools.cache
     def result():
-        of_adapter = adapter(layer, None if seen is None else seen.scores(), *args, **kwargs)
+        try:
+            of_adapter = adapter(layer, None if seen is None else seen.scores(), *args, **kwargs)
+        except Exception as error:
+            error.add_note(
+                f"Raised by the adapter that is registered for `{type(layer).__name__}`, in layer {layer.name!r}."
+            )
+            raise
         scores, remade = of_adapter if isinstance(of_adapter, tuple) and len(of_adapter) == 2 else (of_adapter, None)
         if len(getattr(scores, "shape", ())) < 4:
             what = f"shape {tuple(scores.shape)}" if hasattr(scores, "shape") else f"type {type(scores).__name__}"
@@ -527,7 +533,7 @@ def _made_by(adapter: Any, layer: Any, output: Any, args: tuple, kwargs: dict, p
                 "head, query, key), others between batch and head, or a pair of these and the layer's output. For "
                 f"layer {layer.name!r} it returned: {what}"
             )
-        return scores, remade
+        return ops.convert_to_tensor(scores), remade
 
     def products(scores):
         remade = result()[1]
