@@ -197,7 +197,7 @@ RECORD = {
     },
     "attribution": {
         "method": _TEXT,
-        "query": _TEXT,
+        "query": _INDEX_OR_TEXT,
         "target": _INDEX_OR_TEXT,
         "features": [{"feature": _TEXT, "attribution": _ANY, "interval": _INTERVAL}],
     },

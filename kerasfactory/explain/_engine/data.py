@@ -151,7 +151,7 @@ def input_arrays(name: str, given: Any) -> Any:
     if len({len(array) for array in arrays.values()}) != 1:
         shapes = ", ".join(f"{key!r}: {array.shape}" for key, array in arrays.items())
         raise ValueError(
-            f"The inputs in `{name}` must hold the same samples, along their first axis. Received: {shapes}"
+            f"The inputs in `{name}` must hold as many samples each, along their first axis. Received: {shapes}"
         )
     return arrays if isinstance(given, dict) else list(arrays.values())
 
