@@ -27,11 +27,8 @@ def patches(height: int, width: int, size: int | tuple[int, int]) -> np.ndarray:
         ```python
         from kerasfactory import explain
 
-        print(explain.patches(4, 6, 2))
-        #> [[0 0 1 1 2 2]
-        #>  [0 0 1 1 2 2]
-        #>  [3 3 4 4 5 5]
-        #>  [3 3 4 4 5 5]]
+        print(explain.patches(2, 6, (1, 3)).tolist())
+        #> [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
         ```
     """
     picture = np.array([positive_integer("height", height), positive_integer("width", width)])
