@@ -35,6 +35,7 @@ SUBJECTS = {
     explain: [
         *("layer_class", "adapter", "path", "train", "model", "x", "y"),
         *("attribution", "attributions", "weights", "record", "path"),
+        *("height", "width", "size"),
     ],
 }
 

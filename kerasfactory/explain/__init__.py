@@ -10,6 +10,7 @@ from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
 from kerasfactory.explain._monitor import AttentionMonitor
+from kerasfactory.explain._patches import patches
 from kerasfactory.explain._register import register_attention
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 from kerasfactory.explain._summary import summarize
@@ -27,6 +28,7 @@ __all__ = [
     "head_importance",
     "head_statistics",
     "parameter_randomization",
+    "patches",
     "recomposition_error",
     "register_attention",
     "rollout",

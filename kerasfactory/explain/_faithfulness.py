@@ -8,20 +8,31 @@ from typing import Any
 import keras
 import numpy as np
 import xarray as xr
+from keras import tree
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import (
-    checked_attribution,
-    checked_feature_mask,
     chosen_samples,
-    feature_array,
+    input_arrays,
+    like_samples_of,
+    named_inputs,
     progress_bar,
+    rows_of,
+    samples_in,
 )
+from kerasfactory.explain._engine.features import Features, Matched, features_of, match
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
-from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
+from kerasfactory.explain._engine.view import (
+    background_view,
+    carried_view,
+    names_of,
+    relabeled_rankings,
+    special_keys,
+    view_of,
+)
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
@@ -117,7 +128,8 @@ def faithfulness(
     Args:
         model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
         x: An array, or a DataFrame of numbers, with the features along axis 1: `(sample, feature)`, `(sample, position,
-            channel)`, or token ids, `(sample, position)`; with `feature_mask`, of any shape.
+            channel)`, or token ids, `(sample, position)`. With `feature_mask`, an array of any shape, or, for a
+            model with several inputs, a dictionary or list of arrays.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
             to the sign; among equals, chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.
@@ -126,11 +138,18 @@ def faithfulness(
             of which nothing is known.
         target: The number of the output that is \(f\). For a dictionary or list of several outputs a key, or a tuple
             that starts with it; for outputs of more axes a tuple of numbers, such as (step, quantile).
-        feature_mask: Which feature each entry of a sample belongs to: integers shaped like one sample, from 0, or -1
-            for what is never removed. It makes features of the patches of a picture or of the variables of a series.
-            Without it, features are the entries of axis 1, and pictures are refused. All features are in view then.
+        feature_mask: Which feature each entry of a sample belongs to: integers shaped like one sample, from 0 without a
+            gap, or -1 for what is never removed. It makes features of the patches of a picture
+            (`explain.patches(height, width, size)`), of the variables of a series (`numpy.broadcast_to(
+            numpy.arange(variables), (times, variables))`) or of both. The last axes may be missing: (height, width) is
+            for all channels. For several inputs it is a dictionary or list like `x`, whose numbers run on over the
+            inputs; -1 alone leaves an input as it is. Feature k is the k-th key of the attribution that is not special.
+            Without it, features are the entries of axis 1, and pictures and several inputs are refused. With it, the
+            attribution says what is in view; everything is, if it does not.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` holds
-            integers, or names of features in the coordinate `feature` of the attribution.
+            integers, or names of features in the coordinate `feature` of the attribution. What the attribution says, if
+            not given. If the attribution has more keys than there are features, those that are named here stand for
+            nothing in `x`, as a class token of the model's own, and are left out.
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
             features removed from a sample come from one row, and the output is the mean over three rows. Where a
             feature is out of view of that row, its value is that of another row in which it is in view; if it is in
@@ -200,29 +219,24 @@ def faithfulness(
         #> True False
         ```
     """
-    table, x = x, feature_array("x", x)
-    where, features = _places(x, feature_mask)
-    importance = checked_attribution(attribution, features)
+    table, x = x, input_arrays("x", x)
+    features = features_of(x, feature_mask)
+    matched = match(attribution, x, (features.total,), special_tokens)
+    importance = matched.values
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
     level = checked_level(level)
-    samples = len(x)
+    samples = len(importance)
     clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
-    rows, background_used = _background(x, removal, background, mask_value)
-    if feature_mask is None:
-        in_view = view_of(attribution, model, x, special_tokens, batch_size)
-        rows_in_view = in_view
-        if background is not None:
-            rows_in_view = background_view(attribution, model, rows, special_tokens, batch_size)
-    else:  # which of its entries are padding is for the mask to say
-        in_view, rows_in_view = np.ones(importance.shape, bool), np.ones(rows.shape[:2], bool)
+    rows, background_used = _background(x, features, removal, background, mask_value)
+    in_view, rows_in_view = _views(matched, model, x, rows, special_tokens, feature_mask, batch_size)
     ranked = _rankable(in_view)
-    donors = _donors(rows, rows_in_view, in_view if feature_mask is None else rows_in_view[:1], removal, rng)
-    donor = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
+    donors = _donors(rows, rows_in_view, in_view, features, removal, rng)
+    donor = rng.integers(samples_in(donors), size=(_DONORS if samples_in(donors) > 1 else 1, samples))
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    changes, own, output_used = _change_function(model, x, where, donors, y, task, target, batch_size, removal)
+    changes, own, output_used = _change_function(model, x, features, donors, y, task, target, batch_size, removal)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), np.where(in_view, -importance, np.inf))))
     counts = _counts(shares, in_view)
     both = np.full((2, len(counts), samples), np.nan)
@@ -256,19 +270,25 @@ def faithfulness(
     return with_rows_of(table, xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes))
 
 
-def _places(x: np.ndarray, feature_mask: Any) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """A function from removed features, (row, feature), to the entries of samples; and an array with their shape."""
-    if feature_mask is None:
-        if x.ndim > 3:
-            raise ValueError(
-                f"`x` has the axes of pictures, {x.shape}: a key of the attention is no entry of axis 1. Say which "
-                "feature each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the "
-                "numbers of the patches."
-            )
-        return lambda removed: removed.reshape(*removed.shape, *[1] * (x.ndim - 2)), x
-    mask = checked_feature_mask(feature_mask, x)
-    # The last column is for what is never removed, -1.
-    return lambda removed: np.pad(removed, ((0, 0), (0, 1)))[:, mask], np.empty((len(x), mask.max() + 1))
+def _views(
+    matched: Matched, model: keras.Model, x: Any, rows: Any, special_tokens: Any, feature_mask: Any, batch_size: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which features are in view of the samples, and of the rows of the background, each (sample, feature).
+
+    With a `feature_mask`, keys of the model's attention are features only if the attribution is made of them.
+    """
+    attribution, keys = matched.attribution, matched.keys
+    if feature_mask is not None and carried_view(attribution) is None:
+        special = special_keys(special_tokens, x, keys, names_of(attribution))[:, matched.kept]
+        views = [
+            np.broadcast_to(~special, (samples, len(matched.kept))) for samples in (samples_in(x), samples_in(rows))
+        ]
+        return views[0], views[1]
+    in_view = view_of(attribution, model, x, keys, special_tokens, batch_size)[:, matched.kept]
+    if rows is x:
+        return in_view, in_view
+    rows_in_view = background_view(attribution, model, rows, keys, special_tokens, batch_size)
+    return in_view, rows_in_view[:, matched.kept]
 
 
 def _rankable(in_view: np.ndarray) -> np.ndarray:
@@ -297,9 +317,9 @@ def _counts(shares: np.ndarray, in_view: np.ndarray) -> np.ndarray:
 
 def _change_function(
     model: keras.Model,
-    x: np.ndarray,
-    where: Callable[[np.ndarray], np.ndarray],
-    donors: np.ndarray,
+    x: Any,
+    features: Features,
+    donors: Any,
     y: Any,
     task: str | None,
     target: Any,
@@ -314,7 +334,7 @@ def _change_function(
         spread = own.std(axis=0)
         scale = np.where(spread > _ROUNDING * np.abs(own).max(axis=0), spread, np.inf)
     else:
-        own = own[np.arange(len(x)), columns]
+        own = own[np.arange(len(own)), columns]
 
     def outputs_without(removed, of, donor):
         """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each.
@@ -326,11 +346,12 @@ def _change_function(
         removed = removed.reshape(len(result), -1)
         first, copies = _distinct(removed, sample)
         predicted = np.empty(len(first))
-        step = max(1, _CELLS // x[0].size)
+        step = max(1, _CELLS // sum(array[0].size for array in tree.flatten(x)))
         for start in range(0, len(first), step):
             part = first[start : start + step]
             number = of[sample[part]]
-            changed = np.where(where(removed[part]), donors[donor[sample[part]]], x[number])
+            others = rows_of(donors, donor[sample[part]])
+            changed = features.replaced(rows_of(x, number), removed[part], others)
             outputs = predictions(model, changed, batch_size, target)
             outputs = checked_outputs(outputs, f'`x` with features removed by "{removal}"')
             if columns is None:
@@ -408,7 +429,7 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return values
 
 
-def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float | None) -> tuple[np.ndarray, str]:
+def _background(x: Any, features: Features, removal: Any, background: Any, mask_value: float | None) -> tuple[Any, str]:
     """The rows that removed features take their values from, and what to say of them."""
     if removal not in _REMOVALS:
         near = difflib.get_close_matches(str(removal), _REMOVALS, n=1)
@@ -419,34 +440,37 @@ def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float 
     if removal == "mask":
         if background is not None:
             raise ValueError('`background` is not used with `removal="mask"`. Leave one of them out.')
-        return np.full((1, *x.shape[1:]), mask_value or 0, x.dtype), "none"
+        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), mask_value or 0, array.dtype), x)
+        return one, "none"
     if mask_value is not None:
         raise ValueError(
             f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
             f"mask_value={mask_value!r}, removal={removal!r}"
         )
-    if background is None and len(x) < 2:
+    if background is None and samples_in(x) < 2:
         raise ValueError(
             f'`x` holds one sample: there is nothing else to take values from for `removal="{removal}"`. Give a '
             '`background`, such as training data, or `removal="mask"`.'
         )
-    rows = x if background is None else feature_array("background", background)
-    if rows.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"`background` must hold samples like those of `x`. Received: background of shape {rows.shape}, x of "
-            f"shape {x.shape}"
-        )
-    if removal == "mean" and x.dtype.kind != "f":
-        raise ValueError(
-            f'`removal="mean"` needs numbers that have a mean; those of `x` are of dtype {x.dtype}, as token ids are. '
-            'Use "marginal" or "mask", or convert `x` to floats.'
-        )
-    return rows, f"{'x' if background is None else 'given'}, {len(rows)} samples"
+    rows = x if background is None else like_samples_of(x, "background", background)
+    for name, mask in named_inputs(features.masks).items():
+        dtype = named_inputs(x)[name].dtype
+        if removal == "mean" and dtype.kind != "f" and (mask >= 0).any():
+            raise ValueError(
+                f'`removal="mean"` needs numbers that have a mean; those of `x{f"[{name!r}]" if name else ""}` are of '
+                f'dtype {dtype}, as token ids are. Use "marginal" or "mask", or convert them to floats.'
+            )
+    return rows, f"{'x' if background is None else 'given'}, {samples_in(rows)} samples"
 
 
 def _donors(
-    rows: np.ndarray, rows_in_view: np.ndarray, in_view: np.ndarray, removal: str, rng: np.random.Generator
-) -> np.ndarray:
+    rows: Any,
+    rows_in_view: np.ndarray,
+    in_view: np.ndarray,
+    features: Features,
+    removal: str,
+    rng: np.random.Generator,
+) -> Any:
     """What removed features take their values from: nothing out of view in `rows` gets into view of a sample."""
     if removal == "mask":
         return rows
@@ -459,19 +483,43 @@ def _donors(
     for feature in np.flatnonzero(in_view.any(axis=0) & ~rows_in_view.all(axis=0)):
         missing, given = np.flatnonzero(~rows_in_view[:, feature]), np.flatnonzero(rows_in_view[:, feature])
         if len(given):
-            values = rows[rng.choice(given, len(missing)), feature]
+            source = np.stack([rng.choice(given, len(missing)), np.full(len(missing), feature)])
         else:  # in view in no row: any value in view, of the same row if it has one
             own = [np.flatnonzero(seen) for seen in rows_in_view]
             some = np.argwhere(rows_in_view)
             picked = [(row, rng.choice(own[row])) if len(own[row]) else tuple(rng.choice(some)) for row in missing]
-            values = rows[tuple(np.transpose(picked))]
-        donors = donors.copy() if donors is rows else donors
-        donors[missing, feature] = values
+            source = np.transpose(picked)
+        donors = tree.map_structure(np.copy, donors) if donors is rows else donors
+        _copy_features(donors, missing, int(feature), rows, source, features)
     if removal == "marginal":
         return donors
-    averaged = np.where(rows_in_view.any(axis=0), rows_in_view, True).reshape(*rows.shape[:2], *[1] * (rows.ndim - 2))
-    where = True if averaged.all() else averaged
-    return donors.mean(axis=0, keepdims=True, dtype="float64", where=where).astype(rows.dtype)
+    seen = features.by_entry(np.where(rows_in_view.any(axis=0), rows_in_view, True), True)
+    return tree.map_structure(
+        lambda array, seen: array.mean(axis=0, keepdims=True, dtype="float64", where=seen).astype(array.dtype),
+        donors,
+        seen,
+    )
+
+
+def _copy_features(
+    donors: Any, missing: np.ndarray, feature: int, rows: Any, source: np.ndarray, features: Features
+) -> None:
+    """Puts into a feature of the rows `missing` of `donors` what `source`, (row, feature) of each, has in `rows`."""
+    own = features.entries(feature, rows)
+    for other in np.unique(source[1]):
+        chosen, places = source[1] == other, features.entries(other, rows)
+        if list(map(_size, places)) != list(map(_size, own)):
+            raise ValueError(
+                f"Feature {feature} is in view in no sample of `background`, and feature {other} has other entries. "
+                "Give a `background` in which it is in view."
+            )
+        for array, row, at, of in zip(tree.flatten(donors), tree.flatten(rows), own, places, strict=True):
+            if at is not None and of is not None:
+                array[(missing[chosen, np.newaxis], *at)] = row[(source[0, chosen, np.newaxis], *of)]
+
+
+def _size(place: tuple[np.ndarray, ...] | None) -> int:
+    return 0 if place is None else len(place[0]) if place else 1
 
 
 def _columns(found: Outputs, y: Any, target: Any) -> tuple[np.ndarray | None, str | int]:

@@ -469,11 +469,11 @@ def test_bad_input_is_refused(model, tmp_path):
         explain.audit(model, X, Y[:-1], path)
     with pytest.raises(ValueError, match=r"`y` must hold finite numbers"):
         explain.audit(model, X, np.where(X[:, 0] > 2, np.nan, Y), path)
-    with pytest.raises(ValueError, match="`x` must be an array"):
+    with pytest.raises(ValueError, match="Expected the following keys"):
         explain.audit(model, {"x": X}, Y, path)
     with pytest.raises(ValueError, match="at least one sample"):
         explain.audit(model, X[:0], Y[:0], path)
-    with pytest.raises(ValueError, match="`background` must have the shape of one of `x`"):
+    with pytest.raises(ValueError, match="`background` must hold samples like those of `x`"):
         explain.audit(model, X, Y, path, background=X[:, :2])
     with pytest.raises(ValueError, match="`level` must be a number between 0 and 0"):
         explain.audit(model, X, Y, path, level=95)

@@ -287,7 +287,7 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
         ({"background": X * np.nan}, 'features removed by "marginal"'),
         ({"x": X[:, :1], "attribution": X[:, :1], "model": linear([1])}, "one feature: there is nothing to rank"),
         ({"x": X[:1], "attribution": X[:1]}, "holds one sample.*Give a `background`"),
-        ({"x": [[1, 2]]}, "`x` must be an array with the features along axis 1"),
+        ({"x": [[1, 2]]}, "`x` must be an array, or a dictionary or list of arrays"),
         ({"x": X[0]}, "`x` must be an array of numbers"),
         ({"removal": "marginl"}, "Did you mean 'marginal'"),
         ({"removal": 3}, "must be one of 'marginal', 'mean', 'mask'. Received: removal=3"),
@@ -571,5 +571,5 @@ def test_the_patches_of_a_picture_are_features_if_a_mask_says_so_and_rows_of_pix
         model, x, attribution[:, :6], **settings | {"feature_mask": np.where(mask > 5, -1, mask)}
     )
     np.testing.assert_allclose(kept["aopc_comprehensiveness"], expected, rtol=0.15)
-    with pytest.raises(ValueError, match=r"shape of one sample, \(16, 16, 1\).*Received: shape \(16, 16\)"):
-        explain.faithfulness(model, x, attribution, feature_mask=mask[..., 0], verbose=0)
+    with pytest.raises(ValueError, match=r"shape of one sample, \(16, 16, 1\).*Received: shape \(16,\), dtype float64"):
+        explain.faithfulness(model, x, attribution, feature_mask=patch / 2, verbose=0)

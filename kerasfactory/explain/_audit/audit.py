@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import scipy
 import xarray as xr
-from keras import ops
+from keras import ops, tree
 
 import kerasfactory
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, checked_names, checked_seed, generator, positive_integer
 from kerasfactory._text import visible
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, measured_skill
+from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, keys_of, measured_skill
 from kerasfactory.explain._audit.file import (
     ABSOLUTE,
     differences,
@@ -36,7 +36,15 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
-from kerasfactory.explain._engine.data import in_arrays, progress_bar
+from kerasfactory.explain._engine.data import (
+    in_arrays,
+    input_arrays,
+    like_samples_of,
+    named_inputs,
+    progress_bar,
+    samples_in,
+    shape_of,
+)
 from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
@@ -56,6 +64,7 @@ def audit(
     method: str = "attention",
     task: str | None = None,
     target: int | str | tuple[int | str, ...] | None = None,
+    query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
     calibration: xr.Dataset | None = None,
@@ -98,7 +107,8 @@ def audit(
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
-      a table, `y` and a compiled loss. Positions of a text are no columns of a table.
+      `y`, a compiled loss and samples of at most 256 numbers, or a table. A position of a text is no column of a table,
+      and nothing is drawn given a text: features of a model that reads one are undetermined.
 
     With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
     model without skill has nothing to lose, so nothing is refuted about its features.
@@ -131,6 +141,7 @@ def audit(
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
         x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature),
             (sample, position, channel) or token ids, (sample, position). Or a DataFrame, with a name for each column.
+            With `feature_mask`, arrays of any shape, or a dictionary or list of them for a model with several inputs.
         y: Labels, one for each sample, in the form that the model's loss takes. Without them, and without a loss of
             single samples to compute, claims about single features are undetermined.
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
@@ -139,14 +150,18 @@ def audit(
         task: What the outputs mean: `"classification"`, `"multilabel"` or `"regression"`. The compiled loss says so if
             it is one of Keras and this is not given. Nothing is guessed from values.
         target: Which of several outputs is meant, as for `attribute` and `faithfulness`.
+        query: The position or name of one query, as for `attribute`: that of a class token, if the model decides by it.
         layers: Names of the layers, as for `capture`.
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
             page shows it. `verify` compares it with the one that it is given, and does not make it again.
         feature_names: Names of the features, as for `capture`.
-        feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
-        special_tokens: Token ids or names of what is no feature, as for `attribute`.
+        feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
+            claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
+            groups of the columns of a table.
+        special_tokens: Token ids or names of what is no feature, as for `attribute`. Those that stand for nothing in
+            `x`, such as a class token of the model's own, have no claim.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
@@ -215,9 +230,10 @@ def audit(
         "method": method,
         "task": checked_task(task),
         "target": target,
+        "query": query,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
         "feature_names": None if feature_names is None else checked_names(feature_names),
-        "feature_mask": None if feature_mask is None else np.asarray(feature_mask).tolist(),
+        "feature_mask": None if feature_mask is None else _as_lists(feature_mask),
         "special_tokens": None if special_tokens is None else list(special_tokens),
         "block": None if block is None else positive_integer("block", block),
         "tolerance": float(tolerance),
@@ -330,9 +346,9 @@ def verify(
 def _compared(
     record: dict[str, Any],
     model: Any,
-    x: np.ndarray,
+    x: Any,
     y: np.ndarray | None,
-    background: np.ndarray | None,
+    background: Any,
     groups: Any,
     models: Any,
     given: dict[str, Any],
@@ -341,10 +357,11 @@ def _compared(
 ) -> list[str]:
     """What is made again differs in, and what was not made again."""
     data, settings = record["data"], record["settings"]
-    if list(x.shape[1:]) != data["shape"][1:]:
+    shape, before = (_of_sample(of) for of in (plain(shape_of(x)), data["shape"]))
+    if shape != before:
         return [
-            f"The data are not those of the audit: a sample has shape {list(x.shape[1:])}, and had "
-            f"{data['shape'][1:]}. Nothing else was checked."
+            f"The data are not those of the audit: a sample has shape {shape}, and had {before}. Nothing else was "
+            "checked."
         ]
     needed = {"background": background, "groups": groups}
     if missing := [name for name, value in needed.items() if data[name] and value is None]:
@@ -374,6 +391,17 @@ def _compared(
     now["claims"] = _with_unchecked(now["claims"], record["claims"], unchecked)
     judge(now["claims"], settings["level"])
     return differences(record, now, max(ABSOLUTE, rounding_of(model))) + findings
+
+
+def _of_sample(shape: Any) -> Any:
+    return {name: of_input[1:] for name, of_input in shape.items()} if isinstance(shape, dict) else shape[1:]
+
+
+def _as_lists(feature_mask: Any) -> Any:
+    if isinstance(feature_mask, dict):
+        return {str(key): np.asarray(mask).tolist() for key, mask in feature_mask.items()}
+    is_list = isinstance(feature_mask, list | tuple)
+    return [np.asarray(mask).tolist() for mask in feature_mask] if is_list else np.asarray(feature_mask).tolist()
 
 
 def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -453,18 +481,20 @@ def _record(
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
     table, (x, y, background) = x, _checked(x, y, background)
-    clusters = clusters_of(len(x), groups, settings["block"])
+    clusters = clusters_of(samples_in(x), groups, settings["block"])
     settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
-    keys = ("method", "task", "target", "layers", "feature_names", "special_tokens", "seed")
+    names = ("method", "task", "target", "query", "layers", "feature_names", "special_tokens", "seed")
+    chosen = {name: settings[name] for name in names}
     labeled = table if isinstance(table, pd.DataFrame) else x
-    attribution = attribute(model, labeled, batch_size=batch_size, verbose=0, **{key: settings[key] for key in keys})
+    attribution = attribute(model, labeled, batch_size=batch_size, verbose=0, **chosen)
     if labeled is table and "feature" in attribution.coords:  # so that an array is enough to verify it
         settings = settings | {"feature_names": [str(name) for name in attribution["feature"].values]}
+    keys = keys_of(attribution, x, settings["feature_mask"])
     # Before anything that takes long: labels may not fit.
     skill, no_loss = measured_skill(model, x, y, clusters, settings, batch_size)
-    rows = (model, x, y, background, groups, models, digests, attribution, settings, batch_size)
+    rows = (model, x, y, background, groups, models, digests, attribution, keys, settings, batch_size)
     planned = Subject(*rows, draws=_DRAWS, unusable_loss=no_loss, untestable="not tested")
     progress.add(1)
     captured, claims = exact_capture(planned)
@@ -489,8 +519,8 @@ def _record(
         "model": _model_facts(model),
         "data": {
             "x": hashed(x),
-            "shape": list(x.shape),
-            "dtype": str(x.dtype),
+            "shape": shape_of(x),
+            "dtype": ", ".join(str(array.dtype) for array in named_inputs(x).values()),
             "feature_names": subject.features,
             "labels": None if y is None else hashed(y),
             "background": None if background is None else hashed(background),
@@ -520,21 +550,14 @@ def _what_counts(groups: Any, settings: dict[str, Any]) -> str:
     return "samples" if groups is None and settings["block"] is None else "groups of samples"
 
 
-def _checked(x: Any, y: Any, background: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    x = _array("x", x)
-    if x.ndim < 2:
-        raise ValueError(f"`x` must have its features along axis 1. Received an array of shape {x.shape}")
+def _checked(x: Any, y: Any, background: Any) -> tuple[Any, np.ndarray | None, Any]:
+    x = _inputs("x", x)
     if background is not None:
-        background = _array("background", background)
-        if background.shape[1:] != x.shape[1:]:
-            raise ValueError(
-                f"A sample of `background` must have the shape of one of `x`, {x.shape[1:]}. Received: "
-                f"{background.shape[1:]}"
-            )
+        background = like_samples_of(x, "background", _inputs("background", background))
     if y is not None:
         y = _array("y", y)
-        if len(y) != len(x):
-            raise ValueError(f"`y` must hold one label for each sample in `x`, {len(x)}. Received: {len(y)}")
+        if len(y) != samples_in(x):
+            raise ValueError(f"`y` must hold one label for each sample in `x`, {samples_in(x)}. Received: {len(y)}")
     return x, y, background
 
 
@@ -555,6 +578,16 @@ def _checked_models(model: Any, models: Any) -> list[str]:
     return digests[1:]
 
 
+def _inputs(name: str, given: Any) -> Any:
+    """One array with the features along axis 1, or a dictionary or list of arrays."""
+    if isinstance(given, dict | list | tuple):
+        return tree.map_structure(lambda array: _finite(name, array), input_arrays(name, given))
+    array = _array(name, given)
+    if array.ndim < 2:
+        raise ValueError(f"`{name}` must have its features along axis 1. Received an array of shape {array.shape}")
+    return array
+
+
 def _array(name: str, given: Any) -> np.ndarray:
     if not hasattr(given, "__array__") and not (name == "y" and isinstance(given, list | tuple)):
         raise ValueError(
@@ -566,6 +599,10 @@ def _array(name: str, given: Any) -> np.ndarray:
             f"`{name}` must hold numbers, and at least one sample. Received an array of shape {array.shape} and dtype "
             f"{array.dtype}"
         )
+    return _finite(name, array)
+
+
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if len(bad):
         raise ValueError(
@@ -576,7 +613,7 @@ def _array(name: str, given: Any) -> np.ndarray:
 
 
 def _attribution_facts(subject: Subject, clusters: np.ndarray) -> dict[str, Any]:
-    values = subject.attribution.values.T.astype("float64")
+    values = subject.attribution.values[:, subject.keys.kept].T.astype("float64")
     rng = generator(subject.settings["seed"], "audit")
     intervals, _ = mean_interval(values, clusters, subject.settings["level"], rng)
     return {

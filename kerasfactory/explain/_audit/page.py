@@ -174,6 +174,12 @@ def _skill(skill: dict[str, Any] | None) -> str:
     return said
 
 
+_OF_MASK = (
+    "A feature is what `feature_mask` says: all its entries are removed together, and entries of no feature stay. The "
+    "keys of the attention are the features in their order."
+)
+
+
 def _assumptions(record: dict[str, Any]) -> str:
     """What the verdicts assume, beside them."""
     settings, level, features = record["settings"], record["settings"]["level"], record["features"] or {}
@@ -192,6 +198,7 @@ def _assumptions(record: dict[str, Any]) -> str:
         independent,
         "A value that is drawn for a feature could have come about with the sample's other values. Where a classifier "
         "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
+        *([_OF_MASK] if settings["feature_mask"] is not None else []),
         "What is removed from a ranking gets values from other samples, without regard to those that stay.",
         f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: "
         "p-values are adjusted for all claims together (Focused Benjamini–Hochberg). "

@@ -167,6 +167,8 @@ def find_attention(model: Any) -> dict[str, Any]:
 
 def reads_tokens(model: Any, x: np.ndarray) -> bool:
     """Whether the columns of `x`, (sample, column), are token ids: integers that one embedding reads everywhere."""
+    if x.ndim != 2:
+        return False
     embeddings = [layer for layer in all_layers(model) if isinstance(layer, keras.layers.Embedding)]
     is_whole = x.dtype.kind in "iu" or bool((x == np.floor(x)).all())
     return is_whole and 0 < len(embeddings) < x.shape[1] and x.max() < max(one.input_dim for one in embeddings)

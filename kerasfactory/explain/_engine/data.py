@@ -7,7 +7,6 @@ from typing import Any
 import keras
 import numpy as np
 import pandas as pd
-import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
@@ -126,7 +125,7 @@ def sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, A
     chosen = chosen_samples(len(tree.flatten(x)[0]), limit, rng)
     if isinstance(x, pd.DataFrame):
         return chosen, x.iloc[chosen]
-    return chosen, tree.map_structure(lambda array: np.asarray(array)[chosen], x)
+    return chosen, rows_of(x, chosen)
 
 
 def feature_array(name: str, given: Any) -> np.ndarray:
@@ -143,6 +142,69 @@ def feature_array(name: str, given: Any) -> np.ndarray:
     return array
 
 
+def input_arrays(name: str, given: Any) -> Any:
+    """What a model takes, as arrays of numbers: one, (sample, feature, ...), or a dictionary or list of them."""
+    if not isinstance(given, dict | list | tuple):
+        return feature_array(name, given)
+    parts = given if isinstance(given, dict) else dict(enumerate(given))
+    arrays = {key: _input_array(name, f"{name}[{key!r}]", part) for key, part in parts.items()}
+    if len({len(array) for array in arrays.values()}) != 1:
+        shapes = ", ".join(f"{key!r}: {array.shape}" for key, array in arrays.items())
+        raise ValueError(
+            f"The inputs in `{name}` must hold as many samples each, along their first axis. Received: {shapes}"
+        )
+    return arrays if isinstance(given, dict) else list(arrays.values())
+
+
+def _input_array(name: str, part: str, given: Any) -> np.ndarray:
+    if not hasattr(given, "__array__") and not ops.is_tensor(given):
+        raise ValueError(
+            f"`{name}` must be an array, or a dictionary or list of arrays, one for each input of the model. Received: "
+            f"{part} of type {type(given).__name__}"
+        )
+    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(in_arrays(given))
+    if array.ndim == 0 or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"`{part}` must be an array of numbers, (sample, ...). Received: shape {array.shape}, dtype {array.dtype}"
+        )
+    return array
+
+
+def samples_in(x: Any) -> int:
+    """Of arrays: one, or a dictionary or list of them."""
+    return len(tree.flatten(x)[0])
+
+
+def rows_of(x: Any, rows: Any) -> Any:
+    """Some samples of arrays: one, or a dictionary or list of them."""
+    return tree.map_structure(lambda array: np.asarray(array)[rows], x)
+
+
+def named_inputs(x: Any) -> dict[str, np.ndarray]:
+    """The arrays by their names, in one order; that of a single array is empty."""
+    if isinstance(x, dict):
+        return {str(key): x[key] for key in sorted(x, key=str)}
+    return {str(key): array for key, array in enumerate(x)} if isinstance(x, list | tuple) else {"": x}
+
+
+def shape_of(x: Any) -> Any:
+    """The shape of an array, or those of several by their names."""
+    shapes = {name: tuple(array.shape) for name, array in named_inputs(x).items()}
+    return shapes.get("", shapes)
+
+
+def like_samples_of(x: Any, name: str, given: Any) -> Any:
+    """Other samples for the same model, as arrays."""
+    rows = input_arrays(name, given)
+    shapes, own = ({key: array.shape[1:] for key, array in named_inputs(arrays).items()} for arrays in (rows, x))
+    if shapes != own:
+        raise ValueError(
+            f"`{name}` must hold samples like those of `x`. Received: {name} of shape {shape_of(rows)}, x of shape "
+            f"{shape_of(x)}"
+        )
+    return rows
+
+
 def check_rows_finite(values: np.ndarray, name: str) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
@@ -150,33 +212,3 @@ def check_rows_finite(values: np.ndarray, name: str) -> None:
             f"{name} is NaN or infinite in {len(bad)} of {len(values)} samples, the first of them number {bad[0]}. "
             "Leave them out, or find out why."
         )
-
-
-def checked_feature_mask(feature_mask: Any, x: np.ndarray) -> np.ndarray:
-    """The number of the feature that each entry of a sample belongs to, from 0, or -1: in the shape of a sample."""
-    mask = np.asarray(feature_mask)
-    numbers = np.unique(mask[mask >= 0]) if mask.dtype.kind in "iu" else np.array([])
-    if mask.shape != x.shape[1:] or not len(numbers) or numbers[-1] != len(numbers) - 1:
-        raise ValueError(
-            f"`feature_mask` must have the shape of one sample, {x.shape[1:]}, and hold integers: the number of the "
-            "feature that an entry belongs to, from 0 without a gap, or -1 for what is never removed. Received: shape "
-            f"{mask.shape}, dtype {mask.dtype}, numbers {numbers[:10].tolist()}"
-        )
-    return mask
-
-
-def checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
-    """The numbers of an attribution (sample, feature) of the samples `x`, as float64."""
-    if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
-        attribution = attribution.transpose("sample", "feature")
-    values = np.asarray(attribution)
-    if values.shape != x.shape[:2]:
-        raise ValueError(
-            f"`attribution` must have a number for each sample and feature, {x.shape[:2]} as in `x`; "
-            "`numpy.broadcast_to(values, x.shape[:2])` makes it of one number for each feature. Received: "
-            f"attribution of shape {values.shape}, x of shape {x.shape}"
-        )
-    if values.shape[1] < 2:
-        raise ValueError("`x` has one feature: there is nothing to rank. Give at least 2.")
-    check_rows_finite(values, "`attribution`")
-    return values.astype("float64")

@@ -11,7 +11,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
+from kerasfactory.explain._engine.data import batch_size_of, samples_in
 from kerasfactory.explain._engine.observe import Found, observe
 
 _SAMPLES = 256  # at most, in a batch
@@ -33,12 +33,12 @@ def masks_of(found: Mapping[str, Found]) -> str:
     return ", ".join(masks) or "none"
 
 
-def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> np.ndarray:
-    """The positions of axis 1 that any query attends to in any layer, (sample, position).
+def keys_in_view(model: keras.Model, x: Any, keys: int, batch_size: int | None) -> np.ndarray:
+    """The keys that any query attends to in any layer, (sample, key), of arrays `x`.
 
     All are in view if the model has no attention over as many keys, or if it cannot be read, or has no mask.
     """
-    everything = np.ones(x.shape[:2], bool)
+    everything = np.ones((samples_in(x), keys), bool)
     views = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
@@ -48,7 +48,7 @@ def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> n
                 found = {
                     name: call
                     for name, call in batch.found.items()
-                    if tuple(batch.measured[name].shape) == (batch.size, x.shape[1])
+                    if tuple(batch.measured[name].shape) == (batch.size, keys)
                 }
                 if not found or any(call.masks == "none" for call in found.values()):
                     return everything
@@ -73,27 +73,29 @@ def carried_view(attribution: Any) -> np.ndarray | None:
     return coordinate.transpose("sample", "feature").values.astype(bool)
 
 
-def view_of(attribution: Any, model: keras.Model, x: np.ndarray, special_tokens: Any, batch_size: Any) -> np.ndarray:
-    """Which positions of `x` are in view, (sample, feature): as the attribution says, else as the model's masks do."""
+def view_of(
+    attribution: Any, model: keras.Model, x: Any, keys: int, special_tokens: Any, batch_size: int | None
+) -> np.ndarray:
+    """Which keys are in view, (sample, key): as the attribution says, else as the masks of the model do."""
     in_view = carried_view(attribution)
-    in_view = keys_in_view(model, x, batch_size) if in_view is None else in_view
-    return in_view & ~special_keys(special_tokens, x, x.shape[1], _names(attribution))
+    in_view = keys_in_view(model, x, keys, batch_size) if in_view is None else in_view
+    return in_view & ~special_keys(special_tokens, x, keys, names_of(attribution))
 
 
 def background_view(
-    attribution: Any, model: keras.Model, background: np.ndarray, special_tokens: Any, batch_size: Any
+    attribution: Any, model: keras.Model, background: Any, keys: int, special_tokens: Any, batch_size: int | None
 ) -> np.ndarray:
     """`view_of` for samples that the attribution is not about."""
     attributes = getattr(attribution, "attrs", {})
     if special_tokens is None:
         special_tokens = attributes.get("special_tokens")
-    special = special_keys(special_tokens, background, background.shape[1], _names(attribution))
+    special = special_keys(special_tokens, background, keys, names_of(attribution))
     if attributes.get("masks") == "none":
-        return np.broadcast_to(~special, background.shape[:2])
-    return keys_in_view(model, background, batch_size) & ~special
+        return np.broadcast_to(~special, (samples_in(background), keys))
+    return keys_in_view(model, background, keys, batch_size) & ~special
 
 
-def _names(attribution: Any) -> list[str] | None:
+def names_of(attribution: Any) -> list[str] | None:
     coordinates = getattr(attribution, "coords", {})
     return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
 
@@ -176,13 +178,17 @@ def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | 
 
     `special_tokens` are ids, to be found in `x`, or names of features.
     """
-    if special_tokens is None:
-        return np.zeros((1, keys), bool)
-    tokens = _checked_tokens(special_tokens)
-    ids = [token for token in tokens if not isinstance(token, str)]
+    named = named_keys(special_tokens, names, keys)[np.newaxis]
+    ids = [token for token in _checked_tokens(special_tokens) if not isinstance(token, str)]
+    return named | np.isin(_token_ids(x, keys), ids) if ids else named
+
+
+def named_keys(special_tokens: Any, names: Sequence[str] | None, keys: int) -> np.ndarray:
+    """The keys whose names are among the `special_tokens`, (key,)."""
     known = [] if names is None else [str(name) for name in names]
+    tokens = [token for token in _checked_tokens(special_tokens) if isinstance(token, str)]
     for token in tokens:
-        if isinstance(token, str) and token not in known:
+        if token not in known:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
@@ -191,11 +197,12 @@ def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | 
                 else "They have no names: give `feature_names` to `attribute`."
             )
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
-    named = np.isin(known, tokens)[np.newaxis] if known else np.zeros((1, keys), bool)
-    return named | np.isin(_token_ids(x, keys), ids) if ids else named
+    return np.isin(known, tokens) if known else np.zeros(keys, bool)
 
 
 def _checked_tokens(special_tokens: Any) -> list[int | str]:
+    if special_tokens is None:
+        return []
     is_list = isinstance(special_tokens, Sequence | np.ndarray) and not isinstance(special_tokens, str)
     tokens = list(special_tokens) if is_list else []
     if not tokens or not all(isinstance(token, int | np.integer | str) for token in tokens):
@@ -207,15 +214,16 @@ def _checked_tokens(special_tokens: Any) -> list[int | str]:
 
 
 def _token_ids(x: Any, keys: int) -> np.ndarray:
-    """The one array of ids in `x`, if it holds one for each key."""
+    """The one array of ids in `x` that holds one for each key."""
     given = tree.flatten(x) if isinstance(x, dict | list | tuple) or hasattr(x, "__array__") else []
     arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
-    if len(arrays) == 1 and arrays[0].dtype.kind in "iu" and arrays[0].shape[1:] == (keys,):
-        return arrays[0]
+    ids = [array for array in arrays if array.dtype.kind in "iu" and array.shape[1:] == (keys,)]
+    if len(ids) == 1:
+        return ids[0]
     shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
     raise ValueError(
-        f"Token ids in `special_tokens` are looked up in `x`: it must be one array of integers, (sample, {keys}), an "
-        "id for each key that the layers attend to. Convert `x` with `x.astype(int)` if it holds ids as floats; else "
-        "give names of features, with `feature_names`. "
+        f"Token ids in `special_tokens` are looked up in `x`: it must be, or hold, one array of integers, (sample, "
+        f"{keys}), an id for each key that the layers attend to. Convert it with `x.astype(int)` if it holds ids as "
+        "floats; else give names of features, with `feature_names`. "
         f"Received x: {', '.join(shapes) or type(x).__name__}"
     )
