@@ -1,7 +1,6 @@
 """A heat map to try in a browser, in one piece of HTML."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import xarray as xr
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_html
+from kerasfactory.plot._html import Html, as_script_data, one_line
 from kerasfactory.plot._maps import Side, maps, quantity, scale, short
 
 _STYLE = """
@@ -118,10 +118,10 @@ def interactive(
     samples: int = 8,
     top_k: int = 40,
     vmax: float | None = None,
-) -> str:
+) -> Html:
     r"""A heat map to try, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
 
-    The piece is complete and loads nothing from the network. It works in a notebook (`IPython.display.HTML(...)`), in
+    The piece is complete and loads nothing from the network. A notebook shows it as it is, and it works in
     your own page, and beside other maps. It follows the colors of the page, and the keyboard is enough to use it: tab
     to the map, then press the arrow keys. It shows the weights
 
@@ -181,8 +181,7 @@ def interactive(
         "end": round(end, 6),
         "weights": np.rint(drawn.values * 1000).astype(int).reshape(*drawn.values.shape[:2], -1).tolist(),
     }
-    # `<` could end the script, and a page made of Markdown would read backticks as code.
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace("`", "\\u0060")
+    text = as_script_data(data)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     script = _SCRIPT.replace("HASH", name).replace("DATA", text)
     sliders = "".join(
@@ -194,7 +193,7 @@ def interactive(
     pieces = [
         # Notebooks look for formulas in what they show, unless one of these classes forbids it.
         f'<div class="kerasfactory-map mathjax_ignore tex2jax_ignore" data-map="{name}">',
-        f"<style>{_one_line(_STYLE)}</style>",
+        f"<style>{one_line(_STYLE)}</style>",
         f"<p>{title}</p>" if title else "",
         f"<p>{sliders}</p>" if sliders else "",
         '<div role="application" tabindex="0" aria-label="Heat map of attention. Arrow keys move between its cells.">'
@@ -202,10 +201,10 @@ def interactive(
         '<p role="status">Point at a cell, or tab to the map and use the arrow keys.</p>',
         f'<p>{quantity(drawn)} {description}:<span class="scale"></span></p>',
         "<noscript>This map needs JavaScript.</noscript>",
-        f"<script>{_one_line(script)}</script>",
+        f"<script>{one_line(script)}</script>",
         "</div>",
     ]
-    return "".join(pieces)
+    return Html("".join(pieces))
 
 
 def _ticks(side: Side) -> list[tuple[int, str]]:
@@ -214,8 +213,3 @@ def _ticks(side: Side) -> list[tuple[int, str]]:
         return [(index, short(name)) for index, name in enumerate(side.names)]
     starts = side.edges[:-1].tolist()
     return [(index, side.position(starts[index])) for index in range(0, len(starts), max(1, len(starts) // 8))]
-
-
-def _one_line(code: str) -> str:
-    """The code without line breaks, which Markdown would take for paragraphs."""
-    return " ".join(line.strip() for line in code.splitlines() if line.strip())

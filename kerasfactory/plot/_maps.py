@@ -1,7 +1,9 @@
 """What to draw of scores: one form for everything that `explain` returns, small enough to be read."""
 
+import contextlib
 import textwrap
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,16 +142,38 @@ def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
     return float(vmax), f"from 0 to {vmax:.2g}"
 
 
+def one_layer(given: Any, argument: str) -> Any:
+    """What a dictionary holds that has a single entry, with its name; anything else as it is."""
+    if not isinstance(given, Mapping) or isinstance(given, xr.Dataset):
+        return given
+    if len(given) != 1:
+        raise ValueError(
+            f"`{argument}` must be those of one layer: choose one, as with `{argument}[name]`. Received the layers: "
+            f"{list(given)}"
+        )
+    ((name, only),) = given.items()
+    return only.rename(name) if isinstance(only, xr.DataArray) else only
+
+
+def sample_titles(array: xr.DataArray) -> list[str]:
+    """A title for each sample: a number says that it is one, and any other label stands as it is."""
+    if "sample" not in array.coords:
+        return []
+    sample = array["sample"] if array["sample"].dims else array["sample"].expand_dims("sample")
+    before = "sample " * (sample.dtype.kind in "iu")
+    return [before + short(label, 2 * _LONGEST_NAME) for label in labels_of(sample)]
+
+
+@contextlib.contextmanager
+def glyphs_may_be_missing() -> Iterator[None]:
+    """Measure text without the warning of a missing glyph, which comes when the figure is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
 def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
-    if isinstance(scores, Mapping) and not isinstance(scores, xr.Dataset):
-        if len(scores) != 1:
-            raise ValueError(
-                "`scores` must be those of one layer: choose one, as with `scores[name]`. Received the layers: "
-                f"{list(scores)}"
-            )
-        ((name, scores),) = scores.items()
-        if isinstance(scores, xr.DataArray):
-            scores = scores.rename(name)
+    scores = one_layer(scores, "scores")
     if isinstance(scores, xr.Dataset) and "map" in scores:
         array = scores["map"].rename({"query_bin": "query", "key_bin": "key"}).rename(scores.attrs.get("layer"))
         sides = [

@@ -1,7 +1,6 @@
 """Heat maps of attention scores: one, or all heads of a layer."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import Maps, Side, maps, quantity, scale, short, wrapped
+from kerasfactory.plot._maps import Maps, Side, glyphs_may_be_missing, maps, quantity, scale, short, wrapped
 
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
 
@@ -226,8 +225,7 @@ def _fit_names(figure: Figure, axes: list[Axes], drawn: Maps) -> None:
     for ax in axes:
         ax.tick_params(labelsize=_SMALLEST)
         ax.tick_params(axis="x", rotation=90 if drawn.keys.names or drawn.keys.times else 0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it comes when the figure is shown
+    with glyphs_may_be_missing():
         figure.draw_without_rendering()  # the axes have their size only after this
     box = axes[0].get_window_extent()
     for side, length, axis_of_maps in (
