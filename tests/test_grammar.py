@@ -33,7 +33,7 @@ ORDER = [
 
 # What functions are about: only this may be positional, in this order.
 SUBJECTS = {
-    plot: ["scores", "attribution", "history", "statistics", "result"],
+    plot: ["scores", "attribution", "images", "history", "statistics", "result"],
     explain: [
         *("layer_class", "adapter", "path", "train", "model", "x", "y"),
         *("attribution", "attributions", "weights", "record", "path"),

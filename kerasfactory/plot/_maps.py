@@ -61,6 +61,7 @@ class Maps(NamedTuple):
     keys: Side
     title: str  # the layer, and what was averaged
     note: str  # what was left out
+    uniform: tuple[float, float] | None  # the least and the largest share that uniform attention would draw
 
 
 def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> Maps:
@@ -80,17 +81,36 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
         if dim in array.coords and dim not in dims
     ]
     averaged = [dim for dim in mean_over if array.sizes.get(dim, 1) > 1]
+    uniform = _uniform(array, np.diff(keys.edges))
     if averaged:
         title.append("mean over " + " and ".join(f"{array.sizes[dim]} {dim}s" for dim in averaged))
-        counted = (array != 0).any("key").sum(averaged)
-        array = array.sum(averaged, skipna=False) / counted.clip(1)
-    array = array.expand_dims([dim for dim in ("sample", "head") if dim not in array.dims])
-    array = array.transpose("sample", "head", "query", "key")
-    values = array.to_numpy().astype("float64")
-    _check_values(values)
-    values, queries, keys, note = _shortened(values, queries, keys, top_k)
+        counted = (array != 0).any("key").sum(averaged).clip(1)
+        array, uniform = (of.sum(averaged, skipna=False) / counted for of in (array, uniform))
+    array, uniform = (
+        of.expand_dims([dim for dim in ("sample", "head") if dim not in of.dims])
+        .transpose("sample", "head", "query", "key")
+        .astype("float64")
+        for of in (array, uniform)
+    )
+    _check_values(array.to_numpy())
+    both, queries, keys, note = _shortened(np.stack([array, uniform]), queries, keys, top_k)
     sample_labels, head_labels = (labels_of(array[dim]) for dim in ("sample", "head"))
-    return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note)
+    values, shares = both
+    seen = shares[shares > 0]
+    ends = (float(seen.min()), float(seen.max())) if seen.size else None
+    return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note, ends)
+
+
+def _uniform(array: xr.DataArray, sizes: np.ndarray) -> xr.DataArray:
+    """What each weight would be if a query looked at all keys in its view alike. All 0 if rows do not sum to 1.
+
+    A weight of 0 is a key out of view. Of bins, `sizes` says how many keys they hold.
+    """
+    totals = array.sum("key").to_numpy()
+    if (np.abs(totals[totals != 0] - 1) > 0.01).any():
+        return xr.zeros_like(array)
+    in_view = (array != 0) * xr.DataArray(sizes, dims="key")
+    return in_view / in_view.sum("key").clip(1)
 
 
 def labels_of(coordinate: xr.DataArray) -> list[str]:
@@ -212,28 +232,31 @@ def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) 
 
 
 def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tuple[np.ndarray, Side, Side, str]:
-    """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out."""
+    """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out.
+
+    The first of the `values` (kind, sample, head, query, key) are the weights, which choose the names.
+    """
     notes = []
     queries, keys = (side.named(top_k) for side in (queries, keys))
     if keys.names is not None and len(keys.names) > top_k:
-        received = values.sum(axis=(0, 1, 2))
+        received = values[0].sum(axis=(0, 1, 2))
         chosen = np.argsort(-received, kind="stable")[:top_k]
         share = received[chosen].sum() / received.sum() if received.any() else 0
         notes.append(f"{top_k} of {len(keys.names)} features, to which {share:.0%} of the attention goes, most first")
         shown = Side([keys.names[index] for index in chosen], np.arange(top_k + 1))
         if queries.names == keys.names:
-            values, queries = values[:, :, chosen], shown
+            values, queries = values[..., chosen, :], shown
         values, keys = values[..., chosen], shown
     if queries.names is not None and len(queries.names) > top_k:
         queries = Side(None, queries.edges)  # nothing says which to choose
     # As in `explain.summarize`: the sum over the keys of a bin, the mean over its queries that may look at any key.
-    if keys.names is None and values.shape[3] > _BINS:
+    if keys.names is None and values.shape[-1] > _BINS:
         starts, keys = _in_bins(keys)
-        values = np.add.reduceat(values, starts, axis=3)
-    if queries.names is None and values.shape[2] > _BINS:
+        values = np.add.reduceat(values, starts, axis=-1)
+    if queries.names is None and values.shape[-2] > _BINS:
         starts, queries = _in_bins(queries)
-        counted = np.add.reduceat(values.any(axis=3, keepdims=True).astype(int), starts, axis=2)
-        values = np.add.reduceat(values, starts, axis=2) / counted.clip(1)
+        counted = np.add.reduceat(values.any(axis=-1, keepdims=True).astype(int), starts, axis=-2)
+        values = np.add.reduceat(values, starts, axis=-2) / counted.clip(1)
     if keys.binned() or queries.binned():
         notes.append("positions in bins")
     return values, queries, keys, ", ".join(notes)

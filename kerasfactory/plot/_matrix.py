@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -43,6 +44,10 @@ def heatmap(
     attention, on both axes. Positions without names are put into 64 bins: weights are summed over the keys in a bin and
     averaged over the queries, as in the map of `explain.summarize`. So are more than `top_k` dates or durations, since
     their order says more than a choice of them would.
+
+    On the color bar, a line marks the weight that each key would have if a query looked at all keys in its view alike:
+    1 divided by their number. A map that has this color everywhere is flat. If queries differ in the number of keys in
+    view, as with a causal mask, it is a range. Scores whose rows do not sum to 1 have no such line.
 
     Args:
         scores: A DataArray (query, key), with at most `sample` and `head` before these, as from `explain.capture` or
@@ -89,7 +94,9 @@ def heatmap(
     image = _draw(ax, drawn, drawn.values[0, 0], end)
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.colorbar(image, ax=ax).set_label(as_matplotlib(quantity(drawn), description), fontsize="small")
+    bar = figure.colorbar(image, ax=ax)
+    bar.set_label(as_matplotlib(quantity(drawn), description), fontsize="small")
+    _mark_uniform(bar, [drawn])
     _label_axes(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
     letters = max(20, int(12 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
@@ -166,11 +173,124 @@ def heads(
         _label_axes(ax, drawn.queries if leftmost else None, drawn.keys if lowest else None)
         ax.tick_params(labelleft=leftmost, labelbottom=lowest)
     quantities = [quantity(drawn), description, *["of all heads"] * (vmax is None)]
-    figure.colorbar(image, ax=axes).set_label(as_matplotlib(*quantities), fontsize="small")
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(as_matplotlib(*quantities), fontsize="small")
+    _mark_uniform(bar, [drawn])
     lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, int(12 * size[0]), 4)]
     figure.suptitle(as_matplotlib(*lines), fontsize="medium")
     _fit_names(figure, axes, drawn)
     return figure
+
+
+def model(
+    scores: Mapping[str, xr.DataArray | xr.Dataset] | xr.DataArray | xr.Dataset,
+    *,
+    vmax: float | None = None,
+) -> Figure:
+    r"""Draw all heads of all layers in one figure: a row for each layer, a column for each head, one color scale.
+
+    One scale for all tells focused heads from those that look everywhere, and the color bar marks uniform attention, as
+    in `heatmap`. Each map is the mean over the samples, as in `heads`:
+
+    $$
+    \bar A_{\ell hij} = \frac{1}{|L_{\ell hi}|} \sum_{s \in L_{\ell hi}} A_{\ell shij} .
+    $$
+
+    A mean hides what samples do not share: choose one, as with
+    `{name: layer.isel(sample=[0]) for name, layer in scores.items()}`. Tokens stand in their order, without names, and
+    more than 64 of them are put into bins, as in `heatmap`. Draw what you find with `heads` or `heatmap`, which name
+    them.
+
+    Args:
+        scores: A dictionary from the names of layers to scores or summaries, each as for `heads`, as `explain.capture`
+            and `explain.summarize` return it; or those of one layer. Layers may differ in their heads and tokens.
+        vmax: Where the common color scale ends, above 0. By default, at the largest weight of all layers.
+
+    Returns:
+        matplotlib.figure.Figure: The figure. Its axes are those of the heads, layer by layer, and last the color bar.
+
+    Raises:
+        ValueError: If `scores` are empty, or those of a layer cannot be drawn by `heads`; if `vmax` is out of range.
+
+    Example:
+        ```python
+        import numpy as np
+        import xarray as xr
+
+        from kerasfactory import plot
+
+        rng, dims = np.random.default_rng(0), ["sample", "head", "query", "key"]
+        scores = {f"block_{n}": xr.DataArray(rng.dirichlet(np.ones(6), (100, 4, 6)), dims=dims) for n in range(3)}
+
+        figure = plot.model(scores)
+        print(len(figure.axes), figure.get_suptitle())
+        #> 13 mean over 100 samples
+        ```
+    """
+    layers = _layers(scores)
+    values = np.concatenate([drawn.values.ravel() for drawn in layers.values()])
+    end, description = scale(values, vmax)
+    columns = max(len(drawn.heads) for drawn in layers.values())
+    cell = float(np.clip(10 / max(columns, len(layers)), 0.65, 1.5))
+    names = [as_matplotlib(*wrapped(layer, 16)) for layer in layers]
+    margin = 0.08 * max(len(line) for name in names for line in name.split("\n"))
+    size = (cell * columns + margin + 1.9, cell * len(layers) + 1.3)
+    figure, grid = plt.subplots(len(layers), columns, squeeze=False, figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+    axes: list[Axes] = []
+    titled: dict[int, str] = {}
+    for drawn, name, row in zip(layers.values(), names, grid, strict=True):
+        for ax in row[len(drawn.heads) :]:
+            ax.remove()
+        for column, (ax, head) in enumerate(zip(row, drawn.heads, strict=False)):
+            image = _draw(ax, drawn, drawn.values[0, column], end)
+            ax.set(xticks=[], yticks=[])
+            if titled.get(column) != head:  # layers may name their heads in other ways
+                ax.set_title(as_matplotlib(short(f"head {head}", 16)), fontsize="small")
+                titled[column] = head
+            axes.append(ax)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+    several = [*["of all layers"] * (vmax is None and len(layers) > 1)]
+    bar = figure.colorbar(image, ax=axes, aspect=30)
+    bar.set_label(as_matplotlib(max(map(quantity, layers.values()), key=len), description, *several), fontsize="small")
+    _mark_uniform(bar, list(layers.values()))
+    figure.supxlabel("key (looked at)", fontsize="medium")
+    figure.supylabel("query (looking)", fontsize="medium")
+    titles = dict.fromkeys(text for drawn in layers.values() for text in (drawn.title, drawn.note) if text)
+    lines = wrapped(", ".join(titles), int(12 * size[0]), 4)
+    figure.suptitle(as_matplotlib(*lines), fontsize="medium")
+    return figure
+
+
+def _layers(scores: Any) -> dict[str, Maps]:
+    """What to draw of each layer: the mean over its samples, without the name of the layer and of its tokens."""
+    if not isinstance(scores, Mapping) or isinstance(scores, xr.Dataset):
+        named = scores.attrs.get("layer", "") if isinstance(scores, xr.Dataset) else getattr(scores, "name", None)
+        scores = {named or "": scores}
+    if not scores:
+        raise ValueError(
+            "`scores` must not be empty. Received: {}. Name the layers that `explain.capture` should read."
+        )
+    layers = {}
+    for name, layer in scores.items():
+        if isinstance(layer, xr.DataArray):
+            layer = layer.drop_vars(_names_of_tokens(layer)).rename(None)
+        elif isinstance(layer, xr.Dataset):
+            layer = layer.drop_vars(_names_of_tokens(layer)).drop_attrs(deep=False)
+        try:
+            layers[name] = maps(layer, ("sample",), 1)
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r}: {error}") from error
+        if "head" not in layers[name].dims:
+            raise ValueError(
+                f"Layer {name!r}: `scores` must have a dimension `head`; `heatmap` draws one map. Received: "
+                f"{layers[name].dims}"
+            )
+    return layers
+
+
+def _names_of_tokens(layer: xr.DataArray | xr.Dataset) -> list[Any]:
+    return [dim for dim in ("query", "key") if dim in layer.coords]
 
 
 def _draw(ax: Axes, drawn: Maps, values: np.ndarray, end: float) -> AxesImage:
@@ -195,6 +315,29 @@ def _draw(ax: Axes, drawn: Maps, values: np.ndarray, end: float) -> AxesImage:
         if side.times is not None:
             axis.set_major_formatter(FuncFormatter(partial(_time, side.times)))
     return image
+
+
+def _mark_uniform(bar: Colorbar, drawn: list[Maps]) -> None:
+    """Mark on the color bar what uniform attention would draw: a line, or a range if queries differ in their keys."""
+    ends = [end for each in drawn for end in each.uniform or ()]
+    top = bar.ax.get_ylim()[1]
+    if not ends or min(ends) > 1.001 * top:
+        return
+    low, high = min(*ends, top), min(max(ends), top)
+    for end in (low, high):
+        bar.ax.axhline(end, color="white", linewidth=3)
+        bar.ax.axhline(end, color="black", linewidth=1.2)
+    bar.ax.plot([0, 0], [low, high], color="black", linewidth=2.4, clip_on=False)
+    bar.ax.annotate(
+        "uniform",
+        (0, (low + high) / 2),
+        (-3, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="center",
+        fontsize="small",
+    )
 
 
 def _name_width(side: Side) -> float:
