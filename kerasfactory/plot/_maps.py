@@ -59,9 +59,14 @@ class Maps(NamedTuple):
     heads: list[str]
     queries: Side
     keys: Side
-    title: str  # the layer, and what was averaged
+    layer: str  # empty if it has no name
+    title: str  # the sample or the head, and what was averaged
     note: str  # what was left out
     uniform: tuple[float, float] | None  # the least and the largest share that uniform attention would draw
+
+    def heading(self) -> str:
+        """The layer, and what of it is drawn."""
+        return ", ".join(filter(None, [self.layer, self.title]))
 
 
 def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> Maps:
@@ -74,8 +79,8 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     dims = array.dims
     if samples is not None and "sample" in dims:
         array = array.isel(sample=slice(samples))
-    title = [short(array.name, 2 * _LONGEST_NAME)] if array.name is not None else []
-    title += [
+    layer = short(array.name, 2 * _LONGEST_NAME) if array.name is not None else ""
+    title = [
         f"{dim} {short(labels_of(array[dim])[0])}"
         for dim in ("sample", "head")
         if dim in array.coords and dim not in dims
@@ -98,7 +103,22 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     values, shares = both
     seen = shares[shares > 0]
     ends = (float(seen.min()), float(seen.max())) if seen.size else None
-    return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note, ends)
+    return Maps(values, dims, sample_labels, head_labels, queries, keys, layer, ", ".join(title), note, ends)
+
+
+def all_maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> list[Maps]:
+    """The maps of each layer of a dictionary, or of the one layer that is given."""
+    if not isinstance(scores, Mapping) or isinstance(scores, xr.Dataset):
+        return [maps(scores, mean_over, top_k, samples)]
+    if not scores:
+        raise ValueError("`scores` must not be empty. Received: {}. Choose layers that `explain.capture` can read.")
+    drawn = []
+    for name, layer in scores.items():
+        try:
+            drawn.append(maps({name: layer}, mean_over, top_k, samples)._replace(layer=short(name, 2 * _LONGEST_NAME)))
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r}: {error}") from error
+    return drawn
 
 
 def _uniform(array: xr.DataArray, sizes: np.ndarray) -> xr.DataArray:

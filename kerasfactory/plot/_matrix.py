@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import Maps, Side, glyphs_may_be_missing, maps, quantity, scale, short, wrapped
+from kerasfactory.plot._maps import Maps, Side, all_maps, glyphs_may_be_missing, maps, quantity, scale, short, wrapped
 
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
 
@@ -100,7 +100,7 @@ def heatmap(
     _label_axes(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
     letters = max(20, int(12 * (ax.get_window_extent().width / figure.dpi + overhang)))  # in a line of the title
-    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, letters, 6)]
+    lines = [line for text in (drawn.heading(), drawn.note) for line in wrapped(text, letters, 6)]
     ax.set_title(as_matplotlib(*lines), fontsize="medium")
     return ax
 
@@ -176,7 +176,7 @@ def heads(
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(as_matplotlib(*quantities), fontsize="small")
     _mark_uniform(bar, [drawn])
-    lines = [line for text in (drawn.title, drawn.note) for line in wrapped(text, int(12 * size[0]), 4)]
+    lines = [line for text in (drawn.heading(), drawn.note) for line in wrapped(text, int(12 * size[0]), 4)]
     figure.suptitle(as_matplotlib(*lines), fontsize="medium")
     _fit_names(figure, axes, drawn)
     return figure
@@ -227,19 +227,24 @@ def model(
         #> 13 mean over 100 samples
         ```
     """
-    layers = _layers(scores)
-    values = np.concatenate([drawn.values.ravel() for drawn in layers.values()])
-    end, description = scale(values, vmax)
-    columns = max(len(drawn.heads) for drawn in layers.values())
+    layers = all_maps(_without_names(scores), ("sample",), 1)
+    for drawn in layers:
+        if "head" not in drawn.dims:
+            raise ValueError(
+                f"Layer {drawn.layer!r}: `scores` must have a dimension `head`; `heatmap` draws one map. Received: "
+                f"{drawn.dims}"
+            )
+    end, description = scale(np.concatenate([drawn.values.ravel() for drawn in layers]), vmax)
+    columns = max(len(drawn.heads) for drawn in layers)
     cell = float(np.clip(10 / max(columns, len(layers)), 0.65, 1.5))
-    names = [as_matplotlib(*wrapped(layer, 16)) for layer in layers]
+    names = [as_matplotlib(*wrapped(drawn.layer, 16)) for drawn in layers]
     margin = 0.08 * max(len(line) for name in names for line in name.split("\n"))
     size = (cell * columns + margin + 1.9, cell * len(layers) + 1.3)
     figure, grid = plt.subplots(len(layers), columns, squeeze=False, figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
     axes: list[Axes] = []
     titled: dict[int, str] = {}
-    for drawn, name, row in zip(layers.values(), names, grid, strict=True):
+    for drawn, name, row in zip(layers, names, grid, strict=True):
         for ax in row[len(drawn.heads) :]:
             ax.remove()
         for column, (ax, head) in enumerate(zip(row, drawn.heads, strict=False)):
@@ -252,45 +257,23 @@ def model(
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     several = [*["of all layers"] * (vmax is None and len(layers) > 1)]
     bar = figure.colorbar(image, ax=axes, aspect=30)
-    bar.set_label(as_matplotlib(max(map(quantity, layers.values()), key=len), description, *several), fontsize="small")
-    _mark_uniform(bar, list(layers.values()))
+    bar.set_label(as_matplotlib(max(map(quantity, layers), key=len), description, *several), fontsize="small")
+    _mark_uniform(bar, layers)
     figure.supxlabel("key (looked at)", fontsize="medium")
     figure.supylabel("query (looking)", fontsize="medium")
-    titles = dict.fromkeys(text for drawn in layers.values() for text in (drawn.title, drawn.note) if text)
+    titles = dict.fromkeys(text for drawn in layers for text in (drawn.title, drawn.note) if text)
     lines = wrapped(", ".join(titles), int(12 * size[0]), 4)
     figure.suptitle(as_matplotlib(*lines), fontsize="medium")
     return figure
 
 
-def _layers(scores: Any) -> dict[str, Maps]:
-    """What to draw of each layer: the mean over its samples, without the name of the layer and of its tokens."""
-    if not isinstance(scores, Mapping) or isinstance(scores, xr.Dataset):
-        named = scores.attrs.get("layer", "") if isinstance(scores, xr.Dataset) else getattr(scores, "name", None)
-        scores = {named or "": scores}
-    if not scores:
-        raise ValueError(
-            "`scores` must not be empty. Received: {}. Name the layers that `explain.capture` should read."
-        )
-    layers = {}
-    for name, layer in scores.items():
-        if isinstance(layer, xr.DataArray):
-            layer = layer.drop_vars(_names_of_tokens(layer)).rename(None)
-        elif isinstance(layer, xr.Dataset):
-            layer = layer.drop_vars(_names_of_tokens(layer)).drop_attrs(deep=False)
-        try:
-            layers[name] = maps(layer, ("sample",), 1)
-        except ValueError as error:
-            raise ValueError(f"Layer {name!r}: {error}") from error
-        if "head" not in layers[name].dims:
-            raise ValueError(
-                f"Layer {name!r}: `scores` must have a dimension `head`; `heatmap` draws one map. Received: "
-                f"{layers[name].dims}"
-            )
-    return layers
-
-
-def _names_of_tokens(layer: xr.DataArray | xr.Dataset) -> list[Any]:
-    return [dim for dim in ("query", "key") if dim in layer.coords]
+def _without_names(scores: Any) -> Any:
+    """The scores without the names of tokens, for which small maps have no room."""
+    if isinstance(scores, Mapping) and not isinstance(scores, xr.Dataset):
+        return {name: _without_names(layer) for name, layer in scores.items()}
+    if isinstance(scores, xr.DataArray | xr.Dataset):
+        return scores.drop_vars([dim for dim in ("query", "key") if dim in scores.coords])
+    return scores
 
 
 def _draw(ax: Axes, drawn: Maps, values: np.ndarray, end: float) -> AxesImage:
