@@ -243,6 +243,9 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
 
 
 def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) -> Side:
+    words = labeled.coords.get(f"{dim}_token")
+    if words is not None and words.dims == (dim,) and words.size == len(edges) - 1:  # those of the one sample
+        return Side([visible(word) for word in words.to_numpy()], edges)
     if dim not in labeled.coords:
         return Side(None, edges)
     labels = labels_of(labeled[dim])

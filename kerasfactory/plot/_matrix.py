@@ -19,6 +19,7 @@ from kerasfactory._text import as_matplotlib
 from kerasfactory.plot._maps import Maps, Side, all_maps, glyphs_may_be_missing, maps, quantity, scale, short, wrapped
 
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
+_NAMES = ("query", "key", "query_token", "key_token")
 
 
 def heatmap(
@@ -40,10 +41,11 @@ def heatmap(
     map pale. A mean hides what samples and heads do not share: draw single ones too, as with
     `scores.isel(sample=0, head=1)`, or draw all `heads`.
 
-    The map stays readable with many tokens. Of more than `top_k` named tokens, it shows those that receive most
-    attention, on both axes. Positions without names are put into 64 bins: weights are summed over the keys in a bin and
-    averaged over the queries, as in the map of `explain.summarize`. So are more than `top_k` dates or durations, since
-    their order says more than a choice of them would.
+    The map of one text has its words, `query_token` and `key_token`, as names. It stays readable with many tokens. Of
+    more than `top_k` named tokens, it shows those that receive most attention, on both axes. Positions without names
+    are put into 64 bins: weights are summed over the keys in a bin and averaged over the queries, as in the map of
+    `explain.summarize`. So are more than `top_k` dates or durations, since their order says more than a choice of them
+    would.
 
     On the color bar, a line marks the weight that each key would have if a query looked at all keys in its view alike:
     1 divided by their number. A map that has this color everywhere is flat. If queries differ in the number of keys in
@@ -272,7 +274,7 @@ def _without_names(scores: Any) -> Any:
     if isinstance(scores, Mapping) and not isinstance(scores, xr.Dataset):
         return {name: _without_names(layer) for name, layer in scores.items()}
     if isinstance(scores, xr.DataArray | xr.Dataset):
-        return scores.drop_vars([dim for dim in ("query", "key") if dim in scores.coords])
+        return scores.drop_vars([name for name in _NAMES if name in scores.coords])
     return scores
 
 

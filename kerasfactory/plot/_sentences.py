@@ -134,7 +134,8 @@ def text(
             `explain.capture` and `explain.rollout`. Before it come at most `sample`, `head` and `query`. Or a
             dictionary with one such DataArray. Values have no unit; with `head` or `query`, they are at least 0. What
             stands in the coordinate `sample` is the title of the sentence: set it to your labels or predictions.
-        ax: The axes to draw on. Words wrap at their width, and scores are averaged over the heads. By default, HTML.
+        ax: The axes to draw on. Words wrap at their width, and scores are averaged over the heads. In a figure with
+            `layout="constrained"`, the scale has room below them. By default, HTML.
         samples: The number of samples to show, from the first, at least 1. Choose others with `isel(sample=[...])`.
         top_k: The number of words in a sentence that have their number beside them, at least 1.
         vmax: Where the color scale ends, above 0. By default, at the largest absolute weight of all sentences.
@@ -340,7 +341,7 @@ def _draw(ax: Axes, texts: _Texts, end: float, signed: bool, legend: str, top_k:
         inches = figure.get_figheight() + (needed - height) / 72
         raise ValueError(
             f"The axes are too small for {len(lines)} sentences: make the figure {inches + 0.1:.1f} inches high, as "
-            f"with `plt.subplots(figsize=(7, {inches + 0.1:.1f}))`, or draw fewer `samples`."
+            f"with `plt.subplots(figsize=({figure.get_figwidth():.3g}, {inches + 0.1:.1f}))`, or draw fewer `samples`."
         )
     _place(ax, texts.titles, lines, colors, size, width)
     return ax

@@ -120,6 +120,18 @@ def test_heatmap_draws_on_given_axes_with_a_given_scale_and_leaves_the_rest_alon
     assert plt.get_fignums() == [figure.number]
 
 
+def test_a_map_of_one_text_has_its_words_as_names():
+    words = [["not", "bad", "not"], ["too", "long", ""]]
+    tokens = {f"{dim}_token": (("sample", dim), words) for dim in ("query", "key")}
+    scores = scores_of(3, samples=2).assign_coords(tokens)
+    for number in (0, 1):
+        ax = plot.heatmap(scores[number])
+        assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == words[number]
+    assert plot.heatmap(scores).get_xlabel() == "key (looked at), position"
+    assert len(plot.model({"a": scores[0]}).axes) == 3
+    np.testing.assert_allclose(drawn(plot.model({"a": scores[0]}).axes[0]), scores[0, 0])
+
+
 def test_many_named_tokens_show_those_that_receive_most():
     names = [f"a feature with the long name {number}" for number in range(100)]
     scores = scores_of(100, names)
@@ -603,6 +615,22 @@ NAMED = {
     "methods": lambda names: plot.features(dict.fromkeys(names, attribution_of([1.0]))).figure,
     "layers in training": lambda names: plot.training(dict.fromkeys(names, history_of())),
     "heads in training": lambda names: plot.training(history_of(heads=14).assign_coords(head=names)),
+    "layers of a model": lambda names: plot.model(dict.fromkeys(names, scores_of(2, heads=1))),
+    "pictures": lambda names: plot.image(
+        xr.DataArray(np.ones((14, 4)), {"sample": names}, ["sample", "feature"]), np.ones((14, 2, 2)), samples=14
+    ),
+    "words": lambda names: (
+        plot.text(
+            attribution_of(np.ones(14)).assign_coords(feature=names), ax=plt.figure(figsize=(9, 9)).gca(), samples=1
+        ).figure
+    ),
+    "titles of sentences": lambda names: (
+        plot.text(
+            xr.DataArray(np.ones((14, 1)), {"sample": names, "feature": ["word"]}, ["sample", "feature"]),
+            ax=plt.figure(figsize=(9, 9)).gca(),
+            samples=14,
+        ).figure
+    ),
     "layers with statistics": lambda names: plot.head_statistics(dict.fromkeys(names, statistics_of())),
 }
 AROUND = {"claims": ("", " (refuted)"), "heads of maps": ("head ", ""), "heads in training": ("head ", "")}
