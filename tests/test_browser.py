@@ -256,6 +256,7 @@ def scores_of_layers():
     return {name: xr.DataArray(values, {"key_token": words}, dims) for name, values in scores.items()}
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_pieces_of_html_are_sound(show, device, scheme):
@@ -270,6 +271,7 @@ def test_pieces_of_html_are_sound(show, device, scheme):
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.backend_independent
 def test_a_click_on_a_small_map_chooses_its_layer_and_head(show):
     scores = scores_of_layers()
     page = show(plot.interactive(scores))
@@ -286,6 +288,7 @@ def test_a_click_on_a_small_map_chooses_its_layer_and_head(show):
     expect(page.locator("canvas.chosen")).to_have_attribute("title", "first, head 0")
 
 
+@pytest.mark.backend_independent
 def test_the_slider_of_a_text_shows_another_head(show):
     scores = scores_of_layers()["second"]
     page = show(plot.text(scores, top_k=1))

@@ -240,11 +240,12 @@ def model(
     columns = max(len(drawn.heads) for drawn in layers)
     cell = float(np.clip(10 / max(columns, len(layers)), 0.65, 1.5))
     names = [as_matplotlib(*wrapped(drawn.layer, 16)) for drawn in layers]
-    margin = 0.08 * max(len(line) for name in names for line in name.split("\n"))
-    size = (cell * columns + margin + 1.9, cell * len(layers) + 1.3)
-    figure, grid = plt.subplots(len(layers), columns, squeeze=False, figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
-    axes: list[Axes] = []
+    titles = dict.fromkeys(text for drawn in layers for text in (drawn.title, drawn.note) if text)
+    lines = wrapped(", ".join(titles), int(12 * (cell * columns + 1)), 4)
+    same_heads = len({tuple(drawn.heads) for drawn in layers}) == 1
+    margin = 0.45 + 0.075 * max(len(line) for name in names for line in name.split("\n"))
+    margins = margin, 0.4, 1.45, 0.4 + 0.18 * len(lines)  # left, bottom, right, top, in inches
+    figure, grid, bar_axes = _grid((len(layers), columns), cell, margins, gap=0.07 if same_heads else 0.25)
     titled: dict[int, str] = {}
     for drawn, name, row in zip(layers, names, grid, strict=True):
         for ax in row[len(drawn.heads) :]:
@@ -253,20 +254,32 @@ def model(
             image = _draw(ax, drawn, drawn.values[0, column], end)
             ax.set(xticks=[], yticks=[])
             if titled.get(column) != head:  # layers may name their heads in other ways
-                ax.set_title(as_matplotlib(short(f"head {head}", 16)), fontsize="small")
+                ax.set_title(as_matplotlib(short(f"head {head}", 12)), fontsize="small", pad=3)
                 titled[column] = head
-            axes.append(ax)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     several = [*["of all layers"] * (vmax is None and len(layers) > 1)]
-    bar = figure.colorbar(image, ax=axes, aspect=30)
+    bar = figure.colorbar(image, cax=bar_axes)
     bar.set_label(as_matplotlib(max(map(quantity, layers), key=len), description, *several), fontsize="small")
     _mark_uniform(bar, layers)
     figure.supxlabel("key (looked at)", fontsize="medium")
     figure.supylabel("query (looking)", fontsize="medium")
-    titles = dict.fromkeys(text for drawn in layers for text in (drawn.title, drawn.note) if text)
-    lines = wrapped(", ".join(titles), int(12 * size[0]), 4)
-    figure.suptitle(as_matplotlib(*lines), fontsize="medium")
+    figure.suptitle(as_matplotlib(*lines), fontsize="medium", y=1 - 0.05 / figure.get_figheight(), va="top")
     return figure
+
+
+def _grid(
+    shape: tuple[int, int], cell: float, margins: tuple[float, float, float, float], gap: float
+) -> tuple[Figure, np.ndarray, Axes]:
+    """Square axes of a fixed size, and those of a color bar. To lay out a hundred axes by constraints takes long."""
+    left, bottom, right, top = margins
+    rows, columns = shape
+    inner = cell * columns + 0.07 * (columns - 1), cell * rows + gap * (rows - 1)
+    width, height = left + inner[0] + right, bottom + inner[1] + top
+    places = {"left": left / width, "bottom": bottom / height, "right": 1 - right / width, "top": 1 - top / height}
+    spaces = {"wspace": 0.07 / cell, "hspace": gap / cell}
+    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(width, height), gridspec_kw=places | spaces)
+    bar = figure.add_axes((1 - (right - 0.3) / width, bottom / height, 0.15 / width, inner[1] / height))
+    return figure, grid, bar
 
 
 def _without_names(scores: Any) -> Any:

@@ -116,7 +116,7 @@ def text(
     shades of blue. If any is negative, positive words are blue, and negative ones are orange, with a dotted line and a
     minus.
 
-    Of scores, a word's weight is the mean over the queries that may look at any key,
+    Of scores, a word's weight is the mean over the queries that may look at any key and are no padding,
 
     $$
     w_{shj} = \frac{1}{|L_{sh}|} \sum_{i \in L_{sh}} A_{shij} ,
@@ -196,6 +196,10 @@ def _read(given: Any, samples: int) -> _Texts:
     array = array.transpose("sample", "head", "query", axis)
     words = _words(array, str(axis))
     values = array.to_numpy().astype("float64")
+    queries = array.coords.get("query_token")
+    if queries is not None and "query" in queries.dims:  # padding looks somewhere too, as at itself in a rollout
+        padding = np.broadcast_to(queries.to_numpy() == "", (len(values), values.shape[2]))
+        values = np.where(padding[:, None, :, None], 0, values)
     averages = values.shape[1] * values.shape[2] > 1
     kept = words != ""
     if "in_view" in array.coords:
@@ -204,7 +208,7 @@ def _read(given: Any, samples: int) -> _Texts:
         kept &= (values != 0).any(axis=(1, 2))
     _check(values, kept, averages)
     if values.shape[2] > 1:
-        notes.append(f"mean over {values.shape[2]} queries")
+        notes.append("mean over queries")
     weights = [np.stack([_mean(head) for head in sample])[:, seen] for sample, seen in zip(values, kept, strict=True)]
     seen_words = [row[seen].tolist() for row, seen in zip(words, kept, strict=True)]
     quantity = "attribution" if axis == "feature" else "attention"

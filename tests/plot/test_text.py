@@ -101,10 +101,19 @@ def test_scores_have_a_slider_over_the_mean_and_each_head():
     assert data["heads"] == ["mean of 3", "0", "1", "2"]
     assert fragment.count('type="range" min="0" max="3"') == 1
     assert [float(number) for *_, number in spans(fragment)[5:]] == data["weights"][1][0]
-    assert "block, mean over 5 queries" in fragment
+    assert "block, mean over queries" in fragment
     one = plot.text(scores.isel(head=0, query=1))
     np.testing.assert_allclose([float(number) for *_, number in spans(one)][:5], scores[0, 0, 1], rtol=0.06, atol=5e-4)
     assert "<script" not in one
+
+
+def test_queries_that_are_padding_do_not_dilute_the_mean():
+    words = [["too", "long", ""]]
+    tokens = {f"{dim}_token": (("sample", dim), words) for dim in ("query", "key")}
+    rollout = xr.DataArray([[[0.7, 0.3, 0], [0.5, 0.5, 0], [0, 0, 1]]], tokens, ["sample", "query", "key"], "rollout")
+    expected = [("too", ["top"], 100, "0.6"), ("long", ["top"], 67, "0.4")]
+    assert spans(plot.text(rollout)) == spans(plot.text(rollout[0])) == expected
+    assert [number for *_, number in spans(plot.text(rollout.isel(query=0)))] == ["0.7", "0.3"]
 
 
 def test_the_piece_is_complete_and_cannot_be_broken_by_a_word():
@@ -201,7 +210,7 @@ def test_a_figure_of_scores_is_the_mean_over_heads_and_queries():
     plot.text(scores[1:], ax=ax, top_k=5)
     numbers = [float(text.get_text()) for text in ax.texts if re.fullmatch(r"[\d.]+", text.get_text())]
     np.testing.assert_allclose(numbers, scores.values[1, :, :2, :2].mean(axis=(0, 1)), rtol=0.06, atol=5e-4)
-    assert ax.get_title() == "block, mean over 5 queries\nmean over 3 heads"
+    assert ax.get_title() == "block, mean over queries\nmean over 3 heads"
 
 
 def test_axes_that_are_too_small_say_how_high_the_figure_has_to_be():
