@@ -222,7 +222,7 @@ def attribute(
     given = given_labels(x, feature_names)
     checked_task(task)
     completeness: list[tuple[float, float]] = []  # of integrated gradients
-    seen = _measured(model, x, method, task, target, layers, batch_size, verbose, completeness)
+    seen = _measured(model, given.x, method, task, target, layers, batch_size, verbose, completeness)
     rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
     views: list[np.ndarray] = []
@@ -241,7 +241,10 @@ def attribute(
     warn_of_difference(model, batch.difference)
     attributes = {"completeness_error": _completeness_error(completeness)} if method == "integrated_gradients" else {}
     result, in_view = np.concatenate(rows), np.concatenate(views)
-    in_view &= ~special_keys(special_tokens, x, in_view.shape[1], coordinates.get("key"))
+    names = coordinates.get("key") if given.words is None else given.words.of_samples()
+    in_view &= ~special_keys(special_tokens, x, in_view.shape[1], names)
+    if given.words is not None:
+        given.words.warn_of_padding(in_view)
     if method in ("uniform", "random"):
         result = _control(method, result, in_view, rng)
     bad = np.flatnonzero(np.isnan(result).any(axis=1))
@@ -272,7 +275,7 @@ def attribute(
             "keras_version": keras.__version__,
         },
     )
-    return with_rows_of(x, attribution)
+    return with_rows_of(x, given.on(attribution))
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
@@ -349,7 +352,8 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     if len(bad):
         warn(f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.")
     last = next(reversed(arrays.values()))
-    coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
+    names = ("sample", "query", "key", "query_token", "key_token")
+    coordinates = {name: last.coords[name] for name in names if name in last.coords}
     attributes = {"layers": ", ".join(arrays)}
     return xr.DataArray(result, coordinates, ("sample", "query", "key"), name="rollout", attrs=attributes)
 
@@ -425,7 +429,7 @@ def _checked_axes(
         _check_square(shapes)
     _number_of_keys(shapes)
     for name, shape in shapes.items():
-        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), given.names)
+        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), given)
     first = next(iter(shapes))
     return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), given, False)["coords"]
 

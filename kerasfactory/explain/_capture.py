@@ -26,6 +26,7 @@ from kerasfactory.explain._engine.labels import (
     given_labels,
     labels_of,
     sink_of,
+    warn_of_padding,
     with_rows_of,
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
@@ -170,9 +171,9 @@ def capture(
     shapes: dict[str, tuple[int, ...]] = {}
     arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers)}
     arguments |= {"feature_names": given.names or given.columns}
-    with results_of(store, "capture", model, x, batch_size, arguments) as results:
+    with results_of(store, "capture", model, given.x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, float_scores, only_scores=True):
-            scores = _checked_scores(batch, shapes, given.names)
+            scores = _checked_scores(batch, shapes, given)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
             nan = {name: np.isnan(rows[..., 0]).reshape(len(rows), -1).any(axis=1) for name, rows in scores.items()}
             arrays = {name: _arrays(rows, batch.found[name].has_sink) for name, rows in scores.items()}
@@ -181,7 +182,9 @@ def capture(
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)
-    return {name: with_rows_of(x, _scores(dataset).rename(name)) for name, dataset in results.open().items()}
+    warn_of_padding(given, batch)
+    scores_of = {name: given.on(_scores(dataset).rename(name)) for name, dataset in results.open().items()}
+    return {name: with_rows_of(x, scores) for name, scores in scores_of.items()}
 
 
 def recomposition_error(
@@ -250,12 +253,12 @@ def recomposition_error(
     return {name: error / largest[name] if error else 0.0 for name, error in errors.items()}
 
 
-def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: list[str] | None) -> dict[str, np.ndarray]:
+def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], given: Given) -> dict[str, np.ndarray]:
     """The scores of a batch, which have the axes that they can be labeled with, and are as long as all others."""
     scores = {name: _backend.as_numpy(measured) for name, measured in batch.measured.items()}
     for name, rows in scores.items():
         if name not in shapes:
-            check_axes(name, batch.found[name].layer, rows.shape, names)
+            check_axes(name, batch.found[name].layer, rows.shape, given)
             shapes[name] = rows.shape[1:]
         check_same_lengths(name, rows.shape[1:], shapes[name])
     return scores

@@ -19,11 +19,13 @@ from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.explain._engine.labels import (
+    Given,
     check_axes,
     check_same_lengths,
     given_labels,
     labels_of,
     sink_of,
+    warn_of_padding,
     with_rows_of,
 )
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
@@ -190,11 +192,11 @@ def summarize(
 
     layer_names = [layers] if isinstance(layers, str) else layers and list(layers)
     arguments = {"layers": layer_names, "feature_names": given.names or given.columns, **wanted._asdict()}
-    with results_of(store, "summarize", model, x, batch_size, arguments) as results:
+    with results_of(store, "summarize", model, given.x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, measure, attend):
             for name, (summary, difference) in batch.measured.items():
                 if name not in shapes:
-                    _check(name, batch.found[name].layer, _shape(summary), given.names, wanted)
+                    _check(name, batch.found[name].layer, _shape(summary), given, wanted)
                     shapes[name], differences[name] = _shape(summary)[1:], difference
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
@@ -210,8 +212,9 @@ def summarize(
                 "something else, it should do so in its own `_compute_attention`."
             )
     warn_of_nan(results.nan, results.rows)
+    warn_of_padding(given, batch)
     datasets = results.open().items()
-    return {name: with_rows_of(x, _with_rows_as_variable(dataset, wanted)) for name, dataset in datasets}
+    return {name: with_rows_of(x, given.on(_with_rows_as_variable(dataset, wanted))) for name, dataset in datasets}
 
 
 def _checked_rows(rows: Any) -> list[int]:
@@ -235,8 +238,8 @@ def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
     return (*summary["entropy"].shape, summary["received"].shape[-1])
 
 
-def _check(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None, wanted: _Wanted) -> None:
-    check_axes(name, layer, shape, names)
+def _check(name: str, layer: Any, shape: tuple[int, ...], given: Given, wanted: _Wanted) -> None:
+    check_axes(name, layer, shape, given)
     queries = shape[-2]
     if wanted.rows and max(wanted.rows) >= queries:
         raise ValueError(

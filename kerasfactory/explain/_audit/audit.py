@@ -36,7 +36,7 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
-from kerasfactory.explain._engine.data import in_arrays, progress_bar
+from kerasfactory.explain._engine.data import check_no_texts, in_arrays, progress_bar
 from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
@@ -556,6 +556,8 @@ def _checked_models(model: Any, models: Any) -> list[str]:
 
 
 def _array(name: str, given: Any) -> np.ndarray:
+    if name != "y":
+        check_no_texts(name, given)
     if not hasattr(given, "__array__") and not (name == "y" and isinstance(given, list | tuple)):
         raise ValueError(
             f"`{name}` must be an array with the samples along axis 0. Received: {name} of type {type(given).__name__}"

@@ -7,14 +7,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
+from kerasfactory.explain._engine.data import batch_size_of, token_ids
 from kerasfactory.explain._engine.observe import Found, observe
 
 _SAMPLES = 256  # at most, in a batch
+_NAMED = 20  # features, at most, in an error
 
 
 def reached(scores: np.ndarray, masks: str) -> np.ndarray:
@@ -87,15 +88,24 @@ def background_view(
     attributes = getattr(attribution, "attrs", {})
     if special_tokens is None:
         special_tokens = attributes.get("special_tokens")
-    special = special_keys(special_tokens, background, background.shape[1], _names(attribution))
+    names = _names(attribution)
+    if np.ndim(names) == 2 and any(isinstance(token, str) for token in special_tokens or ()):
+        raise ValueError(
+            "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens, as "
+            f"in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    special = special_keys(special_tokens, background, background.shape[1], names)
     if attributes.get("masks") == "none":
         return np.broadcast_to(~special, background.shape[:2])
     return keys_in_view(model, background, batch_size) & ~special
 
 
-def _names(attribution: Any) -> list[str] | None:
+def _names(attribution: Any) -> np.ndarray | None:
+    """Names of features, (feature,), or words, (sample, feature)."""
     coordinates = getattr(attribution, "coords", {})
-    return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
+    if "feature_token" in coordinates:
+        return coordinates["feature_token"].transpose("sample", "feature").values
+    return coordinates["feature"].values if "feature" in coordinates else None
 
 
 def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
@@ -171,27 +181,30 @@ def _cycles(permutation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return np.array(order), np.array(first), np.array(last)
 
 
-def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | None) -> np.ndarray:
+def special_keys(special_tokens: Any, x: Any, keys: int, names: Any) -> np.ndarray:
     """Where keys stand for no feature: (sample, key), or (1, key) if it is the same in all samples.
 
-    `special_tokens` are ids, to be found in `x`, or names of features.
+    `special_tokens` are ids, to be found in `x`, or `names` of features, (key,), or words, (sample, key).
     """
     if special_tokens is None:
         return np.zeros((1, keys), bool)
     tokens = _checked_tokens(special_tokens)
     ids = [token for token in tokens if not isinstance(token, str)]
-    known = [] if names is None else [str(name) for name in names]
+    names = np.empty((1, 0), object) if names is None else np.atleast_2d(np.asarray(names, object))
+    known = list(dict.fromkeys(map(str, names.flat)))
     for token in tokens:
         if isinstance(token, str) and token not in known:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
-                f"There are: {', '.join(known)}."
+                f"There are: {', '.join(known[:_NAMED])}{', …' if len(known) > _NAMED else ''}."
                 if known
                 else "They have no names: give `feature_names` to `attribute`."
             )
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
-    named = np.isin(known, tokens)[np.newaxis] if known else np.zeros((1, keys), bool)
+    named = (
+        np.isin(names, [token for token in tokens if isinstance(token, str)]) if known else np.zeros((1, keys), bool)
+    )
     return named | np.isin(_token_ids(x, keys), ids) if ids else named
 
 
@@ -208,14 +221,12 @@ def _checked_tokens(special_tokens: Any) -> list[int | str]:
 
 def _token_ids(x: Any, keys: int) -> np.ndarray:
     """The one array of ids in `x`, if it holds one for each key."""
-    given = tree.flatten(x) if isinstance(x, dict | list | tuple) or hasattr(x, "__array__") else []
-    arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
-    if len(arrays) == 1 and arrays[0].dtype.kind in "iu" and arrays[0].shape[1:] == (keys,):
-        return arrays[0]
-    shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
+    ids, received = token_ids(x)
+    if ids is not None and ids.shape[1] == keys:
+        return ids
     raise ValueError(
         f"Token ids in `special_tokens` are looked up in `x`: it must be one array of integers, (sample, {keys}), an "
         "id for each key that the layers attend to. Convert `x` with `x.astype(int)` if it holds ids as floats; else "
         "give names of features, with `feature_names`. "
-        f"Received x: {', '.join(shapes) or type(x).__name__}"
+        f"Received x: {received}"
     )
