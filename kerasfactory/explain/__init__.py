@@ -13,6 +13,7 @@ from kerasfactory.explain._monitor import AttentionMonitor
 from kerasfactory.explain._register import register_attention
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 from kerasfactory.explain._summary import summarize
+from kerasfactory.explain._texts import by_token, merge
 
 __all__ = [
     "AttentionMonitor",
@@ -20,12 +21,14 @@ __all__ = [
     "attention_controls",
     "attribute",
     "audit",
+    "by_token",
     "calibrate",
     "capture",
     "faithfulness",
     "feature_claims",
     "head_importance",
     "head_statistics",
+    "merge",
     "parameter_randomization",
     "recomposition_error",
     "register_attention",

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -51,7 +51,7 @@ def attribute(
     target: int | str | tuple[int | str, ...] | None = None,
     query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     special_tokens: Sequence[int] | Sequence[str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -156,10 +156,10 @@ def attribute(
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.
-        feature_names: Names of the features, as for `capture`. A class token that stands before the features needs a
+        feature_names: Names of the features, or words, as for `capture`. A class token that stands before the features needs a
             name as well.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` is
-            one array of integers, (sample, key), or names of features.
+            one array of integers, (sample, key), or a dictionary with such `token_ids`; or names of features, or words.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
         seed: Of `"random"`.
@@ -167,12 +167,14 @@ def attribute(
     Returns:
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
         coordinates (or the index of a DataFrame, as for `capture`), and so are feature names where they are known, and
-        `in_view` (sample, feature), whether a key is in view. The attributes say the `method`, the `target` (a number,
-        `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the
-        order in which they are called, the `masks` in force in them (or `"none"`), the `special_tokens`, if there are
-        any, the `backend` and the `keras_version`. Integrated gradients have a `completeness_error`: the largest
-        difference, over the samples, between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of
-        absolute values of a row; NaN if all are 0.
+        `in_view` (sample, feature), whether a key is in view. Words of each sample are the coordinate `feature_token`
+        (sample, feature), which `plot.text`, `merge` and `by_token` read.
+
+        The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient), the
+        `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force in
+        them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
+        gradients have a `completeness_error`: the largest difference, over the samples, between the sum of a row and
+        \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
@@ -185,7 +187,8 @@ def attribute(
         RuntimeError: As `capture`.
 
     Warns:
-        UserWarning: As `capture`; if the gradients are 0 in all samples; and if the completeness error is above 0.05.
+        UserWarning: As `capture`; if padding, `""`, is in view; if the gradients are 0 in all samples; and if the
+            completeness error is above 0.05.
 
     Example:
         ```python

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -38,7 +38,7 @@ def capture(
     x: Any,
     *,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
@@ -116,7 +116,8 @@ def capture(
           `sample`, in UTC if it has a time zone: `isel` finds samples by position, and `sel` by that index. If the
           model folds another axis into the batch (as windowed attention does), the first dimension holds all its
           sequences and is called `sequence`.
-        - `query`, `key`: with the feature names as coordinates, where they are known. With several attention axes,
+        - `query`, `key`: with the feature names as coordinates, where they are known. Words of each sample are the
+          coordinates `query_token` (sample, query) and `key_token` (sample, key). With several attention axes,
           `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
           by their number.
 
@@ -134,9 +135,9 @@ def capture(
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
-            number of feature names is wrong; if `x` is empty or without end, or its batches differ in length; if
-            columns of a DataFrame hold something else than numbers, share a name, or are the features of the model's
-            tokenizer in another order.
+            number of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or
+            its batches differ in length; if columns of a DataFrame hold something else than numbers, share a name, or
+            are the features of the model's tokenizer in another order.
             Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments; if files in it
             are lost, changed or symbolic links; or if it was made before stores had checksums.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
@@ -144,8 +145,9 @@ def capture(
         ImportError: If `store` is given, and Zarr is not installed.
 
     Warns:
-        UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), or if the model
-            gives different outputs with and without observation, as a model does whose outputs are random.
+        UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), if words are `""` and
+            a layer has no mask, or if the model gives different outputs with and without observation, as a model does
+            whose outputs are random.
 
     Example:
         ```python

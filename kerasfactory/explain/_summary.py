@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -54,7 +54,7 @@ def summarize(
     x: Any,
     *,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     top_k: int = 16,
     map_size: int = 256,
     rows: Sequence[int] | None = None,
@@ -101,7 +101,7 @@ def summarize(
         model: A `keras.Model`, as for `capture`.
         x: Inputs, as for `capture`.
         layers: Names of the layers, as for `capture`.
-        feature_names: Names for the entries of an axis, as for `capture`.
+        feature_names: Names for the entries of an axis, or words, as for `capture`.
         top_k: How many keys to name for each query; as many as there are, at most.
         map_size: Bins along each side of the map; as many as there are queries or keys, at most.
         rows: Positions of queries, from 0, whose weights are wanted for all keys.
@@ -129,7 +129,8 @@ def summarize(
           `capture`. The other variables are of the keys alone, whose weights sum to less than 1 there.
 
         A query whose keys are all masked has entropy and distance 0, and neither top keys nor weights. Names of
-        features are coordinates of `query` and `key`, where they fit. A model that folds another axis into the batch
+        features are coordinates of `query` and `key`, where they fit, and words of each sample are `query_token` and
+        `key_token`, as in `capture`; they are not kept in a `store`. A model that folds another axis into the batch
         gives `sequence` instead of `sample`. Axes `axis_2`, …, of which it is not known what they are, come before
         `head`, as in `capture`.
 
@@ -145,7 +146,8 @@ def summarize(
         ImportError: As `capture`.
 
     Warns:
-        UserWarning: If a layer cannot be captured, if scores are NaN, or if `prediction_difference` is more than
+        UserWarning: If a layer cannot be captured, if scores are NaN, if words are `""` and a layer has no mask, or if
+            `prediction_difference` is more than
             rounding: then the layer does something else than softmax attention.
 
     Example:

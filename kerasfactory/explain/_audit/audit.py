@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
+from kerasfactory.explain._engine.texts import Words, differ_by_sample
+from kerasfactory.explain._engine.view import ids_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
@@ -59,7 +61,7 @@ def audit(
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
     calibration: xr.Dataset | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     feature_mask: Any = None,
     special_tokens: Sequence[int | str] | None = None,
     background: Any = None,
@@ -98,7 +100,7 @@ def audit(
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
-      a table, `y` and a compiled loss. Positions of a text are no columns of a table.
+      a table, `y` and a compiled loss. Nothing is claimed about positions of texts, which hold another word in each.
 
     With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
     model without skill has nothing to lose, so nothing is refuted about its features.
@@ -144,9 +146,10 @@ def audit(
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
             page shows it. `verify` compares it with the one that it is given, and does not make it again.
-        feature_names: Names of the features, as for `capture`.
+        feature_names: Names of the features, as for `capture`. Of the words of texts only those in `special_tokens` are
+            used: the file has their ids, and holds no words, which would be data.
         feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
-        special_tokens: Token ids or names of what is no feature, as for `attribute`.
+        special_tokens: Token ids, names or words of what is no feature, as for `attribute`.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
@@ -211,6 +214,9 @@ def audit(
     """
     files = None if path is None else _writable(path)
     checked_level(level)
+    if differ_by_sample(feature_names):  # the file holds no data, and names positions by their numbers
+        words, feature_names = Words(x, feature_names), None
+        special_tokens = None if special_tokens is None else ids_of(special_tokens, x, words)
     settings = {
         "method": method,
         "task": checked_task(task),

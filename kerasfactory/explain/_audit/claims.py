@@ -353,6 +353,8 @@ def _features(subject: Subject) -> Result:
         claim = _claim(f"feature/{name}", sentence, statistic, reason, *found)
         return {**claim, "feature": name, "is_made": is_made}
 
+    if subject.x.ndim == 2 and reads_tokens(subject.model, subject.x):
+        return None, []  # a position holds another word in each text
     if untestable := _no_features(subject):
         return None, [claim(feature, untestable) for feature in subject.features]
     settings = {**subject.chosen("feature_mask", "level", "seed"), **subject.clusters, "batch_size": subject.batch_size}
@@ -384,8 +386,6 @@ def _no_features(subject: Subject) -> str:
     """Why no single feature can be tested, if so."""
     if subject.x.ndim != 2:
         return "Claims about single features are tested for tables, (sample, feature), alone."
-    if reads_tokens(subject.model, subject.x):
-        return "A position of a text is no column of a table: its token cannot be drawn from those of other texts."
     if subject.settings["target"] is not None and subject.y is not None and subject.y[0].size > 1:
         return (
             "The loss is that of all outputs, and `target` asks for one: audit a model of that output, with its labels."

@@ -118,10 +118,9 @@ def token_ids(x: Any) -> tuple[np.ndarray | None, str]:
 
 def check_no_texts(name: str, given: Any) -> None:
     """Raises an error that names the way out if an array or a list holds strings."""
-    is_list = isinstance(given, list | tuple) and any(isinstance(entry, str | bytes) for entry in given)
-    array = np.empty(0) if isinstance(given, pd.DataFrame) or not hasattr(given, "__array__") else np.asarray(given)
-    first = array.flat[0] if array.dtype.kind == "O" and array.size else None
-    if is_list or array.dtype.kind in "UST" or isinstance(first, str | bytes):
+    kind = str(getattr(given, "dtype", "")).lower()
+    entries = np.asarray(given).flat[:1] if kind == "object" else given if isinstance(given, list | tuple) else ()
+    if kind[:2] in ("<u", "|s") or "str" in kind or any(isinstance(entry, str | bytes) for entry in entries):
         raise ValueError(
             f"`{name}` holds strings. Explain the part of the model behind its `keras.layers.TextVectorization`, on "
             "the ids of the words: with `vectorize = model.get_layer(NAME)`, this is "

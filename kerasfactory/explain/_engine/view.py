@@ -13,6 +13,7 @@ from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
 from kerasfactory.explain._engine.data import batch_size_of, token_ids
 from kerasfactory.explain._engine.observe import Found, observe
+from kerasfactory.explain._engine.texts import Words
 
 _SAMPLES = 256  # at most, in a batch
 _NAMED = 20  # features, at most, in an error
@@ -91,8 +92,8 @@ def background_view(
     names = _names(attribution)
     if np.ndim(names) == 2 and any(isinstance(token, str) for token in special_tokens or ()):
         raise ValueError(
-            "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens, as "
-            f"in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+            "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens to "
+            f"`attribute`, as in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
         )
     special = special_keys(special_tokens, background, background.shape[1], names)
     if attributes.get("masks") == "none":
@@ -206,6 +207,21 @@ def special_keys(special_tokens: Any, x: Any, keys: int, names: Any) -> np.ndarr
         np.isin(names, [token for token in tokens if isinstance(token, str)]) if known else np.zeros((1, keys), bool)
     )
     return named | np.isin(_token_ids(x, keys), ids) if ids else named
+
+
+def ids_of(special_tokens: Any, x: Any, words: Words) -> list[int]:
+    """The ids of `special_tokens`, of which some are words, (sample, key)."""
+    ids, received = token_ids(x)
+    if ids is None:
+        raise ValueError(f"The words in `special_tokens` need one array of token ids as `x`. Received x: {received}")
+    special = special_keys(special_tokens, x, words.length, words.of_samples())
+    found = np.unique(ids[special])
+    if (np.isin(ids, found) != special).any():
+        raise ValueError(
+            "Words in `special_tokens` must have ids that no other words have. Give the ids themselves, as in "
+            f"`special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    return found.tolist()
 
 
 def _checked_tokens(special_tokens: Any) -> list[int | str]:
