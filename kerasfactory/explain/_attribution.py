@@ -156,8 +156,8 @@ def attribute(
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.
-        feature_names: Names of the features, or words, as for `capture`. A class token that stands before the features needs a
-            name as well.
+        feature_names: Names of the features, or words, as for `capture`. A class token that stands before the features
+            needs a name as well.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` is
             one array of integers, (sample, key), or a dictionary with such `token_ids`; or names of features, or words.
         batch_size: Samples in a batch, as for `capture`.

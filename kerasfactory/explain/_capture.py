@@ -97,6 +97,10 @@ def capture(
         feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
             axis if it is as long. If not given, the columns of a DataFrame are used where they are as many, else the
             names in the model's `FeatureTokenizer`, provided that the model has one tokenizer and one input.
+            Or the words of each sample, which may repeat: an array of strings (sample, key), lists of strings, of
+            which short ones are filled with `""` at the end, or a function from the ids in `x` to strings, such as
+            `vectorize.get_vocabulary().__getitem__`. `""` is padding. The function is called once for each id; `x` is
+            one array of integers, (sample, key), a dictionary with such `token_ids`, or batches of these.
         batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.

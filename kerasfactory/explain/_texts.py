@@ -187,7 +187,7 @@ def _prefix(pieces: np.ndarray, words: Any) -> str | None:
             )
         return words
     known = set(pieces.flat)
-    found = [prefix for prefix in _PREFIXES if any(one.startswith(prefix) and one != "##" for one in known)]
+    found = [prefix for prefix in _PREFIXES if any(_has(one, prefix) for one in known)]
     if len(found) != 1 and words is None:
         raise ValueError(
             "The tokens do not say which of them are pieces of one word. Of the prefixes "
@@ -198,9 +198,13 @@ def _prefix(pieces: np.ndarray, words: Any) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _numbers(pieces: np.ndarray, in_view: np.ndarray, prefix: str | None) -> np.ndarray:
+def _has(piece: str, prefix: str) -> bool:
+    return piece.startswith(prefix) and piece != "##"
+
+
+def _numbers(pieces: np.ndarray, in_view: np.ndarray, prefix: str) -> np.ndarray:
     """The number of the word that each piece belongs to, from 0 in each sample."""
-    has_prefix = np.array([piece.startswith(prefix) for piece in pieces.flat]).reshape(pieces.shape)
+    has_prefix = np.array([_has(piece, prefix) for piece in pieces.flat]).reshape(pieces.shape)
     begins = ~has_prefix if prefix == "##" else has_prefix
     begins |= ~in_view | (pieces == "")
     begins[:, 1:] |= ~in_view[:, :-1] | (pieces[:, :-1] == "")
