@@ -69,7 +69,7 @@ def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
     members: dict[tuple[int, int], list[str]] = {}
     for position in np.ndindex(pieces.shape):
         word = position[0], int(numbers[position])
-        members.setdefault(word, []).append(pieces[position])
+        members.setdefault(word, []).append(str(pieces[position]))
         sums[word] += values[position]
         seen[word] |= in_view[position]
     strings = np.full(shape, "", object)
@@ -198,11 +198,11 @@ def _prefix(pieces: np.ndarray, words: Any) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _has(piece: str, prefix: str) -> bool:
-    return piece.startswith(prefix) and piece != "##"
+def _has(piece: str, prefix: str | None) -> bool:
+    return prefix is not None and piece.startswith(prefix) and piece != "##"
 
 
-def _numbers(pieces: np.ndarray, in_view: np.ndarray, prefix: str) -> np.ndarray:
+def _numbers(pieces: np.ndarray, in_view: np.ndarray, prefix: str | None) -> np.ndarray:
     """The number of the word that each piece belongs to, from 0 in each sample."""
     has_prefix = np.array([_has(piece, prefix) for piece in pieces.flat]).reshape(pieces.shape)
     begins = ~has_prefix if prefix == "##" else has_prefix

@@ -90,7 +90,7 @@ def background_view(
     if special_tokens is None:
         special_tokens = attributes.get("special_tokens")
     names = _names(attribution)
-    if np.ndim(names) == 2 and any(isinstance(token, str) for token in special_tokens or ()):
+    if names is not None and names.ndim == 2 and any(isinstance(token, str) for token in special_tokens or ()):
         raise ValueError(
             "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens to "
             f"`attribute`, as in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
