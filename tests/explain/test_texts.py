@@ -90,6 +90,19 @@ def test_the_words_may_be_an_array_lists_a_function_or_come_in_batches(trained):
         assert found["feature_token"].values.tolist() == words_of(ids)
 
 
+def test_the_ids_may_be_the_token_ids_of_a_dictionary():
+    inputs = {name: keras.Input((LENGTH,), dtype="int32", name=name) for name in ("token_ids", "padding_mask")}
+    tokens = layers.Embedding(len(VOCABULARY), 8)(inputs["token_ids"])
+    in_view = layers.Reshape((1, LENGTH))(inputs["padding_mask"])
+    attended = layers.MultiHeadAttention(1, 8)(tokens, tokens, attention_mask=in_view)
+    model = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended)))
+    ids = texts(4, 4)[0]
+    x = {"token_ids": ids, "padding_mask": (ids != 0).astype("int32")}
+    attribution = explain.attribute(model, x, special_tokens=[2], **NAMES)
+    assert attribution["feature_token"].values.tolist() == words_of(ids)
+    np.testing.assert_array_equal(attribution["in_view"], ids > 2)
+
+
 def test_words_of_what_is_stored_are_those_of_the_call(trained, tmp_path):
     pytest.importorskip("zarr")
     model, ids, _ = trained
