@@ -24,7 +24,7 @@ ORDER = [
         "calibration",
         "loss",
     ),
-    *("feature_names", "feature_mask", "special_tokens"),
+    *("feature_names", "feature_mask", "words", "special_tokens"),
     *("removal", "mask_value", "background", "groups", "block", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
     *("n", "draws", "steps", "strength", "tolerance", "margin", "level"),

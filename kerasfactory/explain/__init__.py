@@ -14,6 +14,7 @@ from kerasfactory.explain._patches import patches
 from kerasfactory.explain._register import register_attention
 from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 from kerasfactory.explain._summary import summarize
+from kerasfactory.explain._texts import by_token, merge
 
 __all__ = [
     "AttentionMonitor",
@@ -21,12 +22,14 @@ __all__ = [
     "attention_controls",
     "attribute",
     "audit",
+    "by_token",
     "calibrate",
     "capture",
     "faithfulness",
     "feature_claims",
     "head_importance",
     "head_statistics",
+    "merge",
     "parameter_randomization",
     "patches",
     "recomposition_error",

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import (
+    check_no_texts,
     in_arrays,
     input_arrays,
     like_samples_of,
@@ -50,6 +51,8 @@ from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
+from kerasfactory.explain._engine.texts import Words, differ_by_sample
+from kerasfactory.explain._engine.view import ids_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
@@ -68,7 +71,7 @@ def audit(
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
     calibration: xr.Dataset | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     feature_mask: Any = None,
     special_tokens: Sequence[int | str] | None = None,
     background: Any = None,
@@ -107,8 +110,8 @@ def audit(
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
-      `y`, a compiled loss and samples of at most 256 numbers, or a table. A position of a text is no column of a table,
-      and nothing is drawn given a text: features of a model that reads one are undetermined.
+      `y`, a compiled loss and samples of at most 256 numbers, or a table. Nothing is claimed about positions of texts,
+      which hold another word in each; where a model reads a text beside other inputs, its features are undetermined.
 
     With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
     model without skill has nothing to lose, so nothing is refuted about its features.
@@ -156,12 +159,13 @@ def audit(
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
             page shows it. `verify` compares it with the one that it is given, and does not make it again.
-        feature_names: Names of the features, as for `capture`.
+        feature_names: Names of the features, as for `capture`. Of the words of texts only those in `special_tokens` are
+            used: the file has their ids, and holds no words, which would be data.
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
             claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
             groups of the columns of a table.
-        special_tokens: Token ids or names of what is no feature, as for `attribute`. Those that stand for nothing in
-            `x`, such as a class token of the model's own, have no claim.
+        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Those that stand for nothing
+            in `x`, such as a class token of the model's own, have no claim.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
@@ -226,6 +230,9 @@ def audit(
     """
     files = None if path is None else _writable(path)
     checked_level(level)
+    if differ_by_sample(feature_names):  # the file holds no data, and names positions by their numbers
+        words, feature_names = Words(x, feature_names), None
+        special_tokens = None if special_tokens is None else ids_of(special_tokens, x, words)
     settings = {
         "method": method,
         "task": checked_task(task),
@@ -589,6 +596,8 @@ def _inputs(name: str, given: Any) -> Any:
 
 
 def _array(name: str, given: Any) -> np.ndarray:
+    if name != "y":
+        check_no_texts(name, given)
     if not hasattr(given, "__array__") and not (name == "y" and isinstance(given, list | tuple)):
         raise ValueError(
             f"`{name}` must be an array with the samples along axis 0. Received: {name} of type {type(given).__name__}"

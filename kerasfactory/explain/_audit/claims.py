@@ -380,6 +380,8 @@ def _features(subject: Subject) -> Result:
         claim = _claim(f"feature/{name}", sentence, statistic, reason, *found)
         return {**claim, "feature": name, "is_made": is_made}
 
+    if not isinstance(subject.x, dict | list) and reads_tokens(subject.model, subject.x):
+        return None, []  # a position holds another word in each text
     if untestable := _no_features(subject):
         return None, [claim(feature, untestable) for feature in subject.features]
     settings = {**subject.chosen("feature_mask", "special_tokens", "level", "seed"), **subject.clusters}

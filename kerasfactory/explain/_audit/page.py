@@ -215,11 +215,24 @@ def _features(record: dict[str, Any]) -> str:
     ranked = sorted(zip(found, bars, strict=True), key=lambda pair: -pair[0]["attribution"])
     alone = {one["feature"] for one in found}
     together = [claim for claim in claims.values() if claim["feature"] is not None and claim["feature"] not in alone]
+    is_tested = any(claim["feature"] is not None for claim in claims.values())
     rows = []
     for one, bar in ranked:
-        tested = claims.get(f"feature/{one['feature']}")
         shown = _cell(_number(one["attribution"]), "", _interval(one["interval"]))
-        rows.append([_cell(one["feature"], "long"), *_tested(tested)[:1], bar, shown, *_tested(tested)[1:]])
+        verdict, *numbers = _tested(claims.get(f"feature/{one['feature']}"))
+        row = [verdict, bar, shown, *numbers] if is_tested else [bar, shown]
+        rows.append([_cell(one["feature"], "long"), *row])
+    if not is_tested:
+        return _section(
+            "Features",
+            f"What “{record['attribution']['method']}” says of each position, the mean over the samples. Nothing is "
+            "claimed about positions: each holds another word in each text.",
+            _table(
+                "The mean attribution to each position, with its interval",
+                ["Position", "Attribution, drawn", "Attribution"],
+                rows,
+            ),
+        )
     heads = ["Feature", "Verdict", "Attribution, drawn", "Attribution", "Loss without it", "p"]
     parts = [_table("The mean attribution to each feature, the test of each, and their intervals", heads, rows)]
     if together:

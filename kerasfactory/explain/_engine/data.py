@@ -45,7 +45,9 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
     """The batches that `model.predict` would make of `x`, each as a tuple `(inputs,)`, and how many, if known."""
     _backend.check_process()
     x = in_arrays(x)
-    if isinstance(x, dict | list | tuple) or hasattr(x, "__array__"):
+    if are_arrays(x):
+        if isinstance(x, list | tuple):
+            check_no_texts("x", x)
         arrays = tree.map_structure(lambda array: array if hasattr(array, "shape") else np.asarray(array), x)
         shapes = [tuple(array.shape) for array in tree.flatten(arrays)]
         if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
@@ -87,11 +89,44 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
 
 def batch_size_of(x: Any, most: int) -> int | None:
     """So that what a model holds of a batch does not grow with the length of its samples. `None` for no arrays."""
-    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
+    if not are_arrays(x):
         return None
     shapes = [np.shape(array) for array in tree.flatten(x)]
     positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
     return min(most, max(1, _POSITIONS // max(1, positions)))
+
+
+def are_arrays(x: Any) -> bool:
+    """Whether `x` holds all samples at once, and not batches of them."""
+    return isinstance(x, dict | list | tuple) or hasattr(x, "__array__")
+
+
+def token_ids(x: Any, keys: int | None = None) -> tuple[np.ndarray | None, str]:
+    """The one array of integers (sample, key) in `x`, if there is one, and what `x` holds, in words.
+
+    Of dictionaries as KerasHub makes them, it is `token_ids`.
+    """
+    if isinstance(x, dict) and "token_ids" in x:
+        x = x["token_ids"]
+    given = tree.flatten(x) if are_arrays(x) else []
+    arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
+    shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
+    ids = [array for array in arrays if array.dtype.kind in "iu" and array.ndim == 2 and keys in (None, array.shape[1])]
+    return ids[0] if len(ids) == 1 else None, ", ".join(shapes) or type(x).__name__
+
+
+def check_no_texts(name: str, given: Any) -> None:
+    """Raises an error that names the way out if an array or a list holds strings."""
+    kind = str(getattr(given, "dtype", "")).lower()
+    entries = np.asarray(given).flat[:1] if kind == "object" else given if isinstance(given, list | tuple) else ()
+    if kind[:2] in ("<u", "|s") or "str" in kind or any(isinstance(entry, str | bytes) for entry in entries):
+        raise ValueError(
+            f"`{name}` holds strings. Explain the part of the model behind its `keras.layers.TextVectorization`, on "
+            "the ids of the words: with `vectorize = model.get_layer(NAME)`, this is "
+            "`keras.Model(vectorize.output, model.outputs)`, compiled as the model is, and its `x` is "
+            "`keras.ops.convert_to_numpy(vectorize(texts))`. The words are "
+            "`feature_names=vectorize.get_vocabulary().__getitem__`."
+        )
 
 
 def as_inputs(batch: Any) -> tuple:
@@ -118,7 +153,7 @@ def chosen_samples(samples: int, limit: int, rng: np.random.Generator) -> np.nda
 
 def sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
     """The numbers of all samples of the arrays `x`, or of some, and these samples. A DataFrame remains one."""
-    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
+    if not are_arrays(x):
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
         )
@@ -129,6 +164,7 @@ def sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, A
 
 
 def feature_array(name: str, given: Any) -> np.ndarray:
+    check_no_texts(name, given)
     if not hasattr(given, "__array__") and not ops.is_tensor(given):
         raise ValueError(
             f"`{name}` must be an array with the features along axis 1. Received: {name} of type {type(given).__name__}"
@@ -157,6 +193,7 @@ def input_arrays(name: str, given: Any) -> Any:
 
 
 def _input_array(name: str, part: str, given: Any) -> np.ndarray:
+    check_no_texts(part, given)
     if not hasattr(given, "__array__") and not ops.is_tensor(given):
         raise ValueError(
             f"`{name}` must be an array, or a dictionary or list of arrays, one for each input of the model. Received: "

@@ -200,7 +200,7 @@ def match(attribution: Any, x: Any, counts: tuple[int, ...], special_tokens: Any
     values = np.asarray(attribution)
     shape = values.shape
     kept = np.arange(shape[1] if values.ndim == 2 else 0)
-    own = np.flatnonzero(named_keys(special_tokens, names_of(attribution), len(kept)))
+    own = np.flatnonzero(named_keys(special_tokens, names_of(attribution), len(kept)).all(axis=0))
     fitting = [keys for count in counts for keys in (kept, np.setdiff1d(kept, own)) if len(keys) == count]
     if values.ndim != 2 or len(values) != samples or not fitting:
         wanted = (samples, counts[0])

@@ -7,14 +7,16 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of, samples_in
+from kerasfactory.explain._engine.data import batch_size_of, samples_in, token_ids
 from kerasfactory.explain._engine.observe import Found, observe
+from kerasfactory.explain._engine.texts import Words
 
 _SAMPLES = 256  # at most, in a batch
+_NAMED = 20  # features, at most, in an error
 
 
 def reached(scores: np.ndarray, masks: str) -> np.ndarray:
@@ -89,15 +91,24 @@ def background_view(
     attributes = getattr(attribution, "attrs", {})
     if special_tokens is None:
         special_tokens = attributes.get("special_tokens")
-    special = special_keys(special_tokens, background, keys, names_of(attribution))
+    names = names_of(attribution)
+    if names is not None and names.ndim == 2 and any(isinstance(token, str) for token in special_tokens or ()):
+        raise ValueError(
+            "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens to "
+            f"`attribute`, as in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    special = special_keys(special_tokens, background, keys, names)
     if attributes.get("masks") == "none":
         return np.broadcast_to(~special, (samples_in(background), keys))
     return keys_in_view(model, background, keys, batch_size) & ~special
 
 
-def names_of(attribution: Any) -> list[str] | None:
+def names_of(attribution: Any) -> np.ndarray | None:
+    """Names of features, (feature,), or words, (sample, feature)."""
     coordinates = getattr(attribution, "coords", {})
-    return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
+    if "feature_token" in coordinates:
+        return coordinates["feature_token"].transpose("sample", "feature").values
+    return coordinates["feature"].values if "feature" in coordinates else None
 
 
 def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
@@ -173,31 +184,49 @@ def _cycles(permutation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return np.array(order), np.array(first), np.array(last)
 
 
-def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | None) -> np.ndarray:
+def special_keys(special_tokens: Any, x: Any, keys: int, names: Any) -> np.ndarray:
     """Where keys stand for no feature: (sample, key), or (1, key) if it is the same in all samples.
 
-    `special_tokens` are ids, to be found in `x`, or names of features.
+    `special_tokens` are ids, to be found in `x`, or `names` of features, (key,), or words, (sample, key).
     """
-    named = named_keys(special_tokens, names, keys)[np.newaxis]
+    named = named_keys(special_tokens, names, keys)
     ids = [token for token in _checked_tokens(special_tokens) if not isinstance(token, str)]
     return named | np.isin(_token_ids(x, keys), ids) if ids else named
 
 
-def named_keys(special_tokens: Any, names: Sequence[str] | None, keys: int) -> np.ndarray:
-    """The keys whose names are among the `special_tokens`, (key,)."""
-    known = [] if names is None else [str(name) for name in names]
+def named_keys(special_tokens: Any, names: Any, keys: int) -> np.ndarray:
+    """`special_keys` of those among the `special_tokens` that are names."""
     tokens = [token for token in _checked_tokens(special_tokens) if isinstance(token, str)]
+    if not tokens:
+        return np.zeros((1, keys), bool)
+    names = np.empty((1, 0), object) if names is None else np.atleast_2d(np.asarray(names, object))
+    known = list(dict.fromkeys(map(str, names.flat)))
     for token in tokens:
         if token not in known:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
-                f"There are: {', '.join(known)}."
+                f"There are: {', '.join(known[:_NAMED])}{', …' if len(known) > _NAMED else ''}"
                 if known
                 else "They have no names: give `feature_names` to `attribute`."
             )
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
-    return np.isin(known, tokens) if known else np.zeros(keys, bool)
+    return np.isin(names, tokens)
+
+
+def ids_of(special_tokens: Any, x: Any, words: Words) -> list[int]:
+    """The ids of `special_tokens`, of which some are words, (sample, key)."""
+    ids, received = token_ids(x)
+    if ids is None:
+        raise ValueError(f"The words in `special_tokens` need one array of token ids as `x`. Received x: {received}")
+    special = special_keys(special_tokens, x, words.length, words.of_samples())
+    found = np.unique(ids[special])
+    if (np.isin(ids, found) != special).any():
+        raise ValueError(
+            "Words in `special_tokens` must have ids that no other words have. Give the ids themselves, as in "
+            f"`special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    return found.tolist()
 
 
 def _checked_tokens(special_tokens: Any) -> list[int | str]:
@@ -215,15 +244,11 @@ def _checked_tokens(special_tokens: Any) -> list[int | str]:
 
 def _token_ids(x: Any, keys: int) -> np.ndarray:
     """The one array of ids in `x` that holds one for each key."""
-    given = tree.flatten(x) if isinstance(x, dict | list | tuple) or hasattr(x, "__array__") else []
-    arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
-    ids = [array for array in arrays if array.dtype.kind in "iu" and array.shape[1:] == (keys,)]
-    if len(ids) == 1:
-        return ids[0]
-    shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
+    ids, received = token_ids(x, keys)
+    if ids is not None:
+        return ids
     raise ValueError(
         f"Token ids in `special_tokens` are looked up in `x`: it must be, or hold, one array of integers, (sample, "
         f"{keys}), an id for each key that the layers attend to. Convert it with `x.astype(int)` if it holds ids as "
-        "floats; else give names of features, with `feature_names`. "
-        f"Received x: {', '.join(shapes) or type(x).__name__}"
+        f"floats; else give names of features, with `feature_names`. Received x: {received}"
     )
