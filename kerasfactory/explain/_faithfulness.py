@@ -145,7 +145,7 @@ def faithfulness(
         fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the draws.
         seed: Of all that is drawn. The same seed gives the same result.
 

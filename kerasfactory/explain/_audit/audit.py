@@ -157,7 +157,7 @@ def audit(
             are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
-        batch_size: Samples in a batch.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
             `capture`.
         seed: Of all that is drawn.

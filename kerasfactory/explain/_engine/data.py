@@ -1,6 +1,5 @@
 """What a model takes: arrays and batches, checked, cut and counted."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +12,9 @@ from keras import ops, tree
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 
-_POSITIONS = 2**14  # in a batch, if the number of its samples is not given
+# In a batch, if the number of its samples is not given: see `batch_size_of`.
+_SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**14, 2**22
+_UNKNOWN = 32  # where the data do not say how many positions a sample has in the model
 
 
 def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
@@ -54,7 +55,8 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
                 "`x` must be an array, or a dictionary or list of arrays, with the samples along the first axis, as "
                 f"many in each. Received arrays of shapes: {shapes}"
             )
-        samples, step = shapes[0][0], positive_integer("batch_size", 32 if batch_size is None else batch_size)
+        samples = shapes[0][0]
+        step = positive_integer("batch_size", batch_size_of(arrays) if batch_size is None else batch_size)
         parts = [slice(start, start + step) for start in range(0, samples, step)]
 
         def batch(part):
@@ -86,13 +88,23 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
     return map(as_inputs, batches), expected
 
 
-def batch_size_of(x: Any, most: int) -> int | None:
-    """So that what a model holds of a batch does not grow with the length of its samples. `None` for no arrays."""
+def batch_size_of(x: Any) -> int | None:
+    """How many samples go into a batch if that is not given, so that it is fast and its scores fit into memory.
+
+    The positions of a sample are the columns of a table or the length of a sequence, and the most of several inputs.
+    Each pair of them is a score. A model makes fewer positions of a picture, and more of a string. `None` for no arrays.
+    """
     if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
         return None
-    shapes = [np.shape(array) for array in tree.flatten(x)]
-    positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
-    return min(most, max(1, _POSITIONS // max(1, positions)))
+    arrays = [array if hasattr(array, "dtype") else np.asarray(array) for array in tree.flatten(x)]
+    if any(len(array.shape) > 3 or _holds_strings(array) for array in arrays):
+        return _UNKNOWN
+    positions = max((array.shape[1] for array in arrays if len(array.shape) > 1), default=1) or 1
+    return max(1, min(_SAMPLES, _POSITIONS // positions, _PAIRS // positions**2))
+
+
+def _holds_strings(array: Any) -> bool:
+    return getattr(array.dtype, "kind", "") in tuple("OSTU") or "string" in str(array.dtype)
 
 
 def as_inputs(batch: Any) -> tuple:

@@ -11,10 +11,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.explain._engine.observe import Found, observe
-
-_SAMPLES = 256  # at most, in a batch
 
 
 def reached(scores: np.ndarray, masks: str) -> np.ndarray:
@@ -42,7 +39,7 @@ def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> n
     views = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
-        seen = observe(model, x, None, batch_size or batch_size_of(x, _SAMPLES), 0, _reached_keys, only_scores=True)
+        seen = observe(model, x, None, batch_size, 0, _reached_keys, only_scores=True)
         try:
             for batch in seen:
                 found = {
