@@ -16,7 +16,6 @@ from kerasfactory.explain._engine.data import (
     batch_size_of,
     batches_of,
     chosen_samples,
-    in_arrays,
     progress_bar,
     sampled,
 )
@@ -40,6 +39,7 @@ from kerasfactory.explain._engine.outputs import (
     spread_of,
 )
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.tables import check_categories, in_arrays
 
 _SAMPLES = 1024
 _ADVERSARIAL_SAMPLES = 256  # the adversary takes some 60 runs and gradients for each, the other controls one a draw
@@ -193,6 +193,7 @@ def attention_controls(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
+    check_categories(model, x)
     rng = generator(seed, "attention_controls")
     chosen, table = sampled(x, _SAMPLES, rng)
     sample = in_arrays(table)

@@ -21,6 +21,7 @@ from kerasfactory.explain._engine.data import (
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.tables import check_categories
 from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
@@ -201,6 +202,7 @@ def faithfulness(
         ```
     """
     table, x = x, feature_array("x", x)
+    check_categories(model, table)
     where, features = _places(x, feature_mask)
     importance = checked_attribution(attribution, features)
     shares = _checked_fractions(fractions)

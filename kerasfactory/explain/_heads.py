@@ -15,6 +15,7 @@ from kerasfactory.explain._engine.data import batch_size_of, batches_of, progres
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
+from kerasfactory.explain._engine.tables import check_categories
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 _ROW_SUM = 0.05  # how far the sum of a row may lie from 1: rounding in half precision
@@ -285,6 +286,7 @@ def head_importance(
         ```
     """
     y = _checked_targets(x, y)
+    check_categories(model, x)
     loss = resolve_loss(model, loss)
     batch_size = batch_size_of(x) if batch_size is None else batch_size  # of `y` too
     batches, expected = batches_of(x, batch_size)

@@ -13,9 +13,10 @@ from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._engine.attention import all_layers, find_attention, float_scores
-from kerasfactory.explain._engine.data import check_rows_finite, in_arrays, progress_bar, sampled
+from kerasfactory.explain._engine.data import check_rows_finite, progress_bar, sampled
 from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
+from kerasfactory.explain._engine.tables import in_arrays
 from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
 _SAMPLES = 256

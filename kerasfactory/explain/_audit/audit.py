@@ -36,12 +36,13 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
-from kerasfactory.explain._engine.data import in_arrays, progress_bar
+from kerasfactory.explain._engine.data import progress_bar
 from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
+from kerasfactory.explain._engine.tables import in_arrays
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote

@@ -11,6 +11,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
+from kerasfactory.explain._engine.tables import in_arrays
 
 # In a batch, if the number of its samples is not given: see `batch_size_of`.
 _SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**14, 2**22
@@ -24,23 +25,6 @@ def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any
     if verbose == "auto":
         verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
     return keras.utils.Progbar(expected, verbose=verbose, unit_name=unit)
-
-
-def in_arrays(x: Any) -> Any:
-    """The same with an array in place of a DataFrame. NumPy makes objects of one with several kinds of numbers."""
-    if not isinstance(x, pd.DataFrame):
-        return x
-    array = x.to_numpy()
-    is_number = [pd.api.types.is_numeric_dtype(dtype) for dtype in x.dtypes]
-    if array.dtype != object or not any(is_number):
-        return array
-    others = [column for column, numeric in zip(x.columns, is_number, strict=True) if not numeric]
-    if others:
-        raise ValueError(
-            f"The columns of `x` must hold numbers. These do not: {others}. Encode them as for the training of the "
-            f"model, or leave them out. Received a DataFrame with the dtypes: {x.dtypes.astype(str).unique().tolist()}"
-        )
-    return x.to_numpy("float64", na_value=np.nan)
 
 
 def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | None]:
@@ -92,10 +76,10 @@ def batch_size_of(x: Any) -> int | None:
     """How many samples go into a batch if that is not given, so that it is fast and its scores fit into memory.
 
     The positions of a sample are the columns of a table or the length of a sequence, and the most of several inputs.
-    Each pair of them is a score. A model makes fewer positions of a picture, and more of a string. `None` for no arrays.
+    Each pair of them is a score. A model makes fewer positions of a picture, and more of a string.
     """
     if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
-        return None
+        return None  # it makes its own batches
     arrays = [array if hasattr(array, "dtype") else np.asarray(array) for array in tree.flatten(x)]
     if any(len(array.shape) > 3 or _holds_strings(array) for array in arrays):
         return _UNKNOWN
