@@ -1,8 +1,9 @@
 """Pictures of what `kerasfactory.explain` returns. Needs matplotlib, which nothing else of the package imports."""
 
+from kerasfactory.plot._compare import compare
 from kerasfactory.plot._curves import faithfulness, training
 from kerasfactory.plot._interactive import interactive
 from kerasfactory.plot._matrix import heads, heatmap
 from kerasfactory.plot._ranking import features, head_statistics
 
-__all__ = ["faithfulness", "features", "head_statistics", "heads", "heatmap", "interactive", "training"]
+__all__ = ["compare", "faithfulness", "features", "head_statistics", "heads", "heatmap", "interactive", "training"]

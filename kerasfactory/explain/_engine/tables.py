@@ -87,8 +87,8 @@ def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
         )
     row = [*bad, 0][0]
     raise ValueError(
-        f"Column {x.columns[others[0]]!r} ({column.dtype}) holds {column.iloc[row]!r} in row {x.index[row]!r}, which is "
-        f"no number{more}. Encode categories as for the training of the model, with the same fitted "
+        f"Column {x.columns[others[0]]!r} ({column.dtype}) holds {column.iloc[row]!r} in row {x.index[row]!r}, which "
+        f"is no number{more}. Encode categories as for the training of the model, with the same fitted "
         "`sklearn.preprocessing.OrdinalEncoder`, and make numbers of dates, such as the days since one. Or leave such "
         "columns out, if the model was trained without them."
     )
