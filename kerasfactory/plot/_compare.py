@@ -5,6 +5,7 @@ import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
@@ -25,11 +26,11 @@ _NULL = "#bdbdbd"
 def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     r"""Draw what `explain.compare` returns: rankings, agreement and faithfulness of several methods.
 
-    On the left are the ranks that each method gives to the features, 1 for the largest mean absolute attribution. The
-    dark ones are those that are compared. In the middle is the overlap of the features that each two methods rank
-    first, with what random rankings reach on average in the label. On the right is the AOPC comprehensiveness of each
-    method with its interval, in front of a gray band that holds the inner 95 % of its null distribution. Numbers are
-    the p-values of `explain.compare`, adjusted over the methods,
+    On the left are the ranks that each method gives to the features, 1 for the largest mean share of the absolute
+    attribution. The dark ones are those that are compared. In the middle is the overlap of the features that each two
+    methods rank first; the label says what random rankings reach on average. On the right is the AOPC comprehensiveness
+    of each method with its interval, in front of a gray band that holds the inner 95 % of its null distribution.
+    Numbers are the p-values of `explain.compare`, adjusted over the methods,
 
     $$
     \tilde p_{(i)} = \min\Bigl(1, \max_{j \le i} \, (m - j + 1) \, p_{(j)}\Bigr) .
@@ -64,8 +65,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     top_k = positive_integer("top_k", top_k)
     _check(result)
     names = [as_matplotlib(short(name, 24)) for name in labels_of(result["reading"])]
-    means = np.abs(result["attribution"]).mean("sample").transpose("reading", "feature")
-    ranks = (-means).rank("feature").values
+    ranks = _ranks(result["attribution"].transpose("reading", "sample", "feature"))
     shown = np.argsort(ranks.min(axis=0) + ranks.mean(axis=0) / ranks.size, kind="stable")[:top_k]
     compared = result.attrs.get("top_k", 1)
     rows = np.arange(len(names))
@@ -75,7 +75,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
         1, 3, figsize=size, width_ratios=(width, width, 4.5), layout="constrained"
     )
     features = [as_matplotlib(short(name, 24)) for name in labels_of(result["feature"])]
-    _cells(left, ranks[:, shown].T, ranks[:, shown].T <= compared, "{:.0f}")
+    _cells(left, ranks[:, shown].T, compared >= ranks[:, shown].T, "{:.0f}")
     left.set_yticks(range(len(shown)), [features[feature] for feature in shown])
     left.set_title("rank" if len(shown) == len(features) else f"rank, {len(shown)} of {len(features)} features")
     overlap = result["overlap"].transpose("reading", "reading_other").values
@@ -88,6 +88,15 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
         ax.set_xticks(rows, names, rotation=90 if max(map(len, names)) > 6 else 0)
     _draw_faithfulness(right, result, names)
     return figure
+
+
+def _ranks(attribution: xr.DataArray) -> np.ndarray:
+    """The rank of each feature by each method, from 1, by the mean share of what is in view of a sample."""
+    sizes = np.abs(attribution.values)
+    if "in_view" in attribution.coords:
+        sizes = np.where(attribution["in_view"].transpose("sample", "feature").values, sizes, 0)
+    sums = sizes.sum(axis=-1, keepdims=True)
+    return stats.rankdata(-(sizes / np.where(sums > 0, sums, 1)).mean(axis=1), "min", axis=1)
 
 
 def _cells(ax: Axes, values: np.ndarray, shades: np.ndarray, form: str) -> None:
