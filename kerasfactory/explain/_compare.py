@@ -18,7 +18,7 @@ from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import seed_agreement
 
 _ADJUSTED = ("p_adjusted", "p_adjusted_sufficiency")
-_OF_METHODS = ("observed", "observed_sufficiency")  # attributes that differ
+_OBSERVED = ("observed", "observed_sufficiency")  # attributes of `faithfulness` that differ
 
 
 def compare(
@@ -102,6 +102,7 @@ def compare(
           pairs. Of a method with itself, the overlap is 1, and the others are NaN.
         - All that `faithfulness` returns, with the further dimension `reading`, such as `aopc_comprehensiveness`
           (reading), `interval` (reading, bound), `null` (reading, draw) and `p_value` (reading).
+        - `observed` and `observed_sufficiency` (reading): its attributes of these names.
         - `p_adjusted` and `p_adjusted_sufficiency` (reading): the p-values adjusted over the methods.
 
         The attributes are those of `faithfulness` that all methods share, `top_k`, and `adjustment`, `"Holm"`.
@@ -155,14 +156,15 @@ def compare(
         own = {"removal": removal, "background": background, **dependent, **running}
         tests.append(faithfulness(model, x, attribution, **asked, **own))
         progress.add(1)
-    shared = {key: value for key, value in tests[0].attrs.items() if key not in _OF_METHODS}
+    shared = {key: value for key, value in tests[0].attrs.items() if key not in _OBSERVED}
     names = list(attributions)
     result = xr.concat(tests, "reading", coords="minimal", compat="override", join="override", combine_attrs="drop")
     agreement, compared = _agreement(list(attributions.values()), top_k, dependent, seed)
     matrices = {name: (("reading", "reading_other"), matrix) for name, matrix in agreement.items()}
+    observed = {name: ("reading", [test.attrs[name] for test in tests]) for name in _OBSERVED}
     adjusted = {name: ("reading", holm(result[name.replace("adjusted", "value")].values)) for name in _ADJUSTED}
     stacked = xr.concat(list(attributions.values()), "reading", coords="minimal", compat="override", join="override")
-    result = result.assign(attribution=stacked.rename("attribution").drop_attrs(), **matrices, **adjusted)
+    result = result.assign(attribution=stacked.rename("attribution").drop_attrs(), **matrices, **adjusted, **observed)
     result = result.assign_coords(reading=names, reading_other=names)
     return with_rows_of(x, result.assign_attrs(shared, top_k=compared, adjustment="Holm"))
 

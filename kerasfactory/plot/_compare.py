@@ -15,8 +15,7 @@ from kerasfactory.plot._ranking import COLORS, check_finite
 _VARIABLES = {
     "attribution": ("reading", "sample", "feature"),
     "overlap": ("reading", "reading_other"),
-    "aopc_comprehensiveness": ("reading",),
-    "interval": ("reading", "bound"),
+    "observed": ("reading",),
     "null": ("reading", "draw"),
     "p_adjusted": ("reading",),
 }
@@ -29,8 +28,8 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     On the left are the ranks that each method gives to the features, 1 for the largest mean share of the absolute
     attribution. The dark ones are those that are compared. In the middle is the overlap of the features that each two
     methods rank first; the label says what random rankings reach on average. On the right is the AOPC comprehensiveness
-    of each method with its interval, in front of a gray band that holds the inner 95 % of its null distribution.
-    Numbers are the p-values of `explain.compare`, adjusted over the methods,
+    of each method in the samples and rows of its test, in front of a gray band that holds the inner 95 % of the null
+    distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
 
     $$
     \tilde p_{(i)} = \min\Bigl(1, \max_{j \le i} \, (m - j + 1) \, p_{(j)}\Bigr) .
@@ -38,7 +37,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
 
     Args:
         result: A Dataset as `explain.compare` returns it.
-        top_k: The largest number of features to show, at least 1: those that any method ranks first.
+        top_k: The largest number of features to show, at least 1: those of the best mean rank.
 
     Returns:
         matplotlib.figure.Figure: The figure, with three axes.
@@ -66,7 +65,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     _check(result)
     names = [as_matplotlib(short(name, 24)) for name in labels_of(result["reading"])]
     ranks = _ranks(result["attribution"].transpose("reading", "sample", "feature"))
-    shown = np.argsort(ranks.min(axis=0) + ranks.mean(axis=0) / ranks.size, kind="stable")[:top_k]
+    shown = np.argsort(ranks.mean(axis=0), kind="stable")[:top_k]
     compared = result.attrs.get("top_k", 1)
     rows = np.arange(len(names))
     width = 3 + 0.45 * len(names)
@@ -111,17 +110,15 @@ def _cells(ax: Axes, values: np.ndarray, shades: np.ndarray, form: str) -> None:
 def _draw_faithfulness(ax: Axes, result: xr.Dataset, names: list[str]) -> None:
     rows = np.arange(len(names))
     low, high = np.quantile(result["null"].transpose("reading", "draw"), [0.025, 0.975], axis=1)
-    ax.barh(rows, high - low, 0.7, low, color=_NULL, label="know nothing (95 %)")
-    lower, upper = result["interval"].transpose("bound", "reading").values
-    ax.hlines(rows, lower, upper, color=COLORS[0], linewidth=1.6)
-    ax.plot(result["aopc_comprehensiveness"], rows, "o", color=COLORS[0], label="method")
+    ax.barh(rows, high - low, 0.7, low, color=_NULL, label="rankings that know nothing (95 %)")
+    ax.plot(result["observed"], rows, "o", color=COLORS[0], label="the method")
     p_values = [f"p = {p:.2g}" for p in result["p_adjusted"].values]
     ax.set_yticks(rows, [f"{name}\n{p}" for name, p in zip(names, p_values, strict=True)])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.axvline(0, color="#6b6b6b", linewidth=0.8)
     ax.set_title("comprehensiveness")
     ax.set_xlabel("change of the output")
-    ax.legend(loc="best", fontsize="small")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize="small", frameon=False)
 
 
 def _check(result: xr.Dataset) -> None:
@@ -134,5 +131,4 @@ def _check(result: xr.Dataset) -> None:
                 f"`result` must hold `{name}` with the dimensions {dims}, as `explain.compare` returns it. Received: "
                 f"{received}"
             )
-        if name != "interval":  # NaN for a single sample
-            check_finite(f"`{name}`", result[name].values)
+        check_finite(f"`{name}`", result[name].values)

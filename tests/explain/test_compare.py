@@ -60,6 +60,7 @@ def test_planted_truth_is_found_and_noise_is_not(linear):
     of_noise = result.sel(reading="noise")
     for name, values in alone.items():
         np.testing.assert_allclose(of_noise[name], values, err_msg=name)
+    assert of_noise["observed"] == alone.attrs["observed"]
     two = explain.seed_agreement([EFFECT, noise], top_k=3, draws=100)
     pair = result.sel(reading="effect", reading_other="noise")
     assert (pair["overlap"], pair["p_value_overlap"]) == (two["overlap"], two["p_value"])
@@ -146,7 +147,7 @@ def test_the_picture_says_what_the_result_holds(linear):
     assert middle.get_xlabel().startswith(f"by chance {np.nanmean(result['chance']):.2f}")
     assert right.get_yticklabels()[0].get_text() == f"effect\np = {result['p_adjusted'].values[0]:.2g}"
     assert right.get_yticklabels()[2].get_text().startswith("\\$opposite\\$")
-    np.testing.assert_allclose(right.lines[0].get_xdata(), result["aopc_comprehensiveness"])
+    np.testing.assert_allclose(right.lines[0].get_xdata(), result["observed"])
     plt.close(figure)
     plt.close(plot.compare(result.isel(sample=[0])))
     with pytest.raises(ValueError, match="`overlap` with the dimensions"):
