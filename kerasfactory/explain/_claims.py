@@ -36,7 +36,6 @@ from kerasfactory.explain._engine.outputs import (
 )
 from kerasfactory.explain._engine.skill import skill_of
 from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval, neighbors_are_alike
-from kerasfactory.explain._engine.tables import check_categories
 
 _RESAMPLES = 1999
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
@@ -211,7 +210,6 @@ def feature_claims(
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
-    check_categories(model, x)
     x = _checked_table("x", x)
     units = _units(x, attribution, feature_mask)
     rows = x if background is None else _checked_table("background", background)

@@ -160,11 +160,11 @@ def compare(
     names = list(attributions)
     result = xr.concat(tests, "reading", coords="minimal", compat="override", join="override", combine_attrs="drop")
     agreement, compared = _agreement(list(attributions.values()), top_k, dependent, seed)
-    matrices = {name: (("reading", "reading_other"), matrix) for name, matrix in agreement.items()}
-    observed = {name: ("reading", [test.attrs[name] for test in tests]) for name in _OBSERVED}
-    adjusted = {name: ("reading", holm(result[name.replace("adjusted", "value")].values)) for name in _ADJUSTED}
+    variables: dict[str, Any] = {name: (("reading", "reading_other"), matrix) for name, matrix in agreement.items()}
+    variables |= {name: ("reading", [test.attrs[name] for test in tests]) for name in _OBSERVED}
+    variables |= {name: ("reading", holm(result[name.replace("adjusted", "value")].values)) for name in _ADJUSTED}
     stacked = xr.concat(list(attributions.values()), "reading", coords="minimal", compat="override", join="override")
-    result = result.assign(attribution=stacked.rename("attribution").drop_attrs(), **matrices, **adjusted, **observed)
+    result = result.assign(variables | {"attribution": stacked.rename("attribution").drop_attrs()})
     result = result.assign_coords(reading=names, reading_other=names)
     return with_rows_of(x, result.assign_attrs(shared, top_k=compared, adjustment="Holm"))
 
@@ -177,7 +177,7 @@ def _named(methods: Any) -> dict[str, Any]:
         )
     if isinstance(methods, Mapping):
         return {str(name): method for name, method in methods.items()}
-    names = [method if isinstance(method, str) else getattr(method, "__name__", None) for method in methods]
+    names: list[Any] = [method if isinstance(method, str) else getattr(method, "__name__", None) for method in methods]
     if None in names or len(set(names)) < len(names):
         raise ValueError(
             "Each of `methods` must have a name of its own. Give a dictionary: "

@@ -45,7 +45,7 @@ def check_categories(model: Any, x: Any) -> None:
     for layer in all_layers(model):
         if isinstance(layer, FeatureTokenizer) and layer.cardinalities and _is_first(model, layer):
             array = np.asarray(in_arrays(x))
-            names = layer.feature_names or list(range(array.shape[-1]))
+            names: list[Any] = list(layer.feature_names or range(array.shape[-1]))
             if array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "biuf":
                 return  # the layer itself says what is wrong
             for column, count in layer.cardinalities.items():
