@@ -98,7 +98,7 @@ def capture(
             axis if it is as long. If not given, the columns of a DataFrame are used where they are as many, else the
             names in the model's `FeatureTokenizer`, provided that the model has one tokenizer and one input.
         batch_size: Samples in a batch. Only for arrays; everything else comes in batches. If not given, as many as
-            make 16,384 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
+            make 8,192 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
             least 1 and at most 1,024; and 32 of pictures and strings.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
