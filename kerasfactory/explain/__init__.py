@@ -6,6 +6,7 @@ from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._calibrate import calibrate
 from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
+from kerasfactory.explain._compare import compare
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._heads import head_importance, head_statistics
@@ -25,6 +26,7 @@ __all__ = [
     "by_token",
     "calibrate",
     "capture",
+    "compare",
     "faithfulness",
     "feature_claims",
     "head_importance",

@@ -33,6 +33,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
+from kerasfactory.explain._engine.tables import check_categories
 
 
 def capture(
@@ -104,7 +105,9 @@ def capture(
             which short ones are filled with `""` at the end, or a function from the ids in `x` to strings, such as
             `vectorize.get_vocabulary().__getitem__`. `""` is padding. The function is called once for each id; `x` is
             one array of integers, (sample, key), a dictionary with such `token_ids`, or batches of these.
-        batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
+        batch_size: Samples in a batch. Only for arrays; everything else comes in batches. If not given, as many as
+            make 8,192 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
+            least 1 and at most 1,024; and 32 of pictures and strings.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
@@ -177,6 +180,7 @@ def capture(
         ```
     """
     given = given_labels(x, feature_names)
+    check_categories(model, x)
     shapes: dict[str, tuple[int, ...]] = {}
     arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers)}
     arguments |= {"feature_names": given.names or given.columns}
@@ -260,6 +264,7 @@ def recomposition_error(
         #> True
         ```
     """
+    check_categories(model, x)
     errors: dict[str, float] = {}
     largest: dict[str, float] = {}
     for batch in observe(model, x, layers, batch_size, verbose, _recomposed):

@@ -146,7 +146,7 @@ def feature_claims(
             best for `y`.
         level: The error level of the tests, after the adjustment. The intervals cover \(1 - \text{level}\). Between 0
             and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the features.
         seed: The seed of all that is drawn: values, exchanges and the bootstrap.
 

@@ -16,7 +16,6 @@ from kerasfactory.explain._engine.data import (
     batch_size_of,
     batches_of,
     chosen_samples,
-    in_arrays,
     progress_bar,
     sampled,
 )
@@ -40,6 +39,7 @@ from kerasfactory.explain._engine.outputs import (
     spread_of,
 )
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.tables import check_categories, in_arrays
 
 _SAMPLES = 1024
 _ADVERSARIAL_SAMPLES = 256  # the adversary takes some 60 runs and gradients for each, the other controls one a draw
@@ -135,8 +135,7 @@ def attention_controls(
         tolerance: The largest change of a row's output that counts as none, relative to the spread; above 0. Also the
             largest increase of the loss that counts as none, relative to the model's loss.
         level: The error level: the intervals cover \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given. What is drawn
-            does not depend on it.
+        batch_size: Samples in a batch, as for `capture`. What is drawn does not depend on it.
         verbose: As for `capture`.
         seed: The seed of all that is drawn: samples, permutations, starts of the ascents and the bootstrap.
 
@@ -194,6 +193,7 @@ def attention_controls(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
+    check_categories(model, x)
     rng = generator(seed, "attention_controls")
     chosen, table = sampled(x, _SAMPLES, rng)
     sample = in_arrays(table)
@@ -201,7 +201,7 @@ def attention_controls(
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {len(chosen)}")
     samples = len(tree.flatten(x)[0])
     clusters = np.unique(clusters_of(samples, groups, block)[chosen], return_inverse=True)[1]
-    batch_size = positive_integer("batch_size", batch_size_of(sample, 1024) if batch_size is None else batch_size)
+    batch_size = positive_integer("batch_size", batch_size_of(sample) if batch_size is None else batch_size)
     found = outputs_of(model, sample, task=task, target=target, batch_size=batch_size)
     loss, labels = _loss_and_labels(model, found, y, samples)
     runs = _runs(model, sample, found, layers, tolerance, loss, None if labels is None else labels[chosen])

@@ -25,6 +25,7 @@ from kerasfactory.explain._engine.features import Features, Matched, features_of
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.tables import check_categories
 from kerasfactory.explain._engine.view import (
     background_view,
     carried_view,
@@ -164,7 +165,7 @@ def faithfulness(
         fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the draws.
         seed: Of all that is drawn. The same seed gives the same result.
 
@@ -220,6 +221,7 @@ def faithfulness(
         ```
     """
     table, x = x, input_arrays("x", x)
+    check_categories(model, table)
     features = features_of(x, feature_mask)
     matched = match(attribution, x, (features.total,), special_tokens)
     importance = matched.values

@@ -13,9 +13,10 @@ from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._engine.attention import all_layers, find_attention, float_scores
-from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, in_arrays, progress_bar, sampled
+from kerasfactory.explain._engine.data import check_rows_finite, progress_bar, sampled
 from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
+from kerasfactory.explain._engine.tables import in_arrays
 from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
 _SAMPLES = 256
@@ -88,8 +89,7 @@ def parameter_randomization(
         draws: How often shuffled weights are drawn.
         tolerance: The share that may be kept, between 0 and 1.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch, if `method` is one of those of `attribute`; as many as make 16,384 positions, at
-            most 256, if not given.
+        batch_size: Samples in a batch, as for `capture`, if `method` is one of those of `attribute`.
         verbose: As for `capture`. The steps are the draws.
         seed: The seed of all that is drawn: samples, shuffled weights, relabelings and the bootstrap.
 
@@ -142,7 +142,7 @@ def parameter_randomization(
     draws = positive_integer("draws", draws)
     rng = generator(seed, "parameter_randomization")
     chosen, x = sampled(x, _SAMPLES, rng)
-    batch_size = batch_size_of(x, _SAMPLES) if batch_size is None else positive_integer("batch_size", batch_size)
+    batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
 
     def attributed():
         if callable(method):

@@ -17,7 +17,6 @@ from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.explain._engine.labels import (
     Given,
     check_axes,
@@ -30,6 +29,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
+from kerasfactory.explain._engine.tables import check_categories
 from kerasfactory.layers._attention import Mask
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
@@ -105,8 +105,7 @@ def summarize(
         top_k: How many keys to name for each query; as many as there are, at most.
         map_size: Bins along each side of the map; as many as there are queries or keys, at most.
         rows: Positions of queries, from 0, whose weights are wanted for all keys.
-        batch_size: Samples in a batch. Only for arrays. If not given, as many as make 16,384 positions together,
-            but at least 1 and at most 32; the positions of a sample are all its axes but the last, or its one axis.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
         store: A directory, `"summary.zarr"`, for the summaries of more samples than memory holds. As for `capture`.
 
@@ -174,9 +173,9 @@ def summarize(
         ```
     """
     given = given_labels(x, feature_names)
+    check_categories(model, x)
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
-    batch_size = batch_size_of(x, 32) if batch_size is None else batch_size
     shapes: dict[str, tuple[int, ...]] = {}
     differences: dict[str, float] = {}
 

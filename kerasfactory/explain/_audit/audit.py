@@ -38,7 +38,6 @@ from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, ST
 from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import (
     check_no_texts,
-    in_arrays,
     input_arrays,
     like_samples_of,
     named_inputs,
@@ -51,6 +50,7 @@ from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
+from kerasfactory.explain._engine.tables import in_arrays
 from kerasfactory.explain._engine.texts import Words, differ_by_sample
 from kerasfactory.explain._engine.view import ids_of
 
@@ -164,8 +164,8 @@ def audit(
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
             claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
             groups of the columns of a table.
-        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Those that stand for nothing
-            in `x`, such as a class token of the model's own, have no claim.
+        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Those that stand for
+            nothing in `x`, such as a class token of the model's own, have no claim.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
@@ -176,7 +176,7 @@ def audit(
             are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
-        batch_size: Samples in a batch.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
             `capture`.
         seed: Of all that is drawn.

@@ -1,6 +1,5 @@
 """What a model takes: arrays and batches, checked, cut and counted."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,8 +10,11 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
+from kerasfactory.explain._engine.tables import in_arrays
 
-_POSITIONS = 2**14  # in a batch, if the number of its samples is not given
+# In a batch, if the number of its samples is not given: see `batch_size_of`.
+_SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**13, 2**22
+_UNKNOWN = 32  # where the data do not say how many positions a sample has in the model
 
 
 def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
@@ -22,23 +24,6 @@ def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any
     if verbose == "auto":
         verbose = 1 if keras.config.is_interactive_logging_enabled() else 2
     return keras.utils.Progbar(expected, verbose=verbose, unit_name=unit)
-
-
-def in_arrays(x: Any) -> Any:
-    """The same with an array in place of a DataFrame. NumPy makes objects of one with several kinds of numbers."""
-    if not isinstance(x, pd.DataFrame):
-        return x
-    array = x.to_numpy()
-    is_number = [pd.api.types.is_numeric_dtype(dtype) for dtype in x.dtypes]
-    if array.dtype != object or not any(is_number):
-        return array
-    others = [column for column, numeric in zip(x.columns, is_number, strict=True) if not numeric]
-    if others:
-        raise ValueError(
-            f"The columns of `x` must hold numbers. These do not: {others}. Encode them as for the training of the "
-            f"model, or leave them out. Received a DataFrame with the dtypes: {x.dtypes.astype(str).unique().tolist()}"
-        )
-    return x.to_numpy("float64", na_value=np.nan)
 
 
 def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | None]:
@@ -55,7 +40,8 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
                 "`x` must be an array, or a dictionary or list of arrays, with the samples along the first axis, as "
                 f"many in each. Received arrays of shapes: {shapes}"
             )
-        samples, step = shapes[0][0], positive_integer("batch_size", 32 if batch_size is None else batch_size)
+        samples = shapes[0][0]
+        step = positive_integer("batch_size", batch_size_of(arrays) if batch_size is None else batch_size)
         parts = [slice(start, start + step) for start in range(0, samples, step)]
 
         def batch(part):
@@ -87,13 +73,23 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
     return map(as_inputs, batches), expected
 
 
-def batch_size_of(x: Any, most: int) -> int | None:
-    """So that what a model holds of a batch does not grow with the length of its samples. `None` for no arrays."""
+def batch_size_of(x: Any) -> int | None:
+    """How many samples go into a batch if that is not given, so that it is fast and its scores fit into memory.
+
+    The positions of a sample are the columns of a table or the length of a sequence, and the most of several inputs.
+    Each pair of them is a score. A model makes fewer positions of a picture, and more of a string.
+    """
     if not are_arrays(x):
-        return None
-    shapes = [np.shape(array) for array in tree.flatten(x)]
-    positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
-    return min(most, max(1, _POSITIONS // max(1, positions)))
+        return None  # it makes its own batches
+    arrays = [array if hasattr(array, "dtype") else np.asarray(array) for array in tree.flatten(x)]
+    if any(len(array.shape) > 3 or _holds_strings(array) for array in arrays):
+        return _UNKNOWN
+    positions = max((array.shape[1] for array in arrays if len(array.shape) > 1), default=1) or 1
+    return max(1, min(_SAMPLES, _POSITIONS // positions, _PAIRS // positions**2))
+
+
+def _holds_strings(array: Any) -> bool:
+    return getattr(array.dtype, "kind", "") in tuple("OSTU") or "string" in str(array.dtype)
 
 
 def are_arrays(x: Any) -> bool:

@@ -134,6 +134,15 @@ def focused_bh(p_values: np.ndarray, in_focus: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted so that the chance of any false rejection is kept, whatever their dependence (Holm 1979)."""
+    order = np.argsort(p_values)
+    steps = np.arange(len(order), 0, -1) * p_values[order]
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted
+
+
 def neighbors_are_alike(values: np.ndarray) -> bool:
     """Whether values that follow each other are closer than those of independent samples would be: (sample,).
 

@@ -11,11 +11,10 @@ from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of, samples_in, token_ids
+from kerasfactory.explain._engine.data import samples_in, token_ids
 from kerasfactory.explain._engine.observe import Found, observe
 from kerasfactory.explain._engine.texts import Words
 
-_SAMPLES = 256  # at most, in a batch
 _NAMED = 20  # features, at most, in an error
 
 
@@ -44,7 +43,7 @@ def keys_in_view(model: keras.Model, x: Any, keys: int, batch_size: int | None) 
     views = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
-        seen = observe(model, x, None, batch_size or batch_size_of(x, _SAMPLES), 0, _reached_keys, only_scores=True)
+        seen = observe(model, x, None, batch_size, 0, _reached_keys, only_scores=True)
         try:
             for batch in seen:
                 found = {

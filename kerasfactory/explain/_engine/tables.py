@@ -1,0 +1,111 @@
+"""Tables as numbers: what a DataFrame must hold, and which categories a model knows."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import tree
+
+from kerasfactory.explain._engine.attention import all_layers
+from kerasfactory.layers import FeatureTokenizer
+
+_NAMED = 5  # columns, in an error
+
+
+def in_arrays(x: Any) -> Any:
+    """The same with an array of numbers in place of each DataFrame. NumPy makes objects of several kinds of numbers.
+
+    Raises:
+        ValueError: If a column holds something else than numbers, or a value is missing. A table of one column may
+            hold texts.
+    """
+    if isinstance(x, dict | list | tuple) and any(isinstance(leaf, pd.DataFrame) for leaf in tree.flatten(x)):
+        return tree.map_structure(in_arrays, x)
+    if not isinstance(x, pd.DataFrame):
+        return x
+    others = [place for place, dtype in enumerate(x.dtypes) if not pd.api.types.is_numeric_dtype(dtype)]
+    if others and x.shape[1] == 1 and pd.api.types.infer_dtype(x.iloc[:, 0], skipna=False) == "string":
+        return x.to_numpy(object)
+    if others:
+        _refuse_columns(x, others)
+    array = x.to_numpy()
+    if array.dtype == object:  # several kinds of numbers, or nullable ones
+        array = x.to_numpy("float64", na_value=np.nan)
+    missing = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
+    if missing.any():
+        _refuse_missing(x, missing)
+    return array
+
+
+def check_categories(model: Any, x: Any) -> None:
+    """Raises an error if `x` holds a category that the `FeatureTokenizer` does not know which it is the input of."""
+    if not isinstance(model, keras.Model) or not hasattr(x, "__array__"):
+        return
+    for layer in all_layers(model):
+        if isinstance(layer, FeatureTokenizer) and layer.cardinalities and _is_first(model, layer):
+            array = np.asarray(in_arrays(x))
+            names: list[Any] = list(layer.feature_names or range(array.shape[-1]))
+            if array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "biuf":
+                return  # the layer itself says what is wrong
+            for column, count in layer.cardinalities.items():
+                _check_column(x, array[:, names.index(column)], column, count)
+
+
+def _check_column(x: Any, values: np.ndarray, column: Any, count: int) -> None:
+    known = np.isnan(values) | np.isin(values, np.arange(count))
+    if known.all():
+        return
+    unknown = np.flatnonzero(~known)
+    row = x.index[unknown[0]] if isinstance(x, pd.DataFrame) else int(unknown[0])
+    raise ValueError(
+        f"Column {column!r} has {count} categories in the model's `FeatureTokenizer`, the integers from 0 to "
+        f"{count - 1}. Received {values[unknown[0]]:g} in row {row!r}, and such values in {len(unknown)} of "
+        f"{len(values)} rows. Leave these rows out. To have a level for what was not seen before, encode with "
+        "`OrdinalEncoder(handle_unknown='use_encoded_value', unknown_value=...)`, and count that level in "
+        "`cardinalities`, before the model is trained."
+    )
+
+
+def _is_first(model: Any, layer: Any) -> bool:
+    """Whether the layer gets the inputs of the model as they are."""
+    try:
+        return len(model.inputs) == 1 and layer.input is model.inputs[0]
+    except AttributeError:  # it is not known: one of them is called in a `call` of its own
+        return False
+
+
+def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
+    column = x.iloc[:, others[0]]
+    given = np.flatnonzero(column.notna())
+    bad = [place for place in given if not pd.api.types.is_number(column.iloc[place])]
+    more = f", and these columns hold none either: {_named(x, others[1:])}" if others[1:] else ""
+    if column.dtype == object and not bad:
+        raise ValueError(
+            f"Column {x.columns[others[0]]!r} holds numbers as Python's objects. Make numbers of them: "
+            f"`x.infer_objects()`. Received: dtype {column.dtype}{more}"
+        )
+    row = [*bad, 0][0]
+    raise ValueError(
+        f"Column {x.columns[others[0]]!r} ({column.dtype}) holds {column.iloc[row]!r} in row {x.index[row]!r}, which "
+        f"is no number{more}. Encode categories as for the training of the model, with the same fitted "
+        "`sklearn.preprocessing.OrdinalEncoder`, and make numbers of dates, such as the days since one. Or leave such "
+        "columns out, if the model was trained without them."
+    )
+
+
+def _refuse_missing(x: pd.DataFrame, missing: np.ndarray) -> None:
+    others = np.flatnonzero(missing.any(axis=0)).tolist()
+    row = int(np.flatnonzero(missing[:, others[0]])[0])
+    raise ValueError(
+        f"Values are missing in {int(missing.any(axis=1).sum())} of {len(x)} rows, in {_named(x, others)}: the first "
+        f"in column {x.columns[others[0]]!r}, row {x.index[row]!r}. Fill them as for the training of the model, with "
+        "the same fitted `sklearn.impute.SimpleImputer(add_indicator=True)`, or leave these rows out: `x.dropna()`. To "
+        "a model that takes NaN, give `x.to_numpy('float64', na_value=numpy.nan)`, which is not checked."
+    )
+
+
+def _named(x: pd.DataFrame, places: list[int]) -> str:
+    names = [repr(x.columns[place]) for place in places[:_NAMED]]
+    more = len(places) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
