@@ -259,6 +259,7 @@ def attribute(
             "Look for NaN or infinite numbers in these samples, and in the model's weights."
         )
     coordinates = {"feature": coordinates["key"]} if "key" in coordinates else {}
+    described = "predicted" if target is None else describe_target(target)
     attribution = xr.DataArray(
         result,
         dims=("sample", "feature"),
@@ -266,11 +267,7 @@ def attribute(
         name=method,
         attrs={
             "method": method,
-            "target": "any"
-            if method not in _WITH_GRADIENT
-            else "predicted"
-            if target is None
-            else describe_target(target),
+            "target": described if method in _WITH_GRADIENT else "any",
             "query": "any" if method == "integrated_gradients" else "mean" if query is None else query,
             "layers": ", ".join(shapes),
             **attributes,
