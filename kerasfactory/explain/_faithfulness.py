@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import xarray as xr
 from keras import tree
+from scipy import ndimage
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
@@ -42,7 +43,7 @@ _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
 _KINDS = ("comprehensiveness", "sufficiency")
-_REMOVALS = ("marginal", "mean", "mask")
+_REMOVALS = ("marginal", "mean", "blur", "mask")
 
 
 def faithfulness(
@@ -155,7 +156,9 @@ def faithfulness(
             features removed from a sample come from one row, and the output is the mean over three rows. Where a
             feature is out of view of that row, its value is that of another row in which it is in view; if it is in
             none, another value in view of the row. `"mean"`: its mean over the rows of `background` in which it is in
-            view; not for token ids or categories. `"mask"`: `mask_value`, for models that are trained to ignore it.
+            view; not for token ids or categories. `"blur"`: its own, from the same picture, blurred by a Gaussian whose
+            standard deviation is the side of a square as large as a feature. `"mask"`: `mask_value`, for models that
+            are trained to ignore it.
         mask_value: For `removal="mask"`; 0 if not given.
         background: Samples like `x`, to draw from; `x` itself if not given. What is in view of them is read from the
             model, unless the attribution says that there are no masks.
@@ -236,6 +239,7 @@ def faithfulness(
     ranked = _rankable(in_view)
     donors = _donors(rows, rows_in_view, in_view, features, removal, rng)
     donor = rng.integers(samples_in(donors), size=(_DONORS if samples_in(donors) > 1 else 1, samples))
+    donor = np.arange(samples)[np.newaxis] if removal == "blur" else donor
 
     progress = progress_bar(draws + 1, verbose, "draw")
     changes, own, output_used = _change_function(model, x, features, donors, y, task, target, batch_size, removal)
@@ -439,9 +443,9 @@ def _background(x: Any, features: Features, removal: Any, background: Any, mask_
         raise ValueError(
             f"`removal` must be one of {', '.join(map(repr, _REMOVALS))}. {hint}Received: removal={removal!r}"
         )
+    if removal in ("mask", "blur") and background is not None:
+        raise ValueError(f'`background` is not used with `removal="{removal}"`. Leave one of them out.')
     if removal == "mask":
-        if background is not None:
-            raise ValueError('`background` is not used with `removal="mask"`. Leave one of them out.')
         one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), mask_value or 0, array.dtype), x)
         return one, "none"
     if mask_value is not None:
@@ -449,6 +453,8 @@ def _background(x: Any, features: Features, removal: Any, background: Any, mask_
             f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
             f"mask_value={mask_value!r}, removal={removal!r}"
         )
+    if removal == "blur":
+        return x, "none"
     if background is None and samples_in(x) < 2:
         raise ValueError(
             f'`x` holds one sample: there is nothing else to take values from for `removal="{removal}"`. Give a '
@@ -476,6 +482,8 @@ def _donors(
     """What removed features take their values from: nothing out of view in `rows` gets into view of a sample."""
     if removal == "mask":
         return rows
+    if removal == "blur":
+        return tree.map_structure(_blurred, rows, features.masks)
     if not rows_in_view.any():
         raise ValueError(
             "No feature is in view in any sample of `background`: there is nothing to take values from. Check the "
@@ -501,6 +509,19 @@ def _donors(
         donors,
         seen,
     )
+
+
+def _blurred(pictures: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    if (mask < 0).all():
+        return pictures
+    if pictures.ndim < 4 or pictures.dtype.kind != "f":
+        raise ValueError(
+            '`removal="blur"` is for pictures, arrays of floats (sample, height, width, channel). Use "marginal" or '
+            f'"mean" for all else. Received: {pictures.dtype} of shape {pictures.shape}'
+        )
+    places = np.broadcast_to(mask, pictures.shape[1:])[..., 0]
+    side = ((places >= 0).sum() / len(np.unique(places[places >= 0]))) ** (1 / places.ndim)
+    return ndimage.gaussian_filter(pictures, (0, *[side] * places.ndim, 0))
 
 
 def _copy_features(

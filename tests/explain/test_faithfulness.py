@@ -290,7 +290,7 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
         ({"x": [[1, 2]]}, "`x` must be an array, or a dictionary or list of arrays"),
         ({"x": X[0]}, "`x` must be an array of numbers"),
         ({"removal": "marginl"}, "Did you mean 'marginal'"),
-        ({"removal": 3}, "must be one of 'marginal', 'mean', 'mask'. Received: removal=3"),
+        ({"removal": 3}, "must be one of 'marginal', 'mean', 'blur', 'mask'. Received: removal=3"),
         ({"removal": "mask", "background": X}, "`background` is not used"),
         ({"removal": "mean", "x": X.astype(int)}, "as token ids are"),
         ({"background": X[:, :5]}, r"samples like those of `x`. Received: background of shape \(40, 5\)"),

@@ -80,6 +80,34 @@ def test_a_patch_is_removed_with_all_its_channels(removal):
     np.testing.assert_allclose(result["sufficiency"][:, 0], np.abs(of_patches.sum(axis=1) - first), atol=1e-4)
 
 
+def blurring(size, deviation):
+    """The matrix of a Gaussian blur along an axis, which the picture continues mirrored."""
+    steps = np.arange(-4 * deviation, 4 * deviation + 1)
+    weights = np.exp(-((steps / deviation) ** 2) / 2)
+    mirrored = np.r_[np.arange(size), np.arange(size)[::-1]]
+    matrix = np.zeros((size, size))
+    for place in range(size):
+        np.add.at(matrix[place], mirrored[(place + steps) % (2 * size)], weights / weights.sum())
+    return matrix
+
+
+@pytest.mark.backend_independent
+def test_a_blurred_patch_is_that_of_the_same_picture():
+    kernel, attribution = RNG.normal(size=(4, 6, 3)), RNG.random((40, 6))
+    settings = {"feature_mask": PATCHES, "removal": "blur", "fractions": [1 / 6], "draws": 2, "verbose": 0}
+    result = explain.faithfulness(linear((4, 6, 3), kernel), PICTURES, attribution, **settings)
+    blurred = np.einsum("ij,njkc,lk->nilc", blurring(4, 2), PICTURES, blurring(6, 2))  # patches are 2 x 2
+    parts = (PICTURES - blurred) * kernel
+    of_patches = np.stack([parts[:, patch == PATCHES].sum(axis=(1, 2)) for patch in range(6)], axis=1)
+    first = of_patches[np.arange(40), attribution.argmax(axis=1)]
+    np.testing.assert_allclose(result["comprehensiveness"][:, 0], np.abs(first), atol=1e-4)
+    table = RNG.normal(size=(40, 6)).astype("float32")
+    with pytest.raises(ValueError, match=r"is for pictures.*float32 of shape"):
+        explain.faithfulness(linear((6,), RNG.normal(size=6)), table, attribution, removal="blur", verbose=0)
+    with pytest.raises(ValueError, match='`background` is not used with `removal="blur"`'):
+        explain.faithfulness(linear((4, 6, 3), kernel), PICTURES, attribution, background=PICTURES, **settings)
+
+
 @pytest.mark.backend_independent
 def test_a_mask_may_lack_the_last_axes_or_have_them_with_size_1():
     model, attribution = linear((4, 6, 3), RNG.normal(size=(4, 6, 3))), RNG.random((40, 6))
