@@ -39,14 +39,19 @@ def create_interpretable_risk_model():
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(64, activation="relu")(x)
     x = keras.layers.Dropout(0.3)(x)
-    return keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(x)), attention.attention_scores
+    return keras.Model(
+        inputs, keras.layers.Dense(1, activation="sigmoid")(x)
+    ), attention.attention_scores
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Keras warns that a softmax over one token is always 1
+    # Keras warns that a softmax over one token is always 1.
+    warnings.simplefilter("ignore")
     model, attention_scores = create_interpretable_risk_model()
     model.compile(optimizer="adam", loss="binary_crossentropy")
-    scores = keras.Model(model.inputs, attention_scores).predict(np.ones((32, 25)), verbose=0)
+    scores = keras.Model(model.inputs, attention_scores).predict(
+        np.ones((32, 25)), verbose=0
+    )
 print("Scores (applicant, head, query, key):", scores.shape)
 print(f"Every score is 1: {np.allclose(scores, 1)}")
 
@@ -60,7 +65,8 @@ print(f"Every score is 1: {np.allclose(scores, 1)}")
 # rate and savings matter in both.
 
 # %%
-names = ["debt ratio", "income volatility", "interest rate", "savings"] + [f"factor {n}" for n in range(5, 26)]
+names = ["debt ratio", "income volatility", "interest rate", "savings"]
+names += [f"factor {n}" for n in range(5, 26)]
 rng = np.random.default_rng(0)
 factors = rng.normal(size=(5000, 25)).astype("float32")
 debt, volatility, rate, savings = factors[:, :4].T
@@ -71,7 +77,9 @@ def defaults(log_odds):
     return (draw < 1 / (1 + np.exp(-log_odds))).astype("float32")
 
 
-planted = defaults(rate - 0.7 * savings + 2 * debt * volatility + 0.5 * debt + 0.5 * volatility)
+planted = defaults(
+    rate - 0.7 * savings + 2 * debt * volatility + 0.5 * debt + 0.5 * volatility
+)
 control = defaults(rate - 0.7 * savings + debt + volatility)
 
 
@@ -94,9 +102,16 @@ def train_and_explain(labels):
 results = {}
 for world, labels in [("planted", planted), ("control", control)]:
     auc, scores = train_and_explain(labels)
-    linear = LogisticRegression().fit(factors[:4000], labels[:4000]).predict_proba(factors[4000:])[:, 1]
+    linear = (
+        LogisticRegression()
+        .fit(factors[:4000], labels[:4000])
+        .predict_proba(factors[4000:])[:, 1]
+    )
     results[world] = scores.mean(axis=(0, 1))
-    print(f"{world}: AUC {auc:.2f} (logistic regression: {roc_auc_score(labels[4000:], linear):.2f})")
+    print(
+        f"{world}: AUC {auc:.2f} (logistic regression: "
+        f"{roc_auc_score(labels[4000:], linear):.2f})"
+    )
 print("Scores (applicant, head, query, key):", scores.shape)
 
 # %% [markdown]
@@ -114,16 +129,27 @@ for world, mean_scores in results.items():
     pair = mutual[(rows == 0) & (columns == 1)][0]
     place = 1 + (mutual > pair).sum()
     print(
-        f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, {pair * 25 / 2:.1f} times even"
+        f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, "
+        f"{pair * 25 / 2:.1f} times even"
     )
     row, column = np.unravel_index(mean_scores.argmax(), mean_scores.shape)
-    print(f"    largest cell: {names[row]} looks at {names[column]}, {25 * mean_scores.max():.1f} times even")
+    print(
+        f"    largest cell: {names[row]} looks at {names[column]}, "
+        f"{25 * mean_scores.max():.1f} times even"
+    )
 
 # %% tags=["cover"] alt="Two heat maps of attention among the first eight risk factors. Left, with a planted interaction: the cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. Right, without one: nearly even."
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
 for ax, (world, mean_scores) in zip(axes, results.items(), strict=True):
-    image = ax.imshow(mean_scores[:8, :8], cmap="Blues", vmin=0, vmax=max(r[:8, :8].max() for r in results.values()))
-    ax.set_title("interaction planted" if world == "planted" else "control: no interaction")
+    image = ax.imshow(
+        mean_scores[:8, :8],
+        cmap="Blues",
+        vmin=0,
+        vmax=max(r[:8, :8].max() for r in results.values()),
+    )
+    ax.set_title(
+        "interaction planted" if world == "planted" else "control: no interaction"
+    )
     ax.set_xticks(range(8), names[:8], rotation=45, ha="right")
     ax.set_yticks(range(8), names[:8])
     ax.set_xlabel("key (looked at)")
@@ -142,7 +168,10 @@ with_product = np.column_stack([factors, debt * volatility])
 for world, labels in [("planted", planted), ("control", control)]:
     without, with_it = (
         roc_auc_score(
-            labels[4000:], LogisticRegression().fit(table[:4000], labels[:4000]).predict_proba(table[4000:])[:, 1]
+            labels[4000:],
+            LogisticRegression()
+            .fit(table[:4000], labels[:4000])
+            .predict_proba(table[4000:])[:, 1],
         )
         for table in (factors, with_product)
     )

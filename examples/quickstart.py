@@ -27,7 +27,10 @@ output = attention(query, key, value)
 
 print("Output:", output.shape)
 print("Scores (batch, head, query, key):", attention.attention_scores.shape)
-print("Each query's scores add up to", keras.ops.convert_to_numpy(attention.attention_scores).sum(-1).mean().round(3))
+print(
+    "Each query's scores add up to",
+    keras.ops.convert_to_numpy(attention.attention_scores).sum(-1).mean().round(3),
+)
 
 # %% [markdown]
 # ## A table: one token per column
@@ -44,7 +47,7 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 wine = load_wine()
 tokens = FeatureTokenizer(16, feature_names=wine.feature_names)
 attention = InterpretableMultiHeadAttention(d_model=16, n_head=1)
-pool, decide = keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(3, activation="softmax")
+pool, decide = keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(3, "softmax")
 model = keras.Sequential([tokens, attention, pool, decide])
 model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
 model.fit(scale(wine.data), wine.target, epochs=60, verbose=0)
@@ -70,7 +73,10 @@ fig.colorbar(image, label="attention score, mean over wines")
 plt.show()
 
 received = scores.mean(axis=0)
-print("Looked at most:", ", ".join(wine.feature_names[column] for column in np.argsort(-received)[:3]))
+print(
+    "Looked at most:",
+    ", ".join(wine.feature_names[column] for column in np.argsort(-received)[:3]),
+)
 
 # %% [markdown]
 # ## What the map says, and what it does not

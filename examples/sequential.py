@@ -28,7 +28,10 @@ x_train, x_test, y_train, y_test = train_test_split(
 )
 scaler = StandardScaler().fit(x_train)
 x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
-print(f"{len(x_train)} wines to train on, {len(x_test)} to test on, {len(names)} measurements")
+print(
+    f"{len(x_train)} wines to train on, {len(x_test)} to test on, {len(names)} "
+    "measurements"
+)
 
 # %% [markdown]
 # ## One token: a model that trains, a map that is empty
@@ -78,12 +81,19 @@ model = keras.Sequential(
         keras.layers.Dense(3, activation="softmax"),
     ]
 )
-model.compile(keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.compile(
+    keras.optimizers.Adam(0.01),
+    loss="sparse_categorical_crossentropy",
+    metrics=["accuracy"],
+)
 model.fit(x_train, y_train, epochs=60, verbose=0)
 
 accuracy = model.evaluate(x_test, y_test, verbose=0)[1]
 linear = LogisticRegression().fit(x_train, y_train).score(x_test, y_test)
-print(f"Accuracy on {len(x_test)} wines: {accuracy:.2f} (logistic regression: {linear:.2f})")
+print(
+    f"Accuracy on {len(x_test)} wines: {accuracy:.2f} (logistic regression: "
+    f"{linear:.2f})"
+)
 
 # %% [markdown]
 # ## Read the scores
@@ -99,7 +109,8 @@ print("Scores (wine, head, query, key):", scores.shape)
 received = scores.mean(axis=(0, 1, 2))
 for column in np.argsort(-received)[:4]:
     print(
-        f"{names[column]:>12} receives {received[column]:.2f} of the attention ({1 / len(names):.2f} if it were even)"
+        f"{names[column]:>12} receives {received[column]:.2f} of the attention "
+        f"({1 / len(names):.2f} if it were even)"
     )
 
 # %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of flavanoids and proline are the darkest."

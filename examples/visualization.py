@@ -26,9 +26,14 @@ keras.utils.set_random_seed(1)
 
 # %% alt="A heat map of one dark square: one token that looks at itself."
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Keras warns that a softmax over one token is always 1
-    squeezed = keras.Sequential([keras.Input((1, 64)), InterpretableMultiHeadAttention(64, 8, name="squeezed")])
-    one_token = explain.capture(squeezed, np.ones((32, 1, 64)), feature_names=["the row"], verbose=0)["squeezed"]
+    # Keras warns that a softmax over one token is always 1.
+    warnings.simplefilter("ignore")
+    squeezed = keras.Sequential(
+        [keras.Input((1, 64)), InterpretableMultiHeadAttention(64, 8, name="squeezed")]
+    )
+    one_token = explain.capture(
+        squeezed, np.ones((32, 1, 64)), feature_names=["the row"], verbose=0
+    )["squeezed"]
 print("Scores:", dict(one_token.sizes))
 ax = plot.heatmap(one_token)
 
@@ -42,7 +47,8 @@ rng = np.random.default_rng(1)
 days = [f"day {day}" for day in range(1, 13)]
 readings = rng.normal(size=(4000, 12)).astype("float32")
 marked = rng.integers(0, 12, size=4000)
-inputs_data = np.stack([readings, np.eye(12, dtype="float32")[marked]], axis=-1)  # (sample, day, reading and mark)
+# (sample, day, reading and mark)
+inputs_data = np.stack([readings, np.eye(12, dtype="float32")[marked]], axis=-1)
 target = readings[np.arange(4000), marked]
 
 inputs = keras.Input(shape=(12, 2))
@@ -54,7 +60,10 @@ model = keras.Model(inputs, keras.layers.Dense(1)(x))
 model.compile(keras.optimizers.Adam(0.01), loss="mse")
 model.fit(inputs_data[:3000], target[:3000], batch_size=64, epochs=10, verbose=0)
 error = model.evaluate(inputs_data[3000:], target[3000:], verbose=0)
-print(f"Mean squared error on 1000 new samples: {error:.2f} (always predicting the mean: {target[3000:].var():.2f})")
+print(
+    f"Mean squared error on 1000 new samples: {error:.2f} (always predicting the mean: "
+    f"{target[3000:].var():.2f})"
+)
 
 # %% [markdown]
 # ## One sample, one head
@@ -62,13 +71,21 @@ print(f"Mean squared error on 1000 new samples: {error:.2f} (always predicting t
 # Each head gives some share of its attention to the marked day. The head with the largest share is the one to draw.
 
 # %%
-scores = explain.capture(model, inputs_data[3000:], feature_names=days, verbose=0)["attention"]
+scores = explain.capture(model, inputs_data[3000:], feature_names=days, verbose=0)[
+    "attention"
+]
 on_marked = scores.values[np.arange(1000), :, :, marked[3000:]].mean(axis=(0, 2))
 for head, share in enumerate(on_marked):
-    print(f"Head {head}: {share:.2f} of its attention is on the marked day (even: {1 / 12:.2f})")
+    print(
+        f"Head {head}: {share:.2f} of its attention is on the marked day (even: "
+        f"{1 / 12:.2f})"
+    )
 best = int(on_marked.argmax())
 most = scores.sel(sample=0, head=best).mean("query").idxmax().item()
-print(f"In the sample below, {days[marked[3000]]} is marked; head {best} looks most at {most}")
+print(
+    f"In the sample below, {days[marked[3000]]} is marked; head {best} looks most at "
+    f"{most}"
+)
 
 # %% tags=["cover"] alt="Heat map of one sample's attention: twelve days by twelve days, with one dark column at the marked day."
 ax = plot.heatmap(scores.sel(sample=0, head=best), vmax=1)
@@ -93,7 +110,9 @@ figure = plot.heads(scores.sel(sample=0), vmax=1, columns=2)
 
 # %% alt="Heat map of the attention averaged over 1000 samples, on the same scale: pale everywhere."
 one, average = scores.sel(sample=0, head=best), scores.sel(head=best).mean("sample")
-print(f"One sample's scores of head {best} range from {one.min():.2f} to {one.max():.2f}")
+print(
+    f"One sample's scores of head {best} range from {one.min():.2f} to {one.max():.2f}"
+)
 print(f"The average's range from {average.min():.2f} to {average.max():.2f}")
 ax = plot.heatmap(scores.sel(head=best), vmax=1)
 
@@ -106,7 +125,10 @@ ax = plot.heatmap(scores.sel(head=best), vmax=1)
 looked_at = scores.sel(head=best).mean("query").idxmax("key")
 for sample in range(4):
     day = looked_at[sample].item()
-    print(f"Sample {sample}: {days[marked[3000 + sample]]} is marked; head {best} looks most at {day}")
+    print(
+        f"Sample {sample}: {days[marked[3000 + sample]]} is marked; head {best} looks "
+        f"most at {day}"
+    )
 
 # %% [markdown]
 # `plot.interactive` makes a map of all heads and the first samples, complete in one piece of HTML that needs no network.
