@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
+import xarray as xr
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from kerasfactory import explain
+from kerasfactory import explain, plot
 
 keras.utils.set_random_seed(0)
 
@@ -199,28 +199,17 @@ for who, attention in received.items():
     )
     print(f"    correlation of attention with ink: {correlation:.1f}")
 
-# %% tags=["cover"] alt="Three rows of ten small images. On top the mean image of each digit in 4 by 4 patches. Below it the attention each patch receives: in the trained model a few dark patches stand out, different ones for each digit; in the untrained model the pattern is pale and resembles the digit."
-fig, axes = plt.subplots(3, 10, figsize=(9, 3.1), layout="constrained")
-largest = max(attention.max().item() for attention in received.values())
-for digit in range(10):
-    axes[0, digit].set_title(digit)
-    axes[0, digit].imshow(
-        images[labels == digit].mean(axis=0).reshape(8, 8), cmap="Grays"
-    )
-    for ax, attention in zip(axes[1:, digit], received.values(), strict=True):
-        image = ax.imshow(
-            attention.sel(sample=digit).values.reshape(4, 4),
-            cmap="Blues",
-            vmin=0,
-            vmax=largest,
-        )
-for ax, label in zip(axes[:, 0], ["mean image", *received], strict=True):
-    ax.set_ylabel(label)
-for ax in axes.flat:
-    ax.set_xticks([])
-    ax.set_yticks([])
-fig.colorbar(image, ax=axes[1:], label="attention received")
-plt.show()
+# %% tags=["cover"] alt="Twenty small pictures of mean digits with the attention of 4 by 4 patches laid over them in blue. In the ten of the trained model a few patches are dark blue, other ones for each digit. In the ten of the untrained model all patches are pale."
+mean_images = [images[labels == n].mean(axis=0).reshape(8, 8) for n in range(10)]
+both = xr.concat(received.values(), "sample").rename(key="feature")
+both = both.assign_coords(sample=[f"{who} {n}" for who in received for n in range(10)])
+figure = plot.image(
+    both,
+    -np.array(mean_images * 2),  # ink is dark
+    feature_mask=explain.patches(8, 8, 2),
+    samples=20,
+    columns=5,
+)
 
 # %% [markdown]
 # The trained model picks a few patches, and other ones for each digit. The untrained one spreads its attention, yet its map

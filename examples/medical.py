@@ -10,7 +10,6 @@
 import warnings
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.datasets import load_breast_cancer
@@ -20,7 +19,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from kerasfactory import explain
+from kerasfactory import explain, plot
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 keras.utils.set_random_seed(0)
@@ -92,13 +91,6 @@ def trained_model(seed):
     return model
 
 
-def received_attention(model):
-    model(x_test)
-    return np.asarray(model.get_layer("attention").attention_scores).mean(
-        axis=(0, 1, 2)
-    )
-
-
 models = [trained_model(seed) for seed in (0, 1)]
 linear = LogisticRegression().fit(x_train, y_train)
 
@@ -120,7 +112,11 @@ for label, probability in [
 # ## The ranking, and how far to trust it
 
 # %%
-first, second = (received_attention(model) for model in models)
+received = {
+    f"seed {seed}": explain.attribute(model, x_test, feature_names=names, verbose=0)
+    for seed, model in enumerate(models)
+}
+first, second = (shares.mean("sample").values for shares in received.values())
 weight = np.abs(linear.coef_[0])
 print("Most attention received, mean of the two runs:")
 for column in np.argsort(-(first + second))[:3]:
@@ -134,18 +130,8 @@ print(
     f"{spearmanr(first + second, weight).statistic:.1f}"
 )
 
-# %% tags=["cover"] alt="Heat map with two rows, one per training run, and 30 tumor measurements as columns sorted by attention. Both rows fade from left to right and agree in the first two columns, radius error and worst concave points; farther right, single columns are darker in one row than in the other."
-order = np.argsort(-(first + second))
-fig, ax = plt.subplots(figsize=(9, 4))
-image = ax.imshow(
-    np.stack([first, second])[:, order], cmap="Blues", vmin=0, aspect="auto"
-)
-ax.set_xticks(
-    range(len(names)), [names[column] for column in order], rotation=60, ha="right"
-)
-ax.set_yticks([0, 1], ["seed 0", "seed 1"])
-fig.colorbar(image, label="mean attention score")
-plt.show()
+# %% tags=["cover"] alt="Dots with intervals, one per training run, of the attention that 15 of 30 tumor measurements receive, from 0.06 down to 0.03. The two runs agree in the first three, radius error, worst concave points and worst area. Farther down, their dots often lie apart by more than their intervals."
+ax = plot.features(received, top_k=15)
 
 # %% [markdown]
 # ## An audit of the first model

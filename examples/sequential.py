@@ -10,13 +10,13 @@
 import warnings
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from kerasfactory import explain, plot
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 keras.utils.set_random_seed(0)
@@ -113,16 +113,13 @@ for column in np.argsort(-received)[:4]:
         f"({1 / len(names):.2f} if it were even)"
     )
 
+# %% [markdown]
+# [`explain.capture`](../api/explain.md) reads the same scores with their names, from any model, and
+# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share.
+
 # %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of flavanoids and proline are the darkest."
-mean_scores = scores.mean(axis=(0, 1))
-fig, ax = plt.subplots(figsize=(7, 5.6))
-image = ax.imshow(mean_scores, cmap="Blues", vmin=0)
-ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-ax.set_yticks(range(len(names)), names)
-ax.set_xlabel("looked at (key)")
-ax.set_ylabel("looking (query)")
-fig.colorbar(image, label="attention score, mean over test wines")
-plt.show()
+named = explain.capture(model, x_test, feature_names=names, verbose=0)
+ax = plot.heatmap(named)
 
 # %% [markdown]
 # ## What the map says, and what it does not
