@@ -22,7 +22,8 @@ import os
 
 from dask.distributed import Client, LocalCluster
 
-# JAX starts quickly. Little work is best done by one thread, with code that is quickly compiled. Workers inherit this.
+# JAX starts quickly. Little work is best done by one thread, with code that is quickly
+# compiled. Workers inherit this.
 os.environ |= {
     "KERAS_BACKEND": "jax",
     "OMP_NUM_THREADS": "1",
@@ -61,7 +62,7 @@ import xarray as xr
 from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer
 
-# Keras takes its seeds from here. keras.utils.set_random_seed would load TensorFlow, too.
+# Keras takes its seeds from here. keras.utils.set_random_seed would load TensorFlow.
 random.seed(0)
 
 # %% [markdown]

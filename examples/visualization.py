@@ -3,8 +3,8 @@
 #
 # **How do you draw attention scores so that a reader sees what one sample's heads look at, and what does an average hide?**
 #
-# Draw one sample, all heads on one scale: here, that shows three of eight heads which give most of their weight to
-# the day that decides. The average over samples hides it, because each sample has another such day.
+# Draw single samples, with all heads on one scale. Here, three of eight heads then show that they give more than half of
+# their attention to the day that decides. An average over samples hides this, because that day differs between samples.
 #
 # The data are simulated, so the answer is known: of twelve daily readings one is marked, another one for each
 # sample, and the target is the marked reading. A model that solves the task must look at the marked day.
@@ -94,9 +94,8 @@ one = {name: layer.sel(sample=0) for name, layer in scores.items()}
 figure = plot.model(one, vmax=1)
 for name, layer in scores.items():
     on_marked = layer.values[np.arange(1000), :, :, marked[3000:]].mean(axis=(0, 2))
-    print(
-        f"{name}: more than half of the weight in heads {np.flatnonzero(on_marked > 0.5)}"
-    )
+    focused = np.flatnonzero(on_marked > 0.5).tolist()
+    print(f"{name} layer, heads with more than half of it on the marked day: {focused}")
 
 # %% [markdown]
 # ## The average hides it
