@@ -210,19 +210,23 @@ def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_
     heard = listen(page, site_url)
     page.goto("recipes/visualization/")
     interactive = page.locator(".kerasfactory-map")
-    heads, cells = interactive.get_by_label("head"), interactive.get_by_role("application")
-    status = interactive.get_by_role("status")
+    layers, samples, heads = (interactive.locator(f"input[name={name}]") for name in ("layer", "sample", "head"))
+    cells, status = interactive.get_by_role("application"), interactive.get_by_role("status")
 
+    layers.focus()
+    page.keyboard.press("ArrowRight")
+    expect(layers).to_have_attribute("aria-valuetext", "second")
     heads.focus()
     page.keyboard.press("ArrowRight")
     expect(heads).to_have_attribute("aria-valuetext", "1")
-    page.keyboard.press("Tab")
+    for _ in ("the small maps", "the large one"):
+        page.keyboard.press("Tab")
     expect(cells).to_be_focused()
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
     expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[5-9]\d\d$"))  # the marked day
     before = status.text_content()
-    interactive.get_by_label("sample").focus()
+    samples.focus()
     page.keyboard.press("ArrowRight")
     expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[0-4]\d\d$"))  # in the next sample it is not
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import labels_of, short
+from kerasfactory.plot._maps import LETTERS, WIDTH, labels_of, short
 from kerasfactory.plot._ranking import COLORS, check_finite
 
 _VARIABLES = {
@@ -25,11 +25,11 @@ _NULL = "#bdbdbd"
 def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     r"""Draw what `explain.compare` returns: rankings, agreement and faithfulness of several methods.
 
-    On the left are the ranks that each method gives to the features, 1 for the largest mean share of the absolute
+    At the top are the ranks that each method gives to the features, 1 for the largest mean share of the absolute
     attribution. The dark ones are those that are compared. In the middle is the overlap of the features that each two
-    methods rank first; the label says what random rankings reach on average. On the right is the AOPC comprehensiveness
-    of each method in the samples and rows of its test, in front of a gray band that holds the inner 95 % of the null
-    distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
+    methods rank first; the label says what random rankings reach on average. At the bottom is the AOPC
+    comprehensiveness of each method in the samples and rows of its test, in front of a gray band that holds the inner
+    95 % of the null distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
 
     $$
     \tilde p_{(i)} = \min\Bigl(1, \max_{j \le i} \, (m - j + 1) \, p_{(j)}\Bigr) .
@@ -68,24 +68,24 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     shown = np.argsort(ranks.mean(axis=0), kind="stable")[:top_k]
     compared = result.attrs.get("top_k", 1)
     rows = np.arange(len(names))
-    width = 3 + 0.45 * len(names)
-    size = (2 * width + 4.5, max(2.8, 1.6 + 0.28 * max(len(shown), 1.6 * len(names))))
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=size, width_ratios=(width, width, 4.5), layout="constrained"
-    )
+    is_turned = max(map(len, names)) * len(names) > 30
+    margin = 0.7 + 0.075 * max(map(len, names)) * is_turned
+    heights = [0.26 * len(shown) + margin, 0.3 * len(names) + margin + 0.2, 0.42 * len(names) + 1.5]
+    size = (max(WIDTH, 2.3 + 0.42 * len(names)), sum(heights))
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=size, height_ratios=heights, layout="constrained")
     features = [as_matplotlib(short(name, 24)) for name in labels_of(result["feature"])]
-    _cells(left, ranks[:, shown].T, compared >= ranks[:, shown].T, "{:.0f}")
-    left.set_yticks(range(len(shown)), [features[feature] for feature in shown])
-    left.set_title("rank" if len(shown) == len(features) else f"rank, {len(shown)} of {len(features)} features")
+    _cells(top, ranks[:, shown].T, compared >= ranks[:, shown].T, "{:.0f}")
+    top.set_yticks(range(len(shown)), [features[feature] for feature in shown])
+    top.set_title("rank" if len(shown) == len(features) else f"rank, {len(shown)} of {len(features)} features")
     overlap = result["overlap"].transpose("reading", "reading_other").values
     _cells(middle, overlap, overlap, "{:.2f}")
     middle.set_yticks(rows, names)
     middle.set_title(f"overlap of the first {compared}")
     if "chance" in result:
         middle.set_xlabel(f"by chance {np.nanmean(result['chance']):.2f} on average")
-    for ax in (left, middle):
-        ax.set_xticks(rows, names, rotation=90 if max(map(len, names)) > 6 else 0)
-    _draw_faithfulness(right, result, names)
+    for ax in (top, middle):
+        ax.set_xticks(rows, names, rotation=90 if is_turned else 0)
+    _draw_faithfulness(bottom, result, names)
     return figure
 
 
@@ -104,7 +104,7 @@ def _cells(ax: Axes, values: np.ndarray, shades: np.ndarray, form: str) -> None:
     ax.imshow(shades, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", interpolation="nearest")
     for place in np.ndindex(values.shape):
         color = "white" if shades[place] > 0.6 else "black"
-        ax.text(place[1], place[0], form.format(values[place]), ha="center", va="center", color=color, fontsize="small")
+        ax.text(place[1], place[0], form.format(values[place]), ha="center", va="center", color=color, fontsize=LETTERS)
 
 
 def _draw_faithfulness(ax: Axes, result: xr.Dataset, names: list[str]) -> None:
@@ -118,7 +118,10 @@ def _draw_faithfulness(ax: Axes, result: xr.Dataset, names: list[str]) -> None:
     ax.axvline(0, color="#6b6b6b", linewidth=0.8)
     ax.set_title("comprehensiveness")
     ax.set_xlabel("change of the output")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize="small", frameon=False)
+    ax.margins(y=0)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside lower center", ncols=2, fontsize=LETTERS, frameon=False)
 
 
 def _check(result: xr.Dataset) -> None:

@@ -14,6 +14,8 @@ from kerasfactory._text import visible
 
 _BINS = 64  # along an axis without names: with more, a key that a head picks out would be thinner than a line
 _LONGEST_NAME = 24
+WIDTH = 4.9  # inches: on a phone of 390 pixels, letters of `LETTERS` points are then 9 pixels high
+LETTERS = 9.0
 # Units of dates and of durations, the coarsest first, in which all of them are whole.
 _DATES = ["D", "m", "s", "ms", "us", "ns"]
 _DURATIONS = {"D": "d", "h": "h", "m": "min", "s": "s", "ms": "ms", "us": "µs", "ns": "ns"}

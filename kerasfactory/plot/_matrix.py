@@ -16,7 +16,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import Maps, Side, all_maps, glyphs_may_be_missing, maps, quantity, scale, short, wrapped
+from kerasfactory.plot._maps import (
+    LETTERS,
+    WIDTH,
+    Maps,
+    Side,
+    all_maps,
+    glyphs_may_be_missing,
+    maps,
+    quantity,
+    scale,
+    short,
+    wrapped,
+)
 
 _SMALLEST, _LARGEST = 5.0, 9.0  # font sizes of names, in points
 _NAMES = ("query", "key", "query_token", "key_token")
@@ -97,7 +109,7 @@ def heatmap(
     figure = ax.get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(image, ax=ax)
-    bar.set_label(as_matplotlib(quantity(drawn), description), fontsize="small")
+    bar.set_label(as_matplotlib(quantity(drawn), description), fontsize=LETTERS)
     _mark_uniform(bar, [drawn])
     _label_axes(ax, drawn.queries, drawn.keys)
     _fit_names(figure, [ax], drawn)
@@ -128,7 +140,7 @@ def heads(
 
     Args:
         scores: As for `heatmap`, with the dimension `head`.
-        columns: The number of maps in a row, at least 1.
+        columns: The number of maps in a row, at least 1. On a phone, two beside each other can be read.
         top_k: The largest number of names to show, at least 1.
         vmax: Where the common color scale ends, above 0. By default, at the largest weight of all heads.
 
@@ -176,7 +188,7 @@ def heads(
         ax.tick_params(labelleft=leftmost, labelbottom=lowest)
     quantities = [quantity(drawn), description, *["of all heads"] * (vmax is None)]
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(as_matplotlib(*quantities), fontsize="small")
+    bar.set_label(as_matplotlib(*quantities), fontsize=LETTERS)
     _mark_uniform(bar, [drawn])
     lines = [line for text in (drawn.heading(), drawn.note) for line in wrapped(text, int(12 * size[0]), 4)]
     figure.suptitle(as_matplotlib(*lines), fontsize="medium")
@@ -238,12 +250,12 @@ def model(
             )
     end, description = scale(np.concatenate([drawn.values.ravel() for drawn in layers]), vmax)
     columns = max(len(drawn.heads) for drawn in layers)
-    cell = float(np.clip(10 / max(columns, len(layers)), 0.65, 1.5))
-    names = [as_matplotlib(*wrapped(drawn.layer, 16)) for drawn in layers]
+    names = [_in_lines(drawn.layer) for drawn in layers]
+    margin = 0.45 + 0.075 * max(len(line) for name in names for line in name.split("\n"))
+    cell = float(np.clip((WIDTH - margin - 1.45) / columns - 0.07, 0.5, 1.2))
     titles = dict.fromkeys(text for drawn in layers for text in (drawn.title, drawn.note) if text)
     lines = wrapped(", ".join(titles), int(12 * (cell * columns + 1)), 4)
     same_heads = len({tuple(drawn.heads) for drawn in layers}) == 1
-    margin = 0.45 + 0.075 * max(len(line) for name in names for line in name.split("\n"))
     margins = margin, 0.4, 1.45, 0.4 + 0.18 * len(lines)  # left, bottom, right, top, in inches
     figure, grid, bar_axes = _grid((len(layers), columns), cell, margins, gap=0.07 if same_heads else 0.25)
     titled: dict[int, str] = {}
@@ -254,17 +266,23 @@ def model(
             image = _draw(ax, drawn, drawn.values[0, column], end)
             ax.set(xticks=[], yticks=[])
             if titled.get(column) != head:  # layers may name their heads in other ways
-                ax.set_title(as_matplotlib(short(f"head {head}", 12)), fontsize="small", pad=3)
+                title = f"head {head}" if len(f"head {head}") <= 13 * cell else short(head, max(3, int(13 * cell)))
+                ax.set_title(as_matplotlib(title), fontsize=LETTERS, pad=3)
                 titled[column] = head
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=LETTERS)
     several = [*["of all layers"] * (vmax is None and len(layers) > 1)]
     bar = figure.colorbar(image, cax=bar_axes)
-    bar.set_label(as_matplotlib(max(map(quantity, layers), key=len), description, *several), fontsize="small")
+    bar.set_label(as_matplotlib(max(map(quantity, layers), key=len), description, *several), fontsize=LETTERS)
     _mark_uniform(bar, layers)
     figure.supxlabel("key (looked at)", fontsize="medium")
     figure.supylabel("query (looking)", fontsize="medium")
     figure.suptitle(as_matplotlib(*lines), fontsize="medium", y=1 - 0.05 / figure.get_figheight(), va="top")
     return figure
+
+
+def _in_lines(layer: str) -> str:
+    """The path of a layer, broken at its slashes where it is long."""
+    return as_matplotlib(*wrapped(layer.replace("/", "/ "), 16, 3)).replace("/ ", "/")
 
 
 def _grid(
@@ -334,7 +352,7 @@ def _mark_uniform(bar: Colorbar, drawn: list[Maps]) -> None:
         rotation=90,
         ha="right",
         va="center",
-        fontsize="small",
+        fontsize=LETTERS,
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import sample_titles, short, wrapped
+from kerasfactory.plot._maps import LETTERS, WIDTH, sample_titles, short, wrapped
 from kerasfactory.plot._ranking import COLORS, check_finite
 from kerasfactory.plot._shades import shades
 
@@ -130,19 +130,20 @@ def image(
         drawn = _draw(ax, pictures[0], overlays[0], end, signed, titles[0])
         figure = ax.get_figure(root=True)
         assert figure is not None
-        figure.colorbar(drawn, ax=ax).set_label(label, fontsize="small")
+        _add_bar(figure, drawn, ax, label)
         return ax
     columns = min(columns, len(values))
     rows = math.ceil(len(values) / columns)
-    height = 2.1 * float(np.clip(mask.shape[0] / mask.shape[1], 0.3, 3))
-    size = (2.1 * columns + 1.4, max(2.2, (height + 0.3) * rows + 0.4))
+    width = float(np.clip((WIDTH - 1.2) / columns, 1.0, 2.1))
+    height = width * float(np.clip(mask.shape[0] / mask.shape[1], 0.3, 3))
+    size = (width * columns + 1.2, max(2.2, (height + 0.3) * rows + 0.4))
     figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="compressed")
     for unused in grid.flat[len(values) :]:
         unused.remove()
     axes = list(grid.flat[: len(values)])
     for one, picture, overlay, title in zip(axes, pictures, overlays, titles, strict=False):
         drawn = _draw(one, picture, overlay, end, signed, title)
-    figure.colorbar(drawn, ax=axes).set_label(label, fontsize="small")
+    _add_bar(figure, drawn, axes, label)
     named = short(attribution.name, 48) if attribution.name is not None else ""
     all_samples = attribution.sizes.get("sample", 1)
     cut = f"{len(values)} of {all_samples} samples" * (len(values) < all_samples)
@@ -163,8 +164,18 @@ def _draw(ax: Axes, picture: np.ndarray, overlay: np.ndarray, end: float, signed
     norm = Normalize(-end if signed else 0, end)
     drawn = ax.imshow(overlay, cmap=colormap, norm=norm, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    ax.set_title(as_matplotlib(*wrapped(title, 26)), fontsize="medium")
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    letters = int(12.5 * ax.get_window_extent().width / figure.dpi)  # in a line of the title
+    ax.set_title(as_matplotlib(*wrapped(title, max(15, letters))), fontsize=LETTERS)
     return drawn
+
+
+def _add_bar(figure: Figure, drawn: AxesImage, axes: Axes | list[Axes], label: str) -> None:
+    """The scale, on white as the brightest pixels are, whatever the ground of the figure."""
+    bar = figure.colorbar(drawn, ax=axes)
+    bar.ax.set_facecolor("white")
+    bar.set_label(label, fontsize=LETTERS)
 
 
 def _values(attribution: Any) -> np.ndarray:

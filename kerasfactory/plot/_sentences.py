@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import xarray as xr
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Rectangle
@@ -14,7 +15,7 @@ from matplotlib.patches import Rectangle
 from kerasfactory._arguments import positive_integer
 from kerasfactory._text import as_html, as_matplotlib
 from kerasfactory.plot._html import Html, as_script_data, one_line
-from kerasfactory.plot._maps import glyphs_may_be_missing, labels_of, one_layer, sample_titles, short
+from kerasfactory.plot._maps import LETTERS, glyphs_may_be_missing, labels_of, one_layer, sample_titles, short
 from kerasfactory.plot._shades import DARK, LIGHT, amount, mappable, rounded, shades
 
 # The piece is a card with its own colors, because the contrast on a shade has to hold on any page. Whether the card is
@@ -325,8 +326,8 @@ def _draw(ax: Axes, texts: _Texts, end: float, signed: bool, legend: str, top_k:
     ax.set_axis_off()
     colors = mappable(LIGHT["card"], end, signed)
     bar = figure.colorbar(colors, ax=ax, orientation="horizontal", shrink=0.5, aspect=30, pad=0.02)
-    bar.set_label(as_matplotlib(legend), fontsize="small")
-    bar.ax.tick_params(labelsize="small")
+    bar.set_label(as_matplotlib(legend), fontsize=LETTERS)
+    bar.ax.tick_params(labelsize=LETTERS)
     with glyphs_may_be_missing():
         figure.draw_without_rendering()  # the axes have their size only after this
     box = ax.get_window_extent()
@@ -405,10 +406,11 @@ def _place(
 ) -> None:
     """Draw the sentences below each other. Those that are written from right to left start on the right."""
     top = 0.0
+    ground: dict[str, Any] = {"color": plt.rcParams["text.color"]}  # what is drawn outside of the words' boxes
     style: dict[str, Any] = {"color": LIGHT["ink"], "va": "baseline"}
     for number, lines in enumerate(sentences):
         if titles:
-            ax.text(0, top + 1.2 * size, as_matplotlib(short(titles[number], 60)), weight="bold", size=size, **style)
+            ax.text(0, top + 1.2 * size, as_matplotlib(short(titles[number], 60)), weight="bold", size=size, **ground)
             top += 1.8 * size
         leftward = _is_leftward([token.word for line in lines for _, token in line])
         for line in lines:
@@ -418,7 +420,7 @@ def _place(
                 color, base = colors.to_rgba(np.array(token.weight)), top + 1.25 * size
                 ax.add_patch(Rectangle((left, top + 0.1 * size), length, 1.6 * size, facecolor=color, linewidth=0))
                 if token.weight < 0:
-                    ax.plot([left, left + length], [top + 1.7 * size] * 2, ":", color=LIGHT["ink"], linewidth=1)
+                    ax.plot([left, left + length], [top + 1.7 * size] * 2, ":", linewidth=1, **ground)
                 sides = (length - 0.2 * size, 0.2 * size) if leftward else (0.2 * size, length - 0.2 * size)
                 aligned = ("right", "left") if leftward else ("left", "right")
                 ax.text(left + sides[0], base, token.word, size=size, ha=aligned[0], **style)

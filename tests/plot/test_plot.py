@@ -286,7 +286,7 @@ def test_features_are_ranked_with_bootstrap_intervals():
     )
     np.testing.assert_allclose(low, scipy.confidence_interval.low[order], atol=0.004)
     np.testing.assert_allclose(high, scipy.confidence_interval.high[order], atol=0.004)
-    assert ax.get_xlabel() == "attribution, mean over 50 samples, with its 90% interval"
+    assert ax.get_xlabel() == "attribution, mean over 50 samples,\nwith its 90% interval"
 
 
 def test_an_error_level_of_5_percent_draws_the_95_percent_interval():

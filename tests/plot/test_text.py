@@ -159,7 +159,7 @@ def test_every_shade_leaves_the_word_a_contrast_of_4_5_to_1_in_light_and_dark():
             assert contrast(end, card) > 1.9  # a shade is seen
     _, ax = plt.subplots(figsize=(6, 3))
     plot.text(attribution_of(values=np.array(SHARES) * [[-1], [1]]), ax=ax)
-    assert {text.get_color() for text in ax.texts} == {pairs["ink"].split(",")[0]}
+    assert {text.get_color() for text in ax.texts} == {pairs["ink"].split(",")[0], plt.rcParams["text.color"]}
     assert (
         min(contrast(ink_of.get_color(), box.get_facecolor()[:3]) for ink_of in ax.texts for box in ax.patches) >= 4.5
     )
