@@ -26,9 +26,9 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     r"""Draw what `explain.compare` returns: rankings, agreement and faithfulness of several methods.
 
     On the left are the ranks that each method gives to the features, 1 for the largest mean share of the absolute
-    attribution. The dark ones are those that are compared. In the middle is the overlap of the features that each two
-    methods rank first; the label says what random rankings reach on average. On the right is the AOPC comprehensiveness
-    of each method in the samples and rows of its test, in front of a gray band that holds the inner 95 % of the null
+    attribution. The dark ones are those that are compared. On the right is the overlap of the features that each two
+    methods rank first; the label says what random rankings reach on average. Below is the AOPC comprehensiveness of
+    each method in the samples and rows of its test, in front of a gray band that holds the inner 95 % of the null
     distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
 
     $$
@@ -68,12 +68,13 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     shown = np.argsort(ranks.mean(axis=0), kind="stable")[:top_k]
     compared = result.attrs.get("top_k", 1)
     rows = np.arange(len(names))
-    width = 3 + 0.45 * len(names)
-    size = (2 * width + 4.5, max(2.8, 1.6 + 0.28 * max(len(shown), 1.6 * len(names))))
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=size, width_ratios=(width, width, 4.5), layout="constrained"
-    )
     features = [as_matplotlib(short(name, 24)) for name in labels_of(result["feature"])]
+    written = 0.08 * max(map(len, names)) + 0.07 * max(len(features[feature]) for feature in shown)
+    heights = 1.2 + 0.26 * max(len(shown), 1.3 * len(names)), 1.2 + 0.42 * len(names)
+    # Narrow, so that the text is still large where the figure is shown in a column of a page.
+    figure = plt.figure(figsize=(1 + written + 0.76 * len(names), sum(heights)), layout="constrained")
+    axes = figure.subplot_mosaic([["ranks", "overlap"], ["faithfulness"] * 2], height_ratios=heights)
+    left, middle, right = axes.values()
     _cells(left, ranks[:, shown].T, compared >= ranks[:, shown].T, "{:.0f}")
     left.set_yticks(range(len(shown)), [features[feature] for feature in shown])
     left.set_title("rank" if len(shown) == len(features) else f"rank, {len(shown)} of {len(features)} features")
@@ -82,7 +83,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     middle.set_yticks(rows, names)
     middle.set_title(f"overlap of the first {compared}")
     if "chance" in result:
-        middle.set_xlabel(f"by chance {np.nanmean(result['chance']):.2f} on average")
+        middle.set_xlabel(f"by chance {np.nanmean(result['chance']):.2f}")
     for ax in (left, middle):
         ax.set_xticks(rows, names, rotation=90 if max(map(len, names)) > 6 else 0)
     _draw_faithfulness(right, result, names)
@@ -118,7 +119,7 @@ def _draw_faithfulness(ax: Axes, result: xr.Dataset, names: list[str]) -> None:
     ax.axvline(0, color="#6b6b6b", linewidth=0.8)
     ax.set_title("comprehensiveness")
     ax.set_xlabel("change of the output")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize="small", frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2, fontsize="small", frameon=False)
 
 
 def _check(result: xr.Dataset) -> None:
