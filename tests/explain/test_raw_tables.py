@@ -37,7 +37,7 @@ def penguins(rows, seed):
 # 20 lines with the imports of what is used in them, as in docs/learn/your-data.md.
 def audited(train, y_train, test, y_test):
     numbers, categories, other = ["bill_length_mm", "body_mass_g", "year"], ["island", "sex"], 9
-    filled = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
+    filled = make_pipeline(StandardScaler(), SimpleImputer(add_indicator=True))
     codes = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=other, encoded_missing_value=other)
     parts = (filled, numbers), (codes, categories)
     encoder = make_column_transformer(*parts, verbose_feature_names_out=False).set_output(transform="pandas")
