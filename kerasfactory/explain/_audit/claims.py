@@ -288,7 +288,8 @@ def _ranking(subject: Subject) -> Result:
             "p_opposite": result[f"p_opposite{suffix}"].item(),
         }
         tests.append(found)
-        worse = round((1 - found["p_value"]) * (1 + subject.draws))
+        sign = 1 if name == "comprehensiveness" else -1
+        worse = int((sign * result[f"null{suffix}"].values < sign * found["observed"]).sum())
         reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
         numbers = (found["aopc"], found["p_value"], found["interval"])
         verdict = _against_chance(found, subject)
