@@ -1,6 +1,5 @@
 """An audit says what holds, and `verify` what no longer does."""
 
-import functools
 import html
 import json
 import os
@@ -36,15 +35,6 @@ def build(names=NAMES, width=8):
     model = keras.Model(inputs, outputs, name="planted")
     model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    """The adversary, whose way is tested elsewhere, goes a short one."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(_audit_claims.attention_controls, steps=3)
-        patch.setattr(_audit_claims, "attention_controls", quick)
-        yield
 
 
 def trained(seed):
