@@ -140,7 +140,7 @@ def attention_controls(
         seed: The seed of all that is drawn: samples, permutations, starts of the ascents and the bootstrap.
 
     Returns:
-        xr.Dataset: Over `control` (`uniform`, `permuted`, and `adversarial` if there are `steps`), with these variables.
+        xr.Dataset: Over `control` (`uniform`, `permuted`, and with `steps` `adversarial`), with these variables.
 
         - `change`, `jsd` (control, sample): as above. For the adversary, `change` is at most `tolerance`, and `jsd` is
           how far it got; NaN in the samples that it did not run on. Where masks are in force, the keys in view are
