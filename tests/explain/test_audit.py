@@ -487,6 +487,24 @@ def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
 
 
 @pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("whole", "tested", "clusters"),
+    [({"block": 5}, 110, 22), ({"groups": np.repeat(np.arange(40), 5)}, 110, 22), ({}, 100, 100)],
+)
+def test_claims_are_tested_on_some_samples_and_what_belongs_together_stays_so(model, tmp_path, whole, tested, clusters):
+    page = tmp_path / "audit.html"
+    record = data(explain.audit(model, X, Y[:, None], path=page, max_samples=110, **whole, verbose=0).path)
+    assert (record["data"]["tested"], record["features"]["clusters"]) == (tested, clusters)  # else runs of 100
+    attribution = explain.attribute(model, X, verbose=0).values.mean(axis=0)
+    np.testing.assert_allclose(
+        [one["attribution"] for one in record["attribution"]["features"]], attribution, rtol=1e-4
+    )
+    assert f"The claims are tested on {tested} of the 200, drawn at random" in page.read_text()
+    given = {"groups": whole["groups"]} if "groups" in whole else {}
+    assert explain.verify(page, model, X, Y[:, None], **given, verbose=0) == []
+
+
+@pytest.mark.backend_independent
 def test_a_constant_feature_and_missing_labels_leave_claims_undetermined(model, tmp_path):
     constant = X[:100].copy()
     constant[:, 2] = 0.5

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
+from threadpoolctl import threadpool_limits
 
 LEVELS = 20  # a column of at most so many distinct values takes another row's value, and nothing between them
 _CELL = 25  # rows that are alike given the other columns, among which values or residuals are exchanged
@@ -254,6 +255,10 @@ def _solved(
     return center, weights, fitted, 1 / len(rows) + np.concatenate(leverage)
 
 
+# Two threads of BLAS take several times the time of one for matrices of some hundred columns.
+_one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
+
 class Sampler(NamedTuple):
     """What is needed to draw some columns of a table given all others."""
 
@@ -264,6 +269,7 @@ class Sampler(NamedTuple):
     draws: int
     rng: np.random.Generator
 
+    @_one_thread
     def drawn(self, columns: Sequence[int]) -> Draws:
         """Draws of the columns, one after the other: each given those outside and those drawn before."""
         values = np.repeat(self.x[None].astype("float64"), self.draws, axis=0)
