@@ -25,7 +25,7 @@ ORDER = [
         "loss",
     ),
     *("feature_names", "feature_mask", "words", "special_tokens"),
-    *("removal", "mask_value", "background", "groups", "block", "fractions"),
+    *("removal", "mask_value", "background", "groups", "block", "max_samples", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
     *("n", "draws", "steps", "strength", "tolerance", "margin", "level"),
     *("statement", "every", "log_dir", "batch_size", "verbose", "store", "seed"),

@@ -131,7 +131,7 @@ def attention_controls(
             one. Otherwise they are taken to be independent.
         block: The length of runs of a series, in samples, that count as one. Not with `groups`.
         draws: How often permuted weights are drawn for each sample.
-        steps: How many steps each ascent has.
+        steps: How many steps each ascent has. 0 leaves the adversary out, which takes longer than all else.
         tolerance: The largest change of a row's output that counts as none, relative to the spread; above 0. Also the
             largest increase of the loss that counts as none, relative to the model's loss.
         level: The error level: the intervals cover \(1 - \text{level}\). Between 0 and 0.5.
@@ -140,7 +140,7 @@ def attention_controls(
         seed: The seed of all that is drawn: samples, permutations, starts of the ascents and the bootstrap.
 
     Returns:
-        xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`), with these variables.
+        xr.Dataset: Over `control` (`uniform`, `permuted`, and with `steps` `adversarial`), with these variables.
 
         - `change`, `jsd` (control, sample): as above. For the adversary, `change` is at most `tolerance`, and `jsd` is
           how far it got; NaN in the samples that it did not run on. Where masks are in force, the keys in view are
@@ -189,7 +189,8 @@ def attention_controls(
         #> [1.0, 0.0]
         ```
     """
-    draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
+    draws = positive_integer("draws", draws)
+    steps = 0 if steps == 0 else positive_integer("steps", steps)
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
@@ -206,7 +207,7 @@ def attention_controls(
     loss, labels = _loss_and_labels(model, found, y, samples)
     runs = _runs(model, sample, found, layers, tolerance, loss, None if labels is None else labels[chosen])
 
-    with_adversary = chosen_samples(len(chosen), _ADVERSARIAL_SAMPLES, rng)
+    with_adversary = chosen_samples(len(chosen), _ADVERSARIAL_SAMPLES if steps else 0, rng)
     streams = rng.spawn(len(chosen))  # one for each sample, so that it does not matter how they are put into batches
     parts = _parts(len(chosen), with_adversary, batch_size)
     progress = progress_bar(len(parts), verbose)
@@ -218,7 +219,8 @@ def attention_controls(
             losses[:, rows] = batch.losses()
         progress.add(1)
 
-    changes, distances = np.moveaxis(results, 1, 0)
+    controls = ["uniform", "permuted", "adversarial"][: 3 if steps else 2]
+    changes, distances = np.moveaxis(results[: len(controls)], 1, 0)
     variables: dict[str, Any] = {
         "change": (("control", "sample"), changes),
         "jsd": (("control", "sample"), distances),
@@ -233,7 +235,7 @@ def attention_controls(
     if loss is not None:
         variables |= _loss_tests(losses, changes[0], tolerance, clusters, level, rng)
         attributes |= {"loss": loss_name(loss), "loss_value": losses[0].mean().item()}
-    coordinates = {"control": ["uniform", "permuted", "adversarial"], "sample": chosen, "bound": ["lower", "upper"]}
+    coordinates = {"control": controls, "sample": chosen, "bound": ["lower", "upper"]}
     return with_rows_of(table, xr.Dataset(variables, coordinates, attributes))
 
 

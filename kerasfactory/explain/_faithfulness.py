@@ -14,7 +14,6 @@ from scipy import ndimage
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.data import (
-    chosen_samples,
     input_arrays,
     like_samples_of,
     named_inputs,
@@ -38,7 +37,7 @@ from kerasfactory.explain._engine.view import (
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
-_NULL_SAMPLES = 500
+_LOOKS = (50, 150, 500)  # samples that the null is made of: more only if those before leave it open
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
@@ -179,10 +178,12 @@ def faithfulness(
           left out. The coordinate `removed` is the number \(k\) of features: (fraction), or (sample, fraction) where
           samples differ.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
-        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
-          random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
-          predictions. A set of features that is drawn more than once is predicted once. `observed` in the attributes
-          is the AOPC comprehensiveness of the attribution in the same samples and rows.
+        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses 50 samples, drawn at random,
+          and one row of `background` for each, because it takes up to 2 × draws × fractions × samples predictions. If
+          the attribution does not lie outside of all draws, in both tests, it goes on to 150 samples, and then to 500.
+          Each such step adds 1 / (1 + draws) to the p-values, which keeps the error level. A set of features that is
+          drawn more than once is predicted once. `observed` in the attributes is the AOPC comprehensiveness of the
+          attribution in the same samples and rows.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -192,8 +193,8 @@ def faithfulness(
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
-        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples`, `observed`,
-        `observed_sufficiency`, `level` and `seed`.
+        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (50, 150 or 500,
+        or all), `observed`, `observed_sufficiency`, `level` and `seed`.
 
     Raises:
         ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features, or no sample
@@ -250,13 +251,13 @@ def faithfulness(
     both[..., ranked] = changes(sets, ranked, donor).reshape(2, len(counts), -1)
     progress.update(1)
 
-    chosen = ranked[chosen_samples(len(ranked), _NULL_SAMPLES, rng)]
+    chosen = rng.permutation(ranked)[: _LOOKS[-1]]
     null_of = (chosen, ranks[chosen], counts[:, chosen], in_view[chosen])
-    observed, null = _against_chance(changes, *null_of, donor[0], draws, rng, progress)
     # A draw that puts the same features first counts as equal, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
-    at_least = (1 + np.sum(null >= observed[:, np.newaxis] - rounding, axis=1)) / (1 + draws)
-    at_most = (1 + np.sum(null <= observed[:, np.newaxis] + rounding, axis=1)) / (1 + draws)
+    observed, null, null_samples, (at_least, at_most) = _against_chance(
+        changes, *null_of, donor[0], draws, rounding, rng, progress
+    )
     results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
     results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
     changed = both.take(ranked, axis=2)
@@ -271,7 +272,7 @@ def faithfulness(
     coordinates = {"sample": np.arange(samples), "fraction": shares, "removed": removed}
     attributes = {"removal": removal} | ({"mask_value": mask_value or 0} if removal == "mask" else {})
     attributes |= {"background": background_used, "background_rows": len(donor), **output_used, "draws": draws}
-    attributes |= {"null_samples": len(chosen), "observed": observed[0].item()}
+    attributes |= {"null_samples": null_samples, "observed": observed[0].item()}
     attributes |= {"observed_sufficiency": observed[1].item(), "level": level, "seed": seed}
     return with_rows_of(table, xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes))
 
@@ -406,26 +407,44 @@ def _against_chance(
     in_view: np.ndarray,
     donor: np.ndarray,
     draws: int,
+    rounding: float,
     rng: np.random.Generator,
     progress: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled."""
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled.
 
-    def aopcs(ranks):
-        """Of several rankings, (ranking, sample, feature): (kind, ranking)."""
-        removed = _removed_sets(ranks, counts, in_view).reshape(-1, *ranks.shape[1:])
-        # One row for each sample will do: its chance is the same in the observed and in the null.
-        found = changes(removed, chosen, donor[np.newaxis]).reshape(2, len(counts), *ranks.shape[:2])
-        return found.swapaxes(1, 2).reshape(2, len(ranks), -1).mean(axis=-1)  # summed in the same order for any number
+    Also the number of samples that it took, and the p-values of being as large and as small, (side, kind). Samples are
+    added in steps, up to the first after which no draw is like the ranks, or all are on one side of them. That may come
+    about by chance with a probability of 1 / (1 + draws) at each step, which is added to the p-values of later ones.
+    """
+    relabelings = int(rng.integers(2**32))  # the same at each step
+    looks = [0, *(size for size in _LOOKS if size < len(chosen)), min(len(chosen), _LOOKS[-1])]
+    sums = np.zeros((2, 1 + draws))
+    for start, stop in itertools.pairwise(looks):
+        part = slice(start, stop)
 
-    relabeled = relabeled_rankings(ranks, in_view, rng)
-    null = np.empty((2, draws))
-    at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
-    for start in range(0, draws, at_once):
-        stop = min(start + at_once, draws)
-        null[:, start:stop] = aopcs(np.stack(list(itertools.islice(relabeled, stop - start))))
-        progress.update(stop + 1)
-    return aopcs(ranks[np.newaxis])[:, 0], null
+        def summed(rankings, part=part):
+            """AOPCs of several rankings, (ranking, sample, feature), summed over some samples: (kind, ranking)."""
+            some = rankings[:, part]
+            removed = _removed_sets(some, counts[:, part], in_view[part]).reshape(-1, *some.shape[1:])
+            # One row for each sample will do: its chance is the same in the observed and in the null.
+            found = changes(removed, chosen[part], donor[np.newaxis]).reshape(2, len(counts), *some.shape[:2])
+            return found.swapaxes(1, 2).reshape(2, len(some), -1).sum(axis=-1) / len(counts)
+
+        sums[:, :1] += summed(ranks[np.newaxis])
+        relabeled = relabeled_rankings(ranks, in_view, np.random.default_rng(relabelings))
+        at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
+        for first in range(0, draws, at_once):
+            last = min(first + at_once, draws)
+            sums[:, 1 + first : 1 + last] += summed(np.stack(list(itertools.islice(relabeled, last - first))))
+            progress.update(1 + int((start * draws + (stop - start) * last) / looks[-1]))
+        observed, null = sums[:, 0] / stop, sums[:, 1:] / stop
+        larger, smaller = null >= observed[:, np.newaxis] - rounding, null <= observed[:, np.newaxis] + rounding
+        extreme = np.stack([larger, smaller]).sum(axis=-1)
+        if (extreme.min(axis=0) == 0).all():
+            break
+    progress.update(1 + draws)
+    return observed, null, stop, np.minimum((looks.index(stop) + extreme) / (1 + draws), 1)
 
 
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:

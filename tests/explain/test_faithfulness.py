@@ -266,8 +266,22 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
     assert one.sizes["sample"] == 600
     # The same row for all, so that the one row of the null is that of the result.
     mean = explain.faithfulness(linear(WEIGHTS), x, x, removal="mean", draws=5, fractions=[0.5], verbose=0)
-    assert mean.attrs["null_samples"] == 500
+    assert mean.attrs["null_samples"] in (50, 150, 500)
     assert mean.attrs["observed"] == pytest.approx(mean["aopc_comprehensiveness"].item(), rel=0.1)
+
+
+@pytest.mark.backend_independent
+def test_more_samples_are_taken_only_where_few_leave_it_open_which_costs_p_values_a_draw_each():
+    x = np.random.default_rng(0).normal(size=(600, 12)).astype("float32")
+    weights = np.r_[4.0, 3.0, 2.0, 1.0, np.zeros(8)]
+    for attribution in (np.abs(weights * x), np.random.default_rng(1).random(x.shape)):
+        result = explain.faithfulness(linear(weights), x, attribution, draws=199, verbose=0)
+        steps = [50, 150, 500].index(result.attrs["null_samples"])
+        at_least = int((result["null"] >= result.attrs["observed"]).sum())
+        assert result["p_value"] == pytest.approx((1 + steps + at_least) / 200)
+        at_most = int((result["null_sufficiency"] <= result.attrs["observed_sufficiency"]).sum())
+        assert result["p_value_sufficiency"] == pytest.approx((1 + steps + at_most) / 200)
+        assert (steps, at_least) == (0, 0) if attribution[0, 4] == 0 else steps == 2
 
 
 @pytest.mark.backend_independent

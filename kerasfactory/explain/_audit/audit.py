@@ -55,6 +55,7 @@ from kerasfactory.explain._engine.texts import Words, differ_by_sample
 from kerasfactory.explain._engine.view import ids_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
+_RUN = 100  # samples that are drawn together
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
 
 
@@ -77,6 +78,7 @@ def audit(
     background: Any = None,
     groups: Any = None,
     block: int | None = None,
+    max_samples: int = 20_000,
     tolerance: float = 0.02,
     level: float = 0.05,
     statement: dict[str, str] | None = None,
@@ -170,6 +172,9 @@ def audit(
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
+        max_samples: How many samples the claims are tested on, at most. Of more, some are drawn: whole groups or
+            blocks, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
+            attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
         level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5. A test draws as many times as there
@@ -243,6 +248,7 @@ def audit(
         "feature_mask": None if feature_mask is None else _as_lists(feature_mask),
         "special_tokens": None if special_tokens is None else list(special_tokens),
         "block": None if block is None else positive_integer("block", block),
+        "max_samples": positive_integer("max_samples", max_samples),
         "tolerance": float(tolerance),
         "level": float(level),
         "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
@@ -489,6 +495,7 @@ def _record(
     """What an audit says, as JSON; its claims are still to be judged together."""
     table, (x, y, background) = x, _checked(x, y, background)
     clusters = clusters_of(samples_in(x), groups, settings["block"])
+    tested = _tested(clusters, groups is None and settings["block"] is None, settings)
     settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
@@ -508,17 +515,18 @@ def _record(
     progress.add(1)
 
     count = sum(len(test(planned)[1]) for test in TESTS.values())
-    independent = int(clusters.max()) + 1
+    independent = len(np.unique(clusters[tested]))
     few = (
         ""
         if independent >= count
         else f"{independent} {_what_counts(groups, settings)} are fewer than the {count} claims."
     )
     subject = planned._replace(draws=_DRAWS if few else _draws_for(count, settings["level"]), untestable=few)
+    of_tests = subject.of(tested, clusters) if len(tested) < samples_in(x) else subject
     measured = {}
     for name, test in TESTS.items():
-        measured[name], tested = test(subject)
-        claims += tested
+        measured[name], found = test(of_tests)
+        claims += found
         progress.add(1)
     return {
         "schema": SCHEMA,
@@ -532,6 +540,7 @@ def _record(
             "labels": None if y is None else hashed(y),
             "background": None if background is None else hashed(background),
             "groups": None if groups is None else hashed(clusters),
+            "tested": len(tested),
         },
         "environment": _environment(),
         "capture": captured,
@@ -540,6 +549,16 @@ def _record(
         **measured,
         "claims": claims,
     }
+
+
+def _tested(clusters: np.ndarray, are_single: bool, settings: dict[str, Any]) -> np.ndarray:
+    """The numbers of the samples that claims are tested on: all, or those of some clusters, or runs."""
+    if len(clusters) <= settings["max_samples"]:
+        return np.arange(len(clusters))
+    together = np.arange(len(clusters)) // _RUN if are_single else clusters
+    drawn = generator(settings["seed"], "audit samples").permutation(int(together.max()) + 1)
+    sizes = np.bincount(together)[drawn].cumsum()
+    return np.flatnonzero(np.isin(together, drawn[: max(1, np.searchsorted(sizes, settings["max_samples"], "right"))]))
 
 
 def _draws_for(count: int, level: float) -> int:

@@ -104,6 +104,17 @@ class Subject(NamedTuple):
     def chosen(self, *names: str) -> dict[str, Any]:
         return {name: self.settings[name] for name in names}
 
+    def of(self, rows: np.ndarray, clusters: np.ndarray) -> "Subject":
+        """The same with some of the samples."""
+        are_grouped = self.groups is not None or self.settings["block"] is not None
+        return self._replace(
+            x=rows_of(self.x, rows),
+            y=None if self.y is None else self.y[rows],
+            attribution=self.attribution.isel(sample=rows),
+            groups=clusters[rows] if are_grouped else None,
+            settings=self.settings | {"block": None},
+        )
+
 
 def _claim(
     identifier: str,
@@ -182,7 +193,7 @@ def _attention(subject: Subject) -> Result:
     labels = None if no_loss else subject.y
     try:
         result = attention_controls(
-            subject.model, subject.x, labels, batch_size=subject.batch_size, verbose=0, **settings
+            subject.model, subject.x, labels, steps=0, batch_size=subject.batch_size, verbose=0, **settings
         )
     except NoSpreadError as error:
         return untested(str(error))
@@ -207,7 +218,7 @@ def _attention(subject: Subject) -> Result:
             claims.append(
                 _claim(f"attention-{name}", sentences[name], statistic, reason, verdict, *found, p_opposite=opposite)
             )
-    measured = {key: result.attrs[key] for key in ("change", "tolerance", "smallest_share", "draws", "steps")}
+    measured = {key: result.attrs[key] for key in ("change", "tolerance", "smallest_share", "draws")}
     measured |= {"samples": result.sizes["sample"], "controls": controls, "loss": None}
     if no_loss:
         claims.append(_claim("attention-loss", worse, statistics["loss"], no_loss))
@@ -288,7 +299,8 @@ def _ranking(subject: Subject) -> Result:
             "p_opposite": result[f"p_opposite{suffix}"].item(),
         }
         tests.append(found)
-        worse = round((1 - found["p_value"]) * (1 + subject.draws))
+        sign = 1 if name == "comprehensiveness" else -1
+        worse = int((sign * result[f"null{suffix}"].values < sign * found["observed"]).sum())
         reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
         numbers = (found["aopc"], found["p_value"], found["interval"])
         verdict = _against_chance(found, subject)

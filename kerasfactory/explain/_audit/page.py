@@ -193,6 +193,13 @@ def _assumptions(record: dict[str, Any]) -> str:
         )
     if copies := features.get("copies"):
         independent += f" {copies} samples are exact copies of others."
+    shape, tested = record["data"]["shape"], record["data"]["tested"]
+    samples = (next(iter(shape.values())) if isinstance(shape, dict) else shape)[0]
+    if tested < samples:
+        independent += (
+            f" The claims are tested on {tested:,} of the {samples:,}, drawn at random; how exact that is, the "
+            "intervals say. The attribution and the skill are those of all."
+        )
     assumed = [
         "The model was not trained on these samples. If it was, no verdict holds, and this file cannot show it.",
         independent,
@@ -261,11 +268,9 @@ def _tested(claim: dict[str, Any] | None) -> list[str]:
 def _controls(record: dict[str, Any]) -> str:
     title = "Does attention matter?"
     note = (
-        "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
-        "out at random (permuted), and weights as far from its own as can be found without changing the output "
-        "by more than a tolerance (adversarial). That other weights give the same output does not refute "
-        "attention; that none are found proves nothing. Whether the output changes is one question; whether the model "
-        "does worse is another, and needs labels."
+        "The model runs with other attention than its own: the same for all keys (uniform), and its own weights dealt "
+        "out at random (permuted). Whether the output changes is one question; whether the model does worse is "
+        "another, and needs labels."
     )
     controls, claims = record["controls"], _by_id(record)
     if controls is None:

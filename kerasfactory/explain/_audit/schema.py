@@ -105,6 +105,7 @@ SETTINGS = {
     "feature_mask": _Maybe(_Kind("integers, in lists as deep as a sample, for one input or each", _is_mask)),
     "special_tokens": _Maybe([_INDEX_OR_TEXT]),
     "block": _Maybe(_SIZE),
+    "max_samples": _SIZE,
     "tolerance": _above_0(_LARGEST),
     "level": _above_0(0.5),
     "batch_size": _Maybe(_SIZE),
@@ -185,6 +186,7 @@ RECORD = {
         "labels": _Maybe(_HASH),
         "background": _Maybe(_HASH),
         "groups": _Maybe(_HASH),
+        "tested": _SIZE,
     },
     "environment": dict.fromkeys(("kerasfactory", "python", "keras", "backend", "numpy", "scipy", "xarray"), _TEXT),
     "capture": {
@@ -216,7 +218,6 @@ RECORD = {
             "tolerance": _above_0(_LARGEST),
             "smallest_share": _SHARE,
             "draws": _COUNT,
-            "steps": _COUNT,
             "samples": _COUNT,
             "controls": [_CONTROL],
             "loss": _Maybe(_LOSS),
