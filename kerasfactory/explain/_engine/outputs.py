@@ -445,7 +445,7 @@ def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
 def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
     """Raises a `ValueError` if a loss of Keras does not take the labels (sample, label): it gives numbers for any."""
     function: Any = getattr(compiled_loss(loss, labels, outputs), "fn", None)
-    if not getattr(function, "__module__", "").startswith("keras"):
+    if not (getattr(function, "__module__", None) or "").startswith("keras"):
         return
     name, width, number_of_outputs = function.__name__, labels.shape[1], outputs.shape[1]
     is_sparse = "sparse" in name
