@@ -167,13 +167,12 @@ for number, hour in enumerate(horizons):
 six_ahead = keras.Model(inputs, model.output[:, 1:2])
 six_ahead.compile(loss="mse")
 runs = np.arange(past) // 6
-method = {"method": "integrated_gradients", "verbose": 0}
 for step, block in [(7, 7), (3, 16)]:
     x_some, y_some = x[later[::step]], y[later[::step], -1, 1:2]
-    sizes = np.abs(explain.attribute(six_ahead, x_some, **method).values)
-    sizes = sizes.reshape(-1, 8, 6).mean(axis=2)
+    weights = explain.attribute(six_ahead, x_some, verbose=0).values
+    weights = weights.reshape(-1, 8, 6).sum(axis=2)  # of each run
     options = {"feature_mask": runs, "block": block, "verbose": 0}
-    claims = explain.feature_claims(six_ahead, x_some, y_some, sizes, **options)
+    claims = explain.feature_claims(six_ahead, x_some, y_some, weights, **options)
     supported = (claims["verdict"] == "supported").sum().item()
     last = claims.isel(feature=-1)
     print(f"{len(x_some)} windows: {supported} of 8 runs supported")
