@@ -69,6 +69,8 @@ def test_a_text_to_shaded_words(texts):
 LOADED_MODEL_TO_AUDIT = """
 from kerasfactory import explain
 
+pytestmark = pytest.mark.backend_independent
+
 model = keras.models.load_model(path)
 features = {"patient": [0, 1, 2], "visit": [3, 4]}  # the numbers of the columns
 names = ["age", "dose", "pulse", "day", "place"]
