@@ -9,6 +9,8 @@ from keras import layers
 
 from kerasfactory.layers import FeatureTokenizer
 
+pytestmark = pytest.mark.backend_independent
+
 
 def run(program, most_lines, **variables):
     """Execute the program with these variables, and return what it leaves. It has at most so many lines of code."""
@@ -68,8 +70,6 @@ def test_a_text_to_shaded_words(texts):
 
 LOADED_MODEL_TO_AUDIT = """
 from kerasfactory import explain
-
-pytestmark = pytest.mark.backend_independent
 
 model = keras.models.load_model(path)
 features = {"patient": [0, 1, 2], "visit": [3, 4]}  # the numbers of the columns
