@@ -129,14 +129,27 @@ def test_the_words_that_decide_are_found_and_the_others_are_not(trained):
     np.testing.assert_allclose(tokens["mean"].sel(token="good"), np.mean(by_hand), rtol=1e-5)
     # Padding and the class token are no words; the ranking is one of words, wherever they stand.
     tested = explain.faithfulness(model, ids, attribution, fractions=[0.2], draws=39, verbose=0)
-    assert tested["p_value"] == 1 / 40
-    assert tested["p_value_sufficiency"] == 1 / 40
+    assert tested["p_value"] <= 2 / 40  # one of twelve words at random is the right one now and then
+    assert tested["p_value_sufficiency"] <= 2 / 40
     p_values = []
     for seed in range(3):
         noise = explain.attribute(model, ids, method="random", special_tokens=["[CLS]"], seed=seed, **NAMES)
         tested = explain.faithfulness(model, ids, noise, fractions=[0.2], draws=19, verbose=0)
         p_values.append(tested["p_value"].item())
     assert np.median(p_values) > 0.05
+
+
+@pytest.mark.backend_independent
+def test_weights_of_words_that_know_nothing_pass_no_more_often_than_chance_allows(trained):
+    model, ids, _ = trained
+    attribution = explain.attribute(model, ids, special_tokens=["[CLS]"], **NAMES)
+    p_values = []
+    for seed in range(10):
+        weights = np.random.default_rng(seed).random(ids.max() + 1)  # one for each word, in all texts
+        noise = attribution.copy(data=np.where(attribution["in_view"], weights[ids], 0))
+        tested = explain.faithfulness(model, ids, noise, fractions=[0.2], draws=39, verbose=0)
+        p_values.append([tested[name].item() for name in ("p_value", "p_value_sufficiency", "p_opposite")])
+    assert (np.mean(np.array(p_values) <= 0.05, axis=0) <= 0.2).all()  # against 0.3 to 0.5 if positions are relabeled
 
 
 def test_an_audit_of_texts_claims_nothing_about_positions(trained, tmp_path):

@@ -148,6 +148,20 @@ def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Ge
         yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
 
 
+def reworded_rankings(
+    ranks: np.ndarray, in_view: np.ndarray, words: np.ndarray, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Without end, rankings by word that know nothing: all words, (sample, key), get each other's mean rank."""
+    numbers = np.unique(words[in_view], return_inverse=True)[1]
+    shares = (ranks / np.maximum(in_view.sum(axis=1, keepdims=True), 1))[in_view]
+    mean = np.bincount(numbers, shares) / np.bincount(numbers)
+    place = np.zeros(words.shape, int)
+    place[in_view] = numbers
+    while True:
+        values = np.where(in_view, rng.permutation(mean)[place], np.inf)
+        yield np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
+
+
 def _completed(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Numbers that order all keys of each sample, (sample, key): those in view as `ranks` does.
 
