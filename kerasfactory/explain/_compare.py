@@ -68,6 +68,9 @@ def compare(
     The chance that any method which knows nothing has an adjusted p-value of at most `level` is at most `level`,
     however the methods depend on each other.
 
+    In texts, a feature is a position, which holds another word in each: there the overlap says little, and
+    `faithfulness` all the more.
+
     Agreement is no evidence that methods are right: readings of the same weights share their errors. Methods that
     disagree may both be faithful, where features stand in for each other.
 

@@ -244,7 +244,7 @@ def faithfulness(
     samples = len(importance)
     clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
-    rows, background_used = _background(x, features, removal, background, mask_value)
+    rows, background_used = _background(model, x, features, removal, background, mask_value)
     in_view, rows_in_view = _views(matched, model, x, rows, special_tokens, feature_mask, batch_size)
     ranked = _rankable(in_view)
     donors = _donors(rows, rows_in_view, in_view, features, removal, rng)
@@ -489,7 +489,9 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return values
 
 
-def _background(x: Any, features: Features, removal: Any, background: Any, mask_value: float | None) -> tuple[Any, str]:
+def _background(
+    model: Any, x: Any, features: Features, removal: Any, background: Any, mask_value: float | None
+) -> tuple[Any, str]:
     """The rows that removed features take their values from, and what to say of them."""
     if removal not in _REMOVALS:
         near = difflib.get_close_matches(str(removal), _REMOVALS, n=1)
@@ -500,7 +502,15 @@ def _background(x: Any, features: Features, removal: Any, background: Any, mask_
     if removal in ("mask", "blur") and background is not None:
         raise ValueError(f'`background` is not used with `removal="{removal}"`. Leave one of them out.')
     if removal == "mask":
-        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), mask_value or 0, array.dtype), x)
+        value = mask_value or 0
+        masked = zip(tree.flatten(x), tree.flatten(features.masks), strict=True)
+        if any((mask >= 0).any() and array.dtype.type(value) != value for array, mask in masked):
+            raise ValueError(
+                "`mask_value` must be a whole number for an `x` of integers, such as the id of a mask token. Received: "
+                f"mask_value={mask_value!r}"
+            )
+        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), value, array.dtype), x)
+        check_table(model, one)
         return one, "none"
     if mask_value is not None:
         raise ValueError(

@@ -345,3 +345,34 @@ def test_tokens_of_texts_of_different_length_compare_as_multiples_of_the_uniform
     assert multiples["mean"].values.tolist() == [1, 1, 1]
     assert multiples["count"].sel(token="a") == 4
     assert multiples["share"].sel(token="a") == 1
+
+
+@pytest.mark.backend_independent
+def test_ids_that_the_model_does_not_know_are_named(trained):
+    model, ids, labels = trained
+    other = ids.copy()
+    other[3, 1] = len(VOCABULARY)
+    attribution = explain.attribute(model, ids, verbose=0)
+    message = rf"ids from 0 to {len(VOCABULARY) - 1}. Received {len(VOCABULARY)} at \(3, 1\), and such ids in 1 of 40"
+    for call in (
+        lambda: explain.attribute(model, other, verbose=0),
+        lambda: explain.capture(model, other, verbose=0),
+        lambda: explain.faithfulness(model, other, attribution, verbose=0),
+        lambda: explain.faithfulness(model, ids, attribution, background=other, verbose=0),
+        lambda: explain.audit(model, other, labels, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"Received -1 at \(0, 0\)"):
+        explain.faithfulness(model, ids, attribution, removal="mask", mask_value=-1, verbose=0)
+    with pytest.raises(ValueError, match="must be a whole number for an `x` of integers"):
+        explain.faithfulness(model, ids, attribution, removal="mask", mask_value=1.5, verbose=0)
+
+
+@pytest.mark.backend_independent
+def test_special_words_need_not_occur(trained):
+    model, ids, _ = trained
+    full = ids[(ids != 0).all(axis=1)]
+    attribution = explain.attribute(model, full, special_tokens=["", "[CLS]", "[UNK]"], **NAMES)
+    np.testing.assert_array_equal(attribution["in_view"], full != 2)
+    explain.faithfulness(model, full, attribution, draws=2, verbose=0)

@@ -173,7 +173,7 @@ def audit(
             on each other. The file holds a hash of them.
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
         max_samples: How many samples the claims are tested on, at most. Of more, some are drawn: whole groups or
-            blocks, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
+            blocks that fit, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
             attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.

@@ -55,10 +55,26 @@ def check_table(model: Any, x: Any, background: Any = None) -> None:
     if not isinstance(model, keras.Model) or not hasattr(x, "__array__"):
         return
     for layer in all_layers(model):
+        if isinstance(layer, keras.layers.Embedding) and _is_first(model, layer):
+            _check_ids(layer, x)
         if isinstance(layer, FeatureTokenizer) and _is_first(model, layer):
             _check_order(x, layer.feature_names)
             if layer.cardinalities:
                 _check_categories(layer, x)
+
+
+def _check_ids(layer: Any, x: Any) -> None:
+    array = np.asarray(in_arrays(x)) if not keras.ops.is_tensor(x) else keras.ops.convert_to_numpy(x)
+    if array.dtype.kind not in "biuf":
+        return  # the layer itself says what is wrong
+    unknown = np.argwhere((array < 0) | (array >= layer.input_dim))
+    if len(unknown):
+        place = tuple(unknown[0].tolist())
+        raise ValueError(
+            f"The model knows the token ids from 0 to {layer.input_dim - 1}. Received {array[place]:g} at {place}, and "
+            f"such ids in {len(np.unique(unknown[:, 0]))} of {len(array)} samples. Is it the same vocabulary as in "
+            "training? What it does not know, `keras.layers.TextVectorization` gives the id 1."
+        )
 
 
 def _check_categories(layer: FeatureTokenizer, x: Any) -> None:

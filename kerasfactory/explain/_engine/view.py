@@ -214,8 +214,9 @@ def named_keys(special_tokens: Any, names: Any, keys: int) -> np.ndarray:
         return np.zeros((1, keys), bool)
     names = np.empty((1, 0), object) if names is None else np.atleast_2d(np.asarray(names, object))
     known = list(dict.fromkeys(map(str, names.flat)))
+    of_features = len(names) < 2  # a word need not occur in these texts
     for token in tokens:
-        if token not in known:
+        if token not in known and of_features:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
