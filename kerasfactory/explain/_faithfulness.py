@@ -41,6 +41,7 @@ from kerasfactory.explain._engine.view import (
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _LOOKS = (50, 150, 500)  # samples that the null is made of: more only if those before leave it open
+_DRAWS_FOR_STEPS = 199  # with fewer, all samples at once: each step costs one draw
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
@@ -186,12 +187,12 @@ def faithfulness(
           left out. The coordinate `removed` is the number \(k\) of features: (fraction), or (sample, fraction) where
           samples differ.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
-        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses 50 samples, drawn at random,
-          and one row of `background` for each, because it takes up to 2 × draws × fractions × samples predictions. If
-          the attribution does not lie outside of all draws, in both tests, it goes on to 150 samples, and then to 500.
-          Each such step adds 1 / (1 + draws) to the p-values, which keeps the error level. A set of features that is
-          drawn more than once is predicted once. `observed` in the attributes is the AOPC comprehensiveness of the
-          attribution in the same samples and rows.
+        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
+          random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
+          predictions. From 199 draws on, it starts with 50 samples. If the attribution does not lie outside of all
+          draws, in both tests, it goes on to 150, and then to 500. Each such step adds 1 / (1 + draws) to the p-values,
+          which keeps the error level. A set of features that is drawn more than once is predicted once. `observed` in
+          the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -453,7 +454,8 @@ def _against_chance(
     about by chance with a probability of 1 / (1 + draws) at each step, which is added to the p-values of later ones.
     """
     relabelings = int(rng.integers(2**32))  # the same at each step
-    looks = [0, *(size for size in _LOOKS if size < len(chosen)), min(len(chosen), _LOOKS[-1])]
+    steps = _LOOKS[:-1] if draws >= _DRAWS_FOR_STEPS else ()
+    looks = [0, *(size for size in steps if size < len(chosen)), len(chosen)]
     sums = np.zeros((2, 1 + draws))
     for start, stop in itertools.pairwise(looks):
         part = slice(start, stop)
