@@ -27,7 +27,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
-from kerasfactory.explain._engine.tables import check_categories
+from kerasfactory.explain._engine.tables import check_table
 from kerasfactory.explain._engine.tokens import as_float, integral, missed, token_scaler
 from kerasfactory.explain._engine.view import masks_of, reached, special_keys
 
@@ -224,7 +224,7 @@ def attribute(
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
     given = given_labels(x, feature_names)
-    check_categories(model, x)
+    check_table(model, x)
     checked_task(task)
     completeness: list[tuple[float, float]] = []  # of integrated gradients
     seen = _measured(model, given.x, method, task, target, layers, batch_size, verbose, completeness)

@@ -33,7 +33,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
-from kerasfactory.explain._engine.tables import check_categories
+from kerasfactory.explain._engine.tables import check_table
 
 
 def capture(
@@ -180,7 +180,7 @@ def capture(
         ```
     """
     given = given_labels(x, feature_names)
-    check_categories(model, x)
+    check_table(model, x)
     shapes: dict[str, tuple[int, ...]] = {}
     arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers)}
     arguments |= {"feature_names": given.names or given.columns}
@@ -264,7 +264,7 @@ def recomposition_error(
         #> True
         ```
     """
-    check_categories(model, x)
+    check_table(model, x)
     errors: dict[str, float] = {}
     largest: dict[str, float] = {}
     for batch in observe(model, x, layers, batch_size, verbose, _recomposed):

@@ -43,11 +43,13 @@ from kerasfactory.explain._engine.statistics import (
     neighbors_are_alike,
     sum_at_most_zero,
 )
+from kerasfactory.explain._engine.tables import check_aligned, check_table
 from kerasfactory.explain._engine.view import carried_view
 
 _RESAMPLES = 1999
 _MANY_CLUSTERS = 50  # that count as much as all: from there on a formula gives what their exchanges do
 _LOOKED_AT = 1000  # differences, for whether these take few values
+_ALIKE = 0.02  # of their standard deviation
 _SMALLEST = 1e-12  # p-value: smaller ones say no more
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
 _DEPENDENT = (
@@ -242,6 +244,8 @@ def feature_claims(
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
+    check_table(model, x, background)
+    check_aligned(x=x, attribution=attribution, y=y, groups=groups)
     given = input_arrays("x", x)
     table = table_of(given, features_of(given, feature_mask))
     x, rows = _checked_rows(table, given, background)
@@ -341,7 +345,7 @@ def _units(given: Any, table: Table, feature_mask: Any, attribution: Any, specia
     by_column = (width,) if is_table and feature_mask is not None else ()
     matched = match(attribution, given, (count, *by_column), special_tokens)
     shares, is_by_unit = matched.values.mean(axis=0), len(matched.kept) == count
-    names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(matched.keys)))[matched.kept]
+    names = np.asarray(getattr(matched.attribution, "coords", {}).get("feature", np.arange(matched.keys)))[matched.kept]
     in_view = carried_view(matched.attribution)
     in_view = np.ones(matched.values.shape, bool) if in_view is None else in_view[:, matched.kept]
     too_many = "" if is_table or width <= _MOST_ENTRIES else _MANY.format(width)
@@ -517,7 +521,7 @@ def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.
         variances = differences.var(axis=0)
         differences = differences[:, variances > 0]
         are_many = variances.sum() ** 2 >= _MANY_CLUSTERS * (variances**2).sum()
-        if are_many and len(np.unique(differences[differences != 0][:_LOOKED_AT])) > _MANY_CLUSTERS:
+        if differences.size and are_many and _are_various(differences[differences != 0][:_LOOKED_AT]):
             p_values[number] = max(sum_at_most_zero(differences), _SMALLEST)
         elif differences.size:  # a formula is no good for few terms, or few values: the exchanges themselves
             rounding, place = 1e-12 * np.abs(of_feature[0].sum()), np.arange(differences.shape[1])
@@ -525,6 +529,11 @@ def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.
             at_most_own = sum(differences[rows, place].sum() <= rounding for rows in drawn)
             p_values[number] = (1 + at_most_own) / (1 + resamples)
     return p_values
+
+
+def _are_various(values: np.ndarray) -> bool:
+    """Whether they are many, also if those are taken for one that differ by little of their spread."""
+    return len(np.unique(np.round(values / (_ALIKE * (values.std() or 1))))) > _MANY_CLUSTERS
 
 
 def _influences(losses: np.ndarray, donors: list[np.ndarray], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:

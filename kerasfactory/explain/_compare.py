@@ -14,7 +14,7 @@ from kerasfactory.explain._engine.data import input_arrays, progress_bar, sample
 from kerasfactory.explain._engine.features import features_of, match
 from kerasfactory.explain._engine.labels import given_labels, with_rows_of
 from kerasfactory.explain._engine.statistics import holm
-from kerasfactory.explain._engine.tables import in_arrays
+from kerasfactory.explain._engine.tables import check_aligned, in_arrays
 from kerasfactory.explain._faithfulness import faithfulness
 from kerasfactory.explain._sanity import seed_agreement
 
@@ -67,6 +67,9 @@ def compare(
 
     The chance that any method which knows nothing has an adjusted p-value of at most `level` is at most `level`,
     however the methods depend on each other.
+
+    In texts, a feature is a position, which holds another word in each: there the overlap says little, and
+    `faithfulness` all the more.
 
     Agreement is no evidence that methods are right: readings of the same weights share their errors. Methods that
     disagree may both be faithful, where features stand in for each other.
@@ -124,10 +127,10 @@ def compare(
 
         from kerasfactory import explain
 
-        weights = np.array([5, -4, 3, -2, 1, 0, 0, 0])
-        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+        weights = np.array([5, -4, 3, -2, 1, *[0] * 15])
+        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(1)])
         model.set_weights([weights[:, None], np.zeros(1)])
-        x = np.random.default_rng(0).normal(size=(200, 8))
+        x = np.random.default_rng(0).normal(size=(200, 20))
 
         effect = np.abs(weights * x)
         methods = {"effect": effect, "squared effect": lambda model, x: (weights * x) ** 2, "opposite": -effect}
@@ -151,6 +154,7 @@ def compare(
         return method(model, in_arrays(x)) if callable(method) else method
 
     given = {name: attributed(method) for name, method in named.items()}
+    check_aligned(x=x, **{f"methods[{name!r}]": array for name, array in given.items()}, groups=groups)
     attributions, special_tokens = _labeled(given, x, feature_mask, special_tokens, given_labels(x, feature_names))
     progress = progress_bar(len(named), verbose, "method")
     dependent = {"groups": groups, "block": block, "draws": draws, "level": level}

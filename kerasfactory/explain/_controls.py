@@ -39,7 +39,7 @@ from kerasfactory.explain._engine.outputs import (
     spread_of,
 )
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
-from kerasfactory.explain._engine.tables import check_categories, in_arrays
+from kerasfactory.explain._engine.tables import check_aligned, check_table, in_arrays
 
 _SAMPLES = 1024
 _ADVERSARIAL_SAMPLES = 256  # the adversary takes some 60 runs and gradients for each, the other controls one a draw
@@ -194,7 +194,8 @@ def attention_controls(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
-    check_categories(model, x)
+    check_table(model, x)
+    check_aligned(x=x, y=y, groups=groups)
     rng = generator(seed, "attention_controls")
     chosen, table = sampled(x, _SAMPLES, rng)
     sample = in_arrays(table)

@@ -1,8 +1,9 @@
 """Whether the features that an attribution puts first are those that a model uses: a test that it could fail."""
 
 import difflib
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.data import (
     input_arrays,
     like_samples_of,
@@ -25,12 +27,13 @@ from kerasfactory.explain._engine.features import Features, Matched, features_of
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
-from kerasfactory.explain._engine.tables import check_categories
+from kerasfactory.explain._engine.tables import check_aligned, check_table
 from kerasfactory.explain._engine.view import (
     background_view,
     carried_view,
     names_of,
     relabeled_rankings,
+    reworded_rankings,
     special_keys,
     view_of,
 )
@@ -38,6 +41,7 @@ from kerasfactory.explain._engine.view import (
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
 _LOOKS = (50, 150, 500)  # samples that the null is made of: more only if those before leave it open
+_DRAWS_FOR_STEPS = 199  # with fewer, all samples at once: each step costs one draw
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
@@ -93,8 +97,9 @@ def faithfulness(
 
     - For a classification with several outputs, it is that of the class that the model predicts for the sample, or of
       the one that `target` or `y` names.
-    - If there is one output, which may go up or down, the differences are taken as absolute values: noise does not
-      cancel, and only the comparison with the null distribution tells something.
+    - If one output is asked about that is no class of several, such as that of a regression, it may go up or down, and
+      the differences are taken as absolute values: noise does not cancel, and only the comparison with the null
+      distribution tells something.
     - For other models, `target` names one of several outputs. Without it, all count: the change is the mean over the
       outputs of the absolute differences, each divided by that output's standard deviation over the samples, and the
       mean over the rows of the background that are drawn. An output that does not vary counts as unchanged.
@@ -114,6 +119,10 @@ def faithfulness(
     Sufficiency is tested on the same relabelings. It should be small, so its p-value counts the draws at or below the
     observed one. The opposite p-values count the other side: a small one says that the attribution does worse than
     attributions that know nothing.
+
+    In texts, a ranking may know nothing and still put the same words first in all of them: a few words at random, which
+    may be those that decide. Where a model reads token ids, the test is therefore made twice, with positions relabeled,
+    and with words relabeled, which get each other's mean rank. The larger p-values count.
 
     Relabeling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
     samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
@@ -178,12 +187,12 @@ def faithfulness(
           left out. The coordinate `removed` is the number \(k\) of features: (fraction), or (sample, fraction) where
           samples differ.
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
-        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses 50 samples, drawn at random,
-          and one row of `background` for each, because it takes up to 2 × draws × fractions × samples predictions. If
-          the attribution does not lie outside of all draws, in both tests, it goes on to 150 samples, and then to 500.
-          Each such step adds 1 / (1 + draws) to the p-values, which keeps the error level. A set of features that is
-          drawn more than once is predicted once. `observed` in the attributes is the AOPC comprehensiveness of the
-          attribution in the same samples and rows.
+        - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
+          random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
+          predictions. From 199 draws on, it starts with 50 samples. If the attribution does not lie outside of all
+          draws, in both tests, it goes on to 150, and then to 500. Each such step adds 1 / (1 + draws) to the p-values,
+          which keeps the error level. A set of features that is drawn more than once is predicted once. `observed` in
+          the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -224,8 +233,9 @@ def faithfulness(
         #> True False
         ```
     """
+    check_table(model, x, background)
+    check_aligned(x=x, attribution=attribution, y=y, groups=groups)
     table, x = x, input_arrays("x", x)
-    check_categories(model, table)
     features = features_of(x, feature_mask)
     matched = match(attribution, x, (features.total,), special_tokens)
     importance = matched.values
@@ -235,7 +245,7 @@ def faithfulness(
     samples = len(importance)
     clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
-    rows, background_used = _background(x, features, removal, background, mask_value)
+    rows, background_used = _background(model, x, features, removal, background, mask_value)
     in_view, rows_in_view = _views(matched, model, x, rows, special_tokens, feature_mask, batch_size)
     ranked = _rankable(in_view)
     donors = _donors(rows, rows_in_view, in_view, features, removal, rng)
@@ -255,9 +265,9 @@ def faithfulness(
     null_of = (chosen, ranks[chosen], counts[:, chosen], in_view[chosen])
     # A draw that puts the same features first counts as equal, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
-    observed, null, null_samples, (at_least, at_most) = _against_chance(
-        changes, *null_of, donor[0], draws, rounding, rng, progress
-    )
+    nulls = _nulls(ranks[chosen], in_view[chosen], _words(model, x, features, chosen))
+    tests = [_against_chance(changes, *null_of, donor[0], draws, of, rounding, rng, progress) for of in nulls]
+    observed, null, null_samples, (at_least, at_most) = _least_favorable(tests)
     results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
     results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
     changed = both.take(ranked, axis=2)
@@ -336,7 +346,8 @@ def _change_function(
     """A function that says by how much outputs fall without features, the outputs with all of them, and attributes."""
     found = outputs_of(model, x, task=task, target=target, batch_size=batch_size)
     columns, target_used = _columns(found, y, target)
-    own, absolute = found.values, columns is None or found.values.shape[1] == 1
+    is_class = found.values.shape[1] > 1 and (y is not None or found.task == "classification")
+    own, absolute = found.values, not is_class
     if columns is None:
         spread = own.std(axis=0)
         scale = np.where(spread > _ROUNDING * np.abs(own).max(axis=0), spread, np.inf)
@@ -399,6 +410,30 @@ def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.n
     return first, copies
 
 
+def _words(model: keras.Model, x: Any, features: Features, chosen: np.ndarray) -> np.ndarray | None:
+    """What stands in each feature of some samples, (sample, feature): the id of a word, or a number of its own."""
+    words = np.tile(-1 - np.arange(features.total), (len(chosen), 1))
+    for mask, array in zip(tree.flatten(features.masks), tree.flatten(x), strict=True):
+        if reads_tokens(model, array):
+            places = np.flatnonzero(np.broadcast_to(mask, array.shape[1:]) >= 0)
+            words[:, mask[places]] = array[chosen][:, places]
+    return words if (words >= 0).any() else None
+
+
+def _nulls(ranks: np.ndarray, in_view: np.ndarray, words: np.ndarray | None) -> list[Callable]:
+    """The ways to know nothing: by place, and in texts also by word."""
+    by_place = functools.partial(relabeled_rankings, ranks, in_view)
+    return [by_place] if words is None else [by_place, functools.partial(reworded_rankings, ranks, in_view, words)]
+
+
+def _least_favorable(tests: list[tuple]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Of tests against several nulls: the largest p-values, and what was observed and drawn where that is."""
+    p_values = np.stack([test[3] for test in tests])  # (null, side, kind)
+    chosen = [int(p_values[:, kind, kind].argmax()) for kind in (0, 1)]  # comprehensiveness is large, sufficiency small
+    observed, null = (np.stack([tests[of][part][kind] for kind, of in enumerate(chosen)]) for part in (0, 1))
+    return observed, null, max(test[2] for test in tests), p_values.max(axis=0)
+
+
 def _against_chance(
     changes: Callable[..., np.ndarray],
     chosen: np.ndarray,
@@ -407,6 +442,7 @@ def _against_chance(
     in_view: np.ndarray,
     donor: np.ndarray,
     draws: int,
+    relabeled: Callable[[np.random.Generator], Iterator[np.ndarray]],
     rounding: float,
     rng: np.random.Generator,
     progress: Any,
@@ -418,7 +454,8 @@ def _against_chance(
     about by chance with a probability of 1 / (1 + draws) at each step, which is added to the p-values of later ones.
     """
     relabelings = int(rng.integers(2**32))  # the same at each step
-    looks = [0, *(size for size in _LOOKS if size < len(chosen)), min(len(chosen), _LOOKS[-1])]
+    steps = _LOOKS[:-1] if draws >= _DRAWS_FOR_STEPS else ()
+    looks = [0, *(size for size in steps if size < len(chosen)), len(chosen)]
     sums = np.zeros((2, 1 + draws))
     for start, stop in itertools.pairwise(looks):
         part = slice(start, stop)
@@ -432,11 +469,11 @@ def _against_chance(
             return found.swapaxes(1, 2).reshape(2, len(some), -1).sum(axis=-1) / len(counts)
 
         sums[:, :1] += summed(ranks[np.newaxis])
-        relabeled = relabeled_rankings(ranks, in_view, np.random.default_rng(relabelings))
+        rankings = relabeled(np.random.default_rng(relabelings))
         at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
         for first in range(0, draws, at_once):
             last = min(first + at_once, draws)
-            sums[:, 1 + first : 1 + last] += summed(np.stack(list(itertools.islice(relabeled, last - first))))
+            sums[:, 1 + first : 1 + last] += summed(np.stack(list(itertools.islice(rankings, last - first))))
             progress.update(1 + int((start * draws + (stop - start) * last) / looks[-1]))
         observed, null = sums[:, 0] / stop, sums[:, 1:] / stop
         larger, smaller = null >= observed[:, np.newaxis] - rounding, null <= observed[:, np.newaxis] + rounding
@@ -454,7 +491,9 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return values
 
 
-def _background(x: Any, features: Features, removal: Any, background: Any, mask_value: float | None) -> tuple[Any, str]:
+def _background(
+    model: Any, x: Any, features: Features, removal: Any, background: Any, mask_value: float | None
+) -> tuple[Any, str]:
     """The rows that removed features take their values from, and what to say of them."""
     if removal not in _REMOVALS:
         near = difflib.get_close_matches(str(removal), _REMOVALS, n=1)
@@ -465,7 +504,15 @@ def _background(x: Any, features: Features, removal: Any, background: Any, mask_
     if removal in ("mask", "blur") and background is not None:
         raise ValueError(f'`background` is not used with `removal="{removal}"`. Leave one of them out.')
     if removal == "mask":
-        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), mask_value or 0, array.dtype), x)
+        value = mask_value or 0
+        masked = zip(tree.flatten(x), tree.flatten(features.masks), strict=True)
+        if any((mask >= 0).any() and array.dtype.type(value) != value for array, mask in masked):
+            raise ValueError(
+                "`mask_value` must be a whole number for an `x` of integers, such as the id of a mask token. Received: "
+                f"mask_value={mask_value!r}"
+            )
+        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), value, array.dtype), x)
+        check_table(model, one)
         return one, "none"
     if mask_value is not None:
         raise ValueError(

@@ -16,7 +16,7 @@ from kerasfactory.explain._engine.data import batch_size_of, batches_of, progres
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
-from kerasfactory.explain._engine.tables import check_categories
+from kerasfactory.explain._engine.tables import check_aligned, check_table
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 
@@ -285,8 +285,9 @@ def head_importance(
         #> [ True  True]
         ```
     """
+    check_table(model, x)
+    check_aligned(x=x, y=y)
     y = _checked_targets(x, y)
-    check_categories(model, x)
     loss = resolve_loss(model, loss)
     batch_size = batch_size_of(x) if batch_size is None else batch_size  # of `y` too
     batches, expected = batches_of(x, batch_size)

@@ -29,7 +29,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
-from kerasfactory.explain._engine.tables import check_categories
+from kerasfactory.explain._engine.tables import check_table
 from kerasfactory.layers._attention import Mask
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
@@ -173,7 +173,7 @@ def summarize(
         ```
     """
     given = given_labels(x, feature_names)
-    check_categories(model, x)
+    check_table(model, x)
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
     shapes: dict[str, tuple[int, ...]] = {}

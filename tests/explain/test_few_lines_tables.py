@@ -14,6 +14,8 @@ from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
+pytestmark = pytest.mark.backend_independent
+
 
 # With the imports above that it uses, as a reader types it.
 def program(table, y, train):
@@ -75,7 +77,6 @@ def test_the_capture_is_exact(report):
     assert report.claims.loc["capture", "verdict"] == "supported"
 
 
-@pytest.mark.backend_independent
 def test_it_takes_25_lines():
     lines = [line.strip() for line in inspect.getsource(program).splitlines()[1:]]
     count = sum(bool(line) and not line.startswith("#") for line in lines)

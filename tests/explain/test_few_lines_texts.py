@@ -9,6 +9,8 @@ from keras import layers
 
 from kerasfactory.layers import FeatureTokenizer
 
+pytestmark = pytest.mark.backend_independent
+
 
 def run(program, most_lines, **variables):
     """Execute the program with these variables, and return what it leaves. It has at most so many lines of code."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kerasfactory.explain._engine.statistics import sum_at_most_zero
+from kerasfactory.explain._engine.statistics import clusters_of, sum_at_most_zero
 
 pytestmark = pytest.mark.backend_independent
 
@@ -34,3 +34,9 @@ def test_the_smallest_sum_and_the_middle_have_their_chances():
     assert sum_at_most_zero(-losses) == pytest.approx(1)
     symmetric = np.random.default_rng(0).normal(size=(1, 60)) * np.array([[1], [-1]])
     assert sum_at_most_zero(symmetric) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_groups_are_numbered_in_their_order_whatever_they_are_called():
+    expected = [0, 1, 0, 2, 1]
+    for labels in (["a", "b", "a", "c", "b"], ["z", "b", "z", "a", "b"], [9, 3, 9, 5, 3]):
+        assert clusters_of(5, labels, None).tolist() == expected

@@ -50,7 +50,7 @@ from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
-from kerasfactory.explain._engine.tables import in_arrays
+from kerasfactory.explain._engine.tables import check_aligned, check_table, in_arrays
 from kerasfactory.explain._engine.texts import Words, differ_by_sample
 from kerasfactory.explain._engine.view import ids_of
 
@@ -173,7 +173,7 @@ def audit(
             on each other. The file holds a hash of them.
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
         max_samples: How many samples the claims are tested on, at most. Of more, some are drawn: whole groups or
-            blocks, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
+            blocks that fit, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
             attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
@@ -346,6 +346,7 @@ def verify(
     """
     given = _given(calibration, statement)
     columns = given_labels(x, None).columns
+    check_aligned(x=x, y=y, groups=groups)
     x, y, background = _checked(x, y, background)
     record, findings = intact(files_of(path), Path(path))
     if not findings:
@@ -493,6 +494,8 @@ def _record(
     verbose: Any,
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
+    check_table(model, x, background)
+    check_aligned(x=x, y=y, groups=groups)
     table, (x, y, background) = x, _checked(x, y, background)
     clusters = clusters_of(samples_in(x), groups, settings["block"])
     tested = _tested(clusters, groups is None and settings["block"] is None, settings)
@@ -552,13 +555,22 @@ def _record(
 
 
 def _tested(clusters: np.ndarray, are_single: bool, settings: dict[str, Any]) -> np.ndarray:
-    """The numbers of the samples that claims are tested on: all, or those of some clusters, or runs."""
-    if len(clusters) <= settings["max_samples"]:
+    """The numbers of the samples that claims are tested on: all, or those of some clusters, or runs, that fit."""
+    most = settings["max_samples"]
+    if len(clusters) <= most:
         return np.arange(len(clusters))
-    together = np.arange(len(clusters)) // _RUN if are_single else clusters
-    drawn = generator(settings["seed"], "audit samples").permutation(int(together.max()) + 1)
-    sizes = np.bincount(together)[drawn].cumsum()
-    return np.flatnonzero(np.isin(together, drawn[: max(1, np.searchsorted(sizes, settings["max_samples"], "right"))]))
+    together = np.arange(len(clusters)) // min(_RUN, most) if are_single else clusters
+    sizes, kept, total = np.bincount(together), list[int](), 0
+    for drawn in generator(settings["seed"], "audit samples").permutation(len(sizes)):
+        if total + sizes[drawn] <= most:
+            kept.append(drawn)
+            total += sizes[drawn]
+    if not kept:
+        raise ValueError(
+            f"`max_samples` must be at least the size of the smallest group or block, {sizes.min()}, which stays "
+            f"together. Received: max_samples={most}"
+        )
+    return np.flatnonzero(np.isin(together, kept))
 
 
 def _draws_for(count: int, level: float) -> int:

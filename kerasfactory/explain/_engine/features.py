@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from keras import tree
 
@@ -48,15 +49,17 @@ def features_of(x: Any, feature_mask: Any) -> Features:
     inputs = named_inputs(x)
     given = _named_masks(inputs, feature_mask, isinstance(x, dict))
     masks = {name: _fitted(name, given[name], array.shape[1:]) for name, array in inputs.items()}
-    numbers = np.unique(np.concatenate([mask.reshape(-1) for mask in masks.values()]))
-    numbers = numbers[numbers >= 0]
+    given_numbers = np.unique(np.concatenate([mask.reshape(-1) for mask in masks.values()]))
+    numbers = given_numbers[given_numbers >= 0]
     gaps = np.flatnonzero(numbers != np.arange(len(numbers)))
-    if len(gaps) or not len(numbers):
+    if len(gaps) or not len(numbers) or given_numbers[0] < -1:
+        wrong = f"No entry has number {gaps[0] if len(gaps) else len(numbers)}"
         raise ValueError(
             "`feature_mask` must hold the numbers of the features, from 0 without a gap, over all inputs together, or "
-            f"-1 for what is never removed. No entry has number {gaps[0] if len(gaps) else 0}. "
-            "`numpy.unique(mask, return_inverse=True)[1]` numbers what is there. Received the numbers: "
-            f"{numbers[:10].tolist()}"
+            f"-1 for what is never removed. {wrong if given_numbers[0] >= -1 else f'One is {given_numbers[0]}'}. If "
+            "each of the numbers is a feature, and none stands for what is never removed, "
+            "`numpy.unique(mask, return_inverse=True)[1]` numbers them from 0. Received the numbers: "
+            f"{given_numbers[:10].tolist()}"
         )
     return Features(_packed(x, masks), len(numbers))
 
@@ -66,7 +69,7 @@ def _along_axis_1(x: Any) -> Features:
     if len(flat) > 1:
         inputs = named_inputs(x)
         first = next(iter(inputs))
-        examples = dict.fromkeys(inputs, "-1") | {first: f"numpy.arange({inputs[first].shape[-1]})"}
+        examples = dict.fromkeys(inputs, "-1") | {first: f"numpy.arange({inputs[first].shape[1]})"}
         shown = ", ".join(f"{name!r}: {mask}" if isinstance(x, dict) else mask for name, mask in examples.items())
         raise ValueError(
             f"`x` holds several inputs, {', '.join(map(repr, inputs))}: there is no telling which of them the features "
@@ -195,6 +198,9 @@ def match(attribution: Any, x: Any, counts: tuple[int, ...], special_tokens: Any
     samples = samples_in(x)
     if special_tokens is None:
         special_tokens = getattr(attribution, "attrs", {}).get("special_tokens")
+    if isinstance(attribution, pd.DataFrame):
+        names = {"feature": attribution.columns.astype(str)}
+        attribution = xr.DataArray(attribution.to_numpy(), names, ("sample", "feature"))
     if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
         attribution = attribution.transpose("sample", "feature")
     values = np.asarray(attribution)

@@ -82,7 +82,7 @@ def labels_of(
     model: Any, batch: Batch, name: str, shape: tuple[int, ...], given: Given, folded: bool
 ) -> dict[str, Any]:
     """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
-    possible = [given.names] if given.names else [given.columns, _tokenizer_names(model, batch, given.columns)]
+    possible = [given.names] if given.names else [given.columns, _tokenizer_names(model, batch)]
     call = batch.found[name]
     dims = ["sequence" if folded else "sample", *axis_names(call.layer, len(shape))]
     coordinates: dict[str, Any] = {"head": np.arange(shape[dims.index("head")])}
@@ -94,16 +94,10 @@ def labels_of(
     return {"coords": coordinates, "dims": dims, "attrs": attributes}
 
 
-def _tokenizer_names(model: Any, batch: Batch, columns: list[str] | None) -> list[str] | None:
-    """What the model's own tokenizer calls its features, which are the columns, or else called otherwise."""
+def _tokenizer_names(model: Any, batch: Batch) -> list[str] | None:
+    """What the model's own tokenizer calls its features."""
     tokenizers = [layer for layer in all_layers(model) if isinstance(layer, FeatureTokenizer)]
-    names = tokenizers[0].feature_names if len(tokenizers) == 1 and batch.inputs == 1 else None
-    if names is not None and columns is not None and names != columns and sorted(names) == sorted(columns):
-        raise ValueError(
-            "The columns of `x` have the names of the model's features, in another order: the model would take one for "
-            f"the other. Put them into this order: {names}. Received the columns: {columns}"
-        )
-    return names
+    return tokenizers[0].feature_names if len(tokenizers) == 1 and batch.inputs == 1 else None
 
 
 def attributes_of(call: Found) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def clusters_of(samples: int, groups: Any, block: int | None) -> np.ndarray:
             f"`groups` must hold one label for each of the {samples} samples of `x`, such as the patient it is from. "
             f"Received: groups of shape {labels.shape}"
         )
-    return np.unique(labels, return_inverse=True)[1]
+    _, first, number = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]  # in the order of their first samples, whatever the labels are
 
 
 def mean_interval(

@@ -1,10 +1,12 @@
 """Tables as numbers: what a DataFrame must hold, and which categories a model knows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
+import xarray as xr
 from keras import tree
 
 from kerasfactory.explain._engine.attention import all_layers
@@ -24,7 +26,7 @@ def in_arrays(x: Any) -> Any:
         return tree.map_structure(in_arrays, x)
     if not isinstance(x, pd.DataFrame):
         return x
-    others = [place for place, dtype in enumerate(x.dtypes) if not pd.api.types.is_numeric_dtype(dtype)]
+    others = [place for place, dtype in enumerate(x.dtypes) if not _is_real(dtype)]
     if others and x.shape[1] == 1 and pd.api.types.infer_dtype(x.iloc[:, 0], skipna=False) == "string":
         return x.to_numpy(object)
     if others:
@@ -38,18 +40,90 @@ def in_arrays(x: Any) -> Any:
     return array
 
 
-def check_categories(model: Any, x: Any) -> None:
-    """Raises an error if `x` holds a category that the `FeatureTokenizer` does not know which it is the input of."""
+def check_table(model: Any, x: Any, background: Any = None) -> None:
+    """Raises an error if a table has columns or categories other than the `FeatureTokenizer` that it goes into.
+
+    Those of `background` must also be the ones of `x`, in the same order.
+    """
+    if isinstance(x, pd.DataFrame) and isinstance(background, pd.DataFrame) and list(x.columns) != list(background):
+        raise ValueError(
+            f"`background` must have the columns of `x`, in the same order: `background[x.columns]`. Received: "
+            f"{list(background.columns)}, and in `x`: {list(x.columns)}"
+        )
+    if background is not None:
+        check_table(model, background)
     if not isinstance(model, keras.Model) or not hasattr(x, "__array__"):
         return
     for layer in all_layers(model):
-        if isinstance(layer, FeatureTokenizer) and layer.cardinalities and _is_first(model, layer):
-            array = np.asarray(in_arrays(x))
-            names: list[Any] = list(layer.feature_names or range(array.shape[-1]))
-            if array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "biuf":
-                return  # the layer itself says what is wrong
-            for column, count in layer.cardinalities.items():
-                _check_column(x, array[:, names.index(column)], column, count)
+        if isinstance(layer, keras.layers.Embedding) and _is_first(model, layer):
+            _check_ids(layer, x)
+        if isinstance(layer, FeatureTokenizer) and _is_first(model, layer):
+            _check_order(x, layer.feature_names)
+            if layer.cardinalities:
+                _check_categories(layer, x)
+
+
+def _check_ids(layer: Any, x: Any) -> None:
+    array = np.asarray(in_arrays(x)) if not keras.ops.is_tensor(x) else keras.ops.convert_to_numpy(x)
+    if array.dtype.kind not in "biuf":
+        return  # the layer itself says what is wrong
+    unknown = np.argwhere((array < 0) | (array >= layer.input_dim))
+    if len(unknown):
+        place = tuple(unknown[0].tolist())
+        raise ValueError(
+            f"The model knows the token ids from 0 to {layer.input_dim - 1}. Received {array[place]:g} at {place}, and "
+            f"such ids in {len(np.unique(unknown[:, 0]))} of {len(array)} samples. Is it the same vocabulary as in "
+            "training? What it does not know, `keras.layers.TextVectorization` gives the id 1."
+        )
+
+
+def _check_categories(layer: FeatureTokenizer, x: Any) -> None:
+    array = np.asarray(in_arrays(x))
+    names: list[Any] = list(layer.feature_names or range(array.shape[-1]))
+    if array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "biuf":
+        return  # the layer itself says what is wrong
+    for column, count in layer.cardinalities.items():
+        _check_column(x, array[:, names.index(column)], column, count)
+
+
+def _check_order(x: Any, names: Sequence[str] | None) -> None:
+    columns = [str(column) for column in x.columns] if isinstance(x, pd.DataFrame) else []
+    if names is not None and columns != list(names) and sorted(columns) == sorted(names):
+        raise ValueError(
+            "The columns of `x` have the names of the model's features, in another order: the model would take one for "
+            f"the other. Put them into this order: {list(names)}. Received the columns: {columns}"
+        )
+
+
+def check_aligned(**given: Any) -> None:
+    """Raises an error if what has labels, of samples or features, has them in another order than what comes before it.
+
+    Everything is matched by place.
+    """
+    known: dict[str, tuple[str, pd.Index]] = {}
+    for name, value in given.items():
+        for axis, labels in _labels(value).items():
+            first, expected = known.setdefault(axis, (name, labels))
+            same = len(labels) == len(expected) and not labels.equals(expected)
+            if same and sorted(map(str, labels)) == sorted(map(str, expected)):
+                place = int(np.flatnonzero(labels != expected)[0])
+                raise ValueError(
+                    f"`{name}` has the {axis} labels of `{first}` in another order, and both are matched by place: at "
+                    f"place {place} stands {labels[place]!r}, and there {expected[place]!r}. Put them into one order, "
+                    f"or, if they are in one, give `{name}` as an array without labels, such as `{name}.to_numpy()`."
+                )
+
+
+def _labels(value: Any) -> dict[str, pd.Index]:
+    """Of the samples and the features, as far as they have labels."""
+    if isinstance(value, pd.DataFrame):
+        return {"sample": value.index, "feature": value.columns.astype(str)}
+    if isinstance(value, pd.Series):
+        return {"sample": value.index}
+    if not isinstance(value, xr.DataArray):
+        return {}
+    indexes = {axis: value.indexes[axis] for axis in ("sample", "feature") if axis in value.indexes}
+    return {axis: index.astype(str) if axis == "feature" else index for axis, index in indexes.items()}
 
 
 def _check_column(x: Any, values: np.ndarray, column: Any, count: int) -> None:
@@ -75,6 +149,10 @@ def _is_first(model: Any, layer: Any) -> bool:
         return False
 
 
+def _is_real(dtype: Any) -> bool:
+    return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
+
+
 def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
     column = x.iloc[:, others[0]]
     given = np.flatnonzero(column.notna())
@@ -83,7 +161,7 @@ def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
     if column.dtype == object and not bad:
         raise ValueError(
             f"Column {x.columns[others[0]]!r} holds numbers as Python's objects. Make numbers of them: "
-            f"`x.infer_objects()`. Received: dtype {column.dtype}{more}"
+            f"`x.astype({{{x.columns[others[0]]!r}: float}})`. Received: dtype {column.dtype}{more}"
         )
     row = [*bad, 0][0]
     raise ValueError(

@@ -148,6 +148,20 @@ def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Ge
         yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
 
 
+def reworded_rankings(
+    ranks: np.ndarray, in_view: np.ndarray, words: np.ndarray, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Without end, rankings by word that know nothing: all words, (sample, key), get each other's mean rank."""
+    numbers = np.unique(words[in_view], return_inverse=True)[1]
+    shares = (ranks / np.maximum(in_view.sum(axis=1, keepdims=True), 1))[in_view]
+    mean = np.bincount(numbers, shares) / np.bincount(numbers)
+    place = np.zeros(words.shape, int)
+    place[in_view] = numbers
+    while True:
+        values = np.where(in_view, rng.permutation(mean)[place], np.inf)
+        yield np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
+
+
 def _completed(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Numbers that order all keys of each sample, (sample, key): those in view as `ranks` does.
 
@@ -200,8 +214,9 @@ def named_keys(special_tokens: Any, names: Any, keys: int) -> np.ndarray:
         return np.zeros((1, keys), bool)
     names = np.empty((1, 0), object) if names is None else np.atleast_2d(np.asarray(names, object))
     known = list(dict.fromkeys(map(str, names.flat)))
+    of_features = len(names) < 2  # a word need not occur in these texts
     for token in tokens:
-        if token not in known:
+        if token not in known and of_features:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
