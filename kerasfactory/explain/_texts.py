@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.view import carried_view
 
 _PREFIXES = {"##": "WordPiece", "▁": "SentencePiece", "Ġ": "GPT-2"}
@@ -144,6 +145,13 @@ def by_token(attribution: xr.DataArray) -> xr.Dataset:
             "`attribution` has no word in view. Look at its coordinates `in_view` and `feature_token`: is everything "
             "masked, or padding?"
         )
+    unknown = seen & np.isnan(values)
+    if unknown.any():
+        warn(
+            f"The attribution is NaN at {unknown.sum()} words, the first of them {words[unknown][0]!r}: these places "
+            "are in no mean. Look for NaN in the samples, and in the model's weights."
+        )
+        seen &= ~unknown
     tokens, numbers = np.unique(words[seen].astype(str), return_inverse=True)
     samples, count = len(values), np.bincount(numbers)
     mean = np.bincount(numbers, values[seen]) / count

@@ -1,5 +1,6 @@
 """A DataFrame means the same to every function: its numbers go in, its columns and its index come out."""
 
+import decimal
 import functools
 import warnings
 
@@ -215,7 +216,7 @@ def test_a_column_without_numbers_is_named_with_its_row_and_the_way_out_works(ki
 
 
 def test_further_columns_without_numbers_are_named():
-    assert "hold none either: 'pulse', 7. Encode" in refusal(TABLE.astype("str"))
+    assert "hold none either: 'pulse', 7. Encode" in refusal(TABLE.astype("str").map("at {}".format))
 
 
 MISSING = {
@@ -245,11 +246,21 @@ def test_a_missing_value_is_named_with_its_column_and_row_and_the_ways_out_work(
         VERBS["capture"](on_table(), table.to_numpy("float64", na_value=np.nan))
 
 
-def test_numbers_that_are_objects_are_named_and_become_numbers_as_said():
-    table = TABLE.assign(pulse=pd.Series([1.5, 2] * (SAMPLES // 2), dtype=object, index=TABLE.index))
-    with pytest.raises(ValueError, match=r"Column 'pulse' holds numbers as Python's objects.*`x.infer_objects\(\)`"):
+@pytest.mark.parametrize("numbers", [[1.5, 2], ["0.12", "3"], [decimal.Decimal("1.5"), 2], pd.Categorical([1, 2])])
+def test_numbers_of_other_types_are_named_and_become_numbers_as_said(numbers):
+    column = pd.Series(numbers, dtype=None if isinstance(numbers, pd.Categorical) else object)
+    table = TABLE.assign(pulse=column.take([0, 1] * (SAMPLES // 2)).set_axis(TABLE.index))
+    with pytest.raises(ValueError, match=r"Column 'pulse' holds numbers of the type.*`x.astype\(\{'pulse': float\}\)`"):
         VERBS["capture"](on_table(), table)
-    VERBS["capture"](on_table(), table.infer_objects())
+    VERBS["capture"](on_table(), table.astype({"pulse": float}))
+
+
+def test_an_array_of_objects_is_refused_and_becomes_one_of_numbers_as_said():
+    objects = TABLE.to_numpy(object)
+    for verb in ("capture", "attribute"):
+        with pytest.raises(ValueError, match=r"is an array of Python's objects, such as .*`x.astype\('float64'\)`"):
+            VERBS[verb](on_table(), objects)
+    VERBS["capture"](on_table(), objects.astype("float64"))
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "audit"])

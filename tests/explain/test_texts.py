@@ -158,6 +158,7 @@ def test_an_audit_of_texts_claims_nothing_about_positions(trained, tmp_path):
     report = explain.audit(model, ids, labels, feature_names=words_of(ids), **arguments)
     assert report.claims["feature"].isna().all()
     assert report.claims["p_value"].notna().sum() >= 6
+    assert "says nothing of words" in report.claims.loc["seeds", "reason"]
     assert report.record["settings"]["special_tokens"] == [2]
     assert report.features.index.tolist() == [str(position) for position in range(LENGTH)]
     written = report.path.read_text() + report.path.with_suffix(".json").read_text()
@@ -376,3 +377,12 @@ def test_special_words_need_not_occur(trained):
     attribution = explain.attribute(model, full, special_tokens=["", "[CLS]", "[UNK]"], **NAMES)
     np.testing.assert_array_equal(attribution["in_view"], full != 2)
     explain.faithfulness(model, full, attribution, draws=2, verbose=0)
+
+
+@pytest.mark.backend_independent
+def test_words_without_a_number_are_told_and_are_in_no_mean():
+    words = {"feature_token": (("sample", "feature"), [["good", "film"], ["good", "film"]])}
+    attribution = xr.DataArray([[np.nan, 0.25], [0.5, 0.75]], words, ("sample", "feature"))
+    with pytest.warns(UserWarning, match="NaN at 1 words, the first of them 'good'"):
+        tokens = explain.by_token(attribution)
+    assert tokens["mean"].sel(token=["good", "film"]).values.tolist() == [0.5, 0.5]

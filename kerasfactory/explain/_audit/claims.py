@@ -356,6 +356,8 @@ def _seeds(subject: Subject) -> Result:
     sentence = "Models trained alike from other seeds rank the same features first, more than by chance."
     statistic = "overlap of what is ranked first"
     given = "" if subject.models else "No models from other seeds were given, `models=[...]`."
+    if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
+        given = "A position of a text holds another word in each: which positions come first says nothing of words."
     if untestable := subject.untestable or _one_feature(subject) or given:
         return None, [_claim("seeds", sentence, statistic, untestable)]
     settings = subject.chosen(*_OF_ATTRIBUTE, "seed")

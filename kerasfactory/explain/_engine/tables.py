@@ -25,6 +25,7 @@ def in_arrays(x: Any) -> Any:
     if isinstance(x, dict | list | tuple) and any(isinstance(leaf, pd.DataFrame) for leaf in tree.flatten(x)):
         return tree.map_structure(in_arrays, x)
     if not isinstance(x, pd.DataFrame):
+        _refuse_objects(x)
         return x
     others = [place for place, dtype in enumerate(x.dtypes) if not _is_real(dtype)]
     if others and x.shape[1] == 1 and pd.api.types.infer_dtype(x.iloc[:, 0], skipna=False) == "string":
@@ -153,15 +154,30 @@ def _is_real(dtype: Any) -> bool:
     return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
 
 
+def _refuse_objects(x: Any) -> None:
+    for leaf in tree.flatten(x):
+        if getattr(getattr(leaf, "dtype", None), "kind", "") != "O":
+            continue
+        others = [value for value in np.asarray(leaf).flat if not isinstance(value, str | bytes)]
+        if others:
+            raise ValueError(
+                f"`x` is an array of Python's objects, such as {others[0]!r} of type {type(others[0]).__name__}. If "
+                "all are numbers, `x.astype('float64')` makes an array of numbers. If `x` was a table, give the "
+                "DataFrame: then the column that holds something else is named."
+            )
+
+
 def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
     column = x.iloc[:, others[0]]
     given = np.flatnonzero(column.notna())
     bad = [place for place in given if not pd.api.types.is_number(column.iloc[place])]
     more = f", and these columns hold none either: {_named(x, others[1:])}" if others[1:] else ""
-    if column.dtype == object and not bad:
+    numbers = pd.to_numeric(column.iloc[given].astype(object), errors="coerce")  # dates are none
+    if len(given) and numbers.notna().all() and _is_real(numbers.dtype):
         raise ValueError(
-            f"Column {x.columns[others[0]]!r} holds numbers as Python's objects. Make numbers of them: "
-            f"`x.astype({{{x.columns[others[0]]!r}: float}})`. Received: dtype {column.dtype}{more}"
+            f"Column {x.columns[others[0]]!r} holds numbers of the type {column.dtype}, such as "
+            f"{column.iloc[given[0]]!r}. Make numbers of them, as for the training of the model: "
+            f"`x.astype({{{x.columns[others[0]]!r}: float}})`{more}."
         )
     row = [*bad, 0][0]
     raise ValueError(
