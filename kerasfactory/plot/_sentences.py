@@ -37,7 +37,7 @@ forced-color-adjust:none;print-color-adjust:exact;-webkit-print-color-adjust:exa
 background:color-mix(in srgb,var(--plus) var(--share),var(--card))}
 .kerasfactory-text .minus{background:color-mix(in srgb,var(--minus) var(--share),var(--card));
 border-bottom:2px dotted var(--ink)}
-.kerasfactory-text small{font-size:.7em;margin:0 .25em;user-select:none;-webkit-user-select:none}
+.kerasfactory-text small{font-size:.7em;opacity:1;margin:0 .25em;user-select:none;-webkit-user-select:none}
 .kerasfactory-text:not(:has(:checked)) .word:not(.top) small{position:absolute;width:1px;height:1px;margin:0;
 overflow:hidden;clip-path:inset(50%)}
 .kerasfactory-text .scale{display:inline-block;width:8em;height:.8em;margin:0 .5em;border:1px solid var(--line);
