@@ -202,12 +202,12 @@ of_inputs = {
     "the columns": ({"table": np.arange(5), "text": -1}, slice(5)),
     "the words": ({"table": -1, "text": np.arange(LENGTH)}, slice(5, None)),
 }
-some = {name: array[1::4] for name, array in x.items()}
+some = {name: array[1::6] for name, array in x.items()}
 settings = {"draws": 149, "batch_size": 4096, "verbose": 0}
 for method, reading in readings.items():
     print(f"{method:22}removed  chance     p")
     for name, (mask, keys) in of_inputs.items():
-        ranked = reading[1::4, keys]
+        ranked = reading[1::6, keys]
         test = explain.faithfulness(model, some, ranked, feature_mask=mask, **settings)
         removed, chance = test.attrs["observed"], test["null"].mean().item()
         print(f"    {name:18}{removed:7.2f}{chance:8.2f}{test['p_value'].item():6.2f}")
@@ -224,7 +224,7 @@ for method, reading in readings.items():
 
 # %%
 settings = {"feature_mask": both, "batch_size": 512, "verbose": 0}
-report = explain.audit(model, some, y_test[1::4], **settings)
+report = explain.audit(model, some, y_test[1::6], **settings)
 of_model = report.claims[report.claims["feature"].isna()]
 print(of_model["verdict"].to_string(header=False))
 (reason,) = report.claims["reason"][report.claims["feature"].notna()].unique()

@@ -7,7 +7,7 @@
 # Some words of the subject decide, such as *masked*, *filter* and *classification*, and some words of templates:
 # *user* speaks for scikit-learn, and 52 of the 55 held-out sentences with it say "user guide". Integrated gradients
 # find these words. If the words that they put first are replaced, the output falls by 3.7, and with random rankings
-# by 1.2. Attention passes the same test, but with 2.1: it is nearly uniform.
+# by 1.1. Attention passes the same test, but with 2.0: it is nearly uniform.
 
 # %%
 import importlib
@@ -192,7 +192,7 @@ for word, template in templates.items():
 settings = {"draws": 99, "batch_size": 4096, "verbose": 0}
 print(f"{'':21}removed     p   rest removed     p")
 for method, reading in readings.items():
-    test = explain.faithfulness(model, x[::4], reading[::4], **settings)
+    test = explain.faithfulness(model, x[::8], reading[::8], **settings)
     removed, rest = test.attrs["observed"], test.attrs["observed_sufficiency"]
     p, p_rest = test["p_value"].item(), test["p_value_sufficiency"].item()
     print(f"{method:21}{removed:7.1f}{p:6.2f}{rest:15.1f}{p_rest:6.2f}")
