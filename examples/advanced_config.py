@@ -41,9 +41,14 @@ with warnings.catch_warnings():
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(64, activation="relu")(x)
     model = keras.Model(inputs, keras.layers.Dense(5, activation="softmax")(x))
-    scores = keras.Model(inputs, attention.attention_scores).predict(np.ones((32, 50)), verbose=0)
+    scores = keras.Model(inputs, attention.attention_scores).predict(
+        np.ones((32, 50)), verbose=0
+    )
 
-print("Query projection (width, heads, head size):", attention.mha.query_dense.kernel.shape)
+print(
+    "Query projection (width, heads, head size):",
+    attention.mha.query_dense.kernel.shape,
+)
 print(
     "Weights of the attention layer:",
     f"{attention.count_params():,}",
@@ -51,7 +56,9 @@ print(
     len(attention.weights),
     "arrays, no biases",
 )
-print("Scores (row, head, query, key):", scores.shape, "- all 1:", np.allclose(scores, 1))
+print(
+    "Scores (row, head, query, key):", scores.shape, "- all 1:", np.allclose(scores, 1)
+)
 
 # %% [markdown]
 # As in the other recipes, one token leaves the scores nothing to say.
@@ -103,7 +110,11 @@ labels = (2 * data[:, signals] + rng.gumbel(size=(2000, 5))).argmax(axis=1)
 inputs = keras.Input(shape=(50,))
 x = FeatureTokenizer(16)(inputs)
 attention = InterpretableMultiHeadAttention(
-    d_model=8, n_head=16, dropout_rate=0.2, kernel_initializer="he_normal", use_bias=False
+    d_model=8,
+    n_head=16,
+    dropout_rate=0.2,
+    kernel_initializer="he_normal",
+    use_bias=False,
 )
 x = attention(x)
 x = keras.layers.Dense(32, activation="relu")(x)
@@ -111,12 +122,19 @@ x = keras.layers.GlobalAveragePooling1D()(x)
 model = keras.Model(inputs, keras.layers.Dense(5, activation="softmax")(x))
 scores_model = keras.Model(inputs, attention.attention_scores)
 
-model.compile(keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.compile(
+    keras.optimizers.Adam(0.01),
+    loss="sparse_categorical_crossentropy",
+    metrics=["accuracy"],
+)
 model.fit(data[:1500], labels[:1500], batch_size=64, epochs=5, verbose=0)
 
 accuracy = model.evaluate(data[1500:], labels[1500:], verbose=0)[1]
 best = (data[1500:, signals].argmax(axis=1) == labels[1500:]).mean()
-print(f"Accuracy on 500 new rows: {accuracy:.2f} (knowing the rule: {best:.2f}, guessing: 0.20)")
+print(
+    f"Accuracy on 500 new rows: {accuracy:.2f} (knowing the rule: {best:.2f}, "
+    "guessing: 0.20)"
+)
 
 # %%
 scores = scores_model.predict(data[1500:], verbose=0)
@@ -126,12 +144,19 @@ print("Scores (row, head, query, key):", scores.shape)
 print("The five features that receive most attention:", sorted(ranking[:5].tolist()))
 print("The planted signals:                          ", signals)
 found = [len(set(np.argsort(-head)[:5]) & set(signals)) for head in received]
-print(f"Signals among a single head's first five: {min(found)} in the worst head, {max(found)} in the best")
+print(
+    f"Signals among a single head's first five: {min(found)} in the worst head, "
+    f"{max(found)} in the best"
+)
 
 # %% tags=["cover"] alt="Heat map with 16 heads as rows and 50 features as columns. The five planted signals stand out as dark columns in some heads."
 fig, ax = plt.subplots(figsize=(8, 4))
-image = ax.imshow(received, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-ax.set_xticks(signals, [f"signal {number}" for number in signals], rotation=45, ha="right")
+image = ax.imshow(
+    received, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest"
+)
+ax.set_xticks(
+    signals, [f"signal {number}" for number in signals], rotation=45, ha="right"
+)
 ax.set_yticks(range(16), range(16))
 ax.set_xlabel("feature (the five planted signals are named)")
 ax.set_ylabel("head")

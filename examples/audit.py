@@ -28,18 +28,21 @@ keras.utils.set_random_seed(0)
 
 # %%
 rng = np.random.default_rng(0)
-names = ["employee", "income", "turnover", "receipts", "age", "requests", "tenure", "region"]
+names = ["employee", "income", "turnover", "receipts"]
+names += ["age", "requests", "tenure", "region"]
 x = rng.normal(size=(4300, 8)).astype("float32")
 x[:, 0] = np.sign(x[:, 0])
 x[:, 3] = x[:, 2] + 0.02 * x[:, 3]
-y = (np.where(x[:, 0] > 0, x[:, 1], x[:, 2]) + 0.2 * rng.logistic(size=4300) > 0).astype("float32")
+y = (
+    np.where(x[:, 0] > 0, x[:, 1], x[:, 2]) + 0.2 * rng.logistic(size=4300) > 0
+).astype("float32")
 x_train, x_test, y_train, y_test = x[:4000], x[4000:], y[:4000], y[4000:]
 
 inputs = keras.Input((8,))
 tokens = FeatureTokenizer(8, feature_names=names)(inputs)
-attended = InterpretableMultiHeadAttention(d_model=8, n_head=1, dropout_rate=0.0, name="attention")(
-    tokens[:, :1], tokens
-)
+attended = InterpretableMultiHeadAttention(
+    8, n_head=1, dropout_rate=0.0, name="attention"
+)(tokens[:, :1], tokens)
 outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
 model = keras.Model(inputs, outputs, name="credit")
 model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy", metrics=["accuracy"])
@@ -55,7 +58,9 @@ print(f"Accuracy on 300 new applications: {accuracy:.1f}")
 
 # %%
 folder = Path(tempfile.mkdtemp())
-report = explain.audit(model, x_test, y_test, folder / "audit.html", batch_size=4096, verbose=0)
+report = explain.audit(
+    model, x_test, y_test, folder / "audit.html", batch_size=4096, verbose=0
+)
 print("Files:", ", ".join(sorted(file.name for file in folder.iterdir())))
 for claim in report.claims[report.claims["feature"].isna()].itertuples():
     print(f"{claim.verdict:13} {claim.claim}")
@@ -70,7 +75,10 @@ for claim in report.claims[report.claims["feature"].isna()].itertuples():
 
 # %%
 skill = report.record["skill"]
-print(f"Skill above 0.4: {skill['skill'] > 0.4}, and its interval above 0: {skill['skill_interval'][0] > 0}")
+print(
+    f"Skill above 0.4: {skill['skill'] > 0.4}, and its interval above 0: "
+    f"{skill['skill_interval'][0] > 0}"
+)
 
 # %% [markdown]
 # This is the page, as you would hand it over. Beside the verdicts it says what they assume, first of all that the model was
@@ -87,11 +95,18 @@ report
 # together as well.
 
 # %%
-truth = dict.fromkeys(names, "noise") | dict.fromkeys(names[:3], "decides") | {"receipts": "a copy"}
+truth = (
+    dict.fromkeys(names, "noise")
+    | dict.fromkeys(names[:3], "decides")
+    | {"receipts": "a copy"}
+)
 for name in names:
     found = report.features.loc[name]
     above = "above the mean" if found["attribution"] > 1 / 8 else "below the mean"
-    print(f"{name:9} planted: {truth[name]:8} attention: {above}   verdict: {found['verdict']}")
+    print(
+        f"{name:9} planted: {truth[name]:8} attention: {above}   verdict: "
+        f"{found['verdict']}"
+    )
 for name in report.features.index.difference(names):
     print(f"together, {name}: {report.features.loc[name, 'verdict']}")
 
@@ -100,7 +115,11 @@ for name in report.features.index.difference(names):
 
 # %% tags=["cover"] alt="The increase of the loss without each of eight features and one pair, with its interval and verdict. Turnover + receipts, supported, employee, needed but not claimed, and income, supported, lie far above zero. Turnover and receipts one by one and the four noise columns, all undetermined, lie at zero."
 attribution = explain.attribute(model, x_test, verbose=0)
-ax = plot.features(explain.feature_claims(model, x_test, y_test, attribution, batch_size=4096, verbose=0))
+ax = plot.features(
+    explain.feature_claims(
+        model, x_test, y_test, attribution, batch_size=4096, verbose=0
+    )
+)
 ax.set_xlabel("increase of the loss without the feature, with its interval")
 plt.show()
 

@@ -36,21 +36,32 @@ keras.utils.set_random_seed(0)
 x, y = load_wine(return_X_y=True)
 names = [name.replace("_", " ") for name in load_wine().feature_names]
 names[names.index("od280/od315 of diluted wines")] = "od280/od315"
-x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=78, random_state=0, stratify=y)
+x_train, x_test, y_train, y_test = train_test_split(
+    x, y, test_size=78, random_state=0, stratify=y
+)
 scaler = StandardScaler().fit(x_train)
-x_train, x_test = (scaler.transform(table).astype("float32") for table in (x_train, x_test))
+x_train, x_test = (
+    scaler.transform(table).astype("float32") for table in (x_train, x_test)
+)
 
 inputs = keras.Input((13,))
 tokens = FeatureTokenizer(16, feature_names=names)(inputs)
-attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, dropout=0.1, name="attention")(tokens, tokens)
-mean = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(tokens + attended))
+attended = keras.layers.MultiHeadAttention(
+    num_heads=2, key_dim=8, dropout=0.1, name="attention"
+)(tokens, tokens)
+mean = keras.layers.GlobalAveragePooling1D()(
+    keras.layers.LayerNormalization()(tokens + attended)
+)
 model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(mean))
 model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
 model.fit(x_train, y_train, batch_size=25, epochs=15, shuffle=False, verbose=0)
 predicted = model.predict(x_test, batch_size=78, verbose=0)
 scores = explain.capture(model, x_test, batch_size=78, verbose=0)["attention"]
 
-print(f"Trained on: {keras.config.backend()}, test accuracy: {np.mean(predicted.argmax(axis=1) == y_test):.2f}")
+print(
+    f"Trained on: {keras.config.backend()}, test accuracy: "
+    f"{np.mean(predicted.argmax(axis=1) == y_test):.2f}"
+)
 
 # %% [markdown]
 # ## Three backends
@@ -64,24 +75,29 @@ print(f"Trained on: {keras.config.backend()}, test accuracy: {np.mean(predicted.
 # %%
 program = """
 import random, sys
-sys.modules["tensorflow"] = None  # not needed here, and to clone a model Keras would load it
+# TensorFlow is not needed here. Keras would load it to clone a model.
+sys.modules["tensorflow"] = None
 import keras, numpy as np, xarray as xr
 from kerasfactory import explain
 
 backend = keras.config.backend()
 model = keras.models.load_model("wine.keras")
 data = np.load("data.npz")
-from_file = explain.capture(model, data["x_test"], batch_size=78, verbose=0)["attention"]
+x_test, once = data["x_test"], {"batch_size": 78, "verbose": 0}
+from_file = explain.capture(model, x_test, **once)["attention"]
 
-random.seed(0)  # where Keras takes its seeds from; keras.utils.set_random_seed would load TensorFlow, too
+# Keras takes its seeds from here. keras.utils.set_random_seed would load TensorFlow.
+random.seed(0)
 again = keras.models.clone_model(model)
 again.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
-again.fit(data["x_train"], data["y_train"], batch_size=25, epochs=15, shuffle=False, verbose=0)
-trained_here = explain.capture(again, data["x_test"], batch_size=78, verbose=0)["attention"]
+train = {"batch_size": 25, "epochs": 15, "shuffle": False, "verbose": 0}
+again.fit(data["x_train"], data["y_train"], **train)
+trained_here = explain.capture(again, x_test, **once)["attention"]
 
-predicted = ("sample", "grower"), model.predict(data["x_test"], batch_size=78, verbose=0)
-accuracy = np.mean(again.predict(data["x_test"], batch_size=78, verbose=0).argmax(1) == data["y_test"])
-result = {"from_file": from_file, "trained_here": trained_here, "predicted": predicted, "accuracy": accuracy}
+predicted = ("sample", "grower"), model.predict(x_test, **once)
+accuracy = np.mean(again.predict(x_test, **once).argmax(1) == data["y_test"])
+result = {"from_file": from_file, "trained_here": trained_here}
+result |= {"predicted": predicted, "accuracy": accuracy}
 xr.Dataset(result).to_netcdf(f"{backend}.nc")
 """
 
@@ -89,21 +105,37 @@ xr.Dataset(result).to_netcdf(f"{backend}.nc")
 quick = {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 with tempfile.TemporaryDirectory() as folder:
     model.save(Path(folder) / "wine.keras")
-    np.savez(Path(folder) / "data.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    np.savez(
+        Path(folder) / "data.npz",
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
+    )
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", program], cwd=folder, env=os.environ | quick | {"KERAS_BACKEND": backend}
+            [sys.executable, "-c", program],
+            cwd=folder,
+            env=os.environ | quick | {"KERAS_BACKEND": backend},
         )
         for backend in ("jax", "torch")
     ]
     assert all(child.wait() == 0 for child in children)
-    jax, torch = (xr.load_dataset(Path(folder) / f"{backend}.nc") for backend in ("jax", "torch"))
+    jax, torch = (
+        xr.load_dataset(Path(folder) / f"{backend}.nc") for backend in ("jax", "torch")
+    )
 
 # %%
 for there in (jax, torch):
     print(there.from_file.attrs["backend"], dict(there.from_file.sizes))
-    print(f"    scores agree to 1e-5:      {abs(there.from_file - scores).max().item() < 1e-5}")
-    print(f"    predictions agree to 1e-5: {abs(there.predicted - predicted).max().item() < 1e-5}")
+    print(
+        "    scores agree to 1e-5:      "
+        f"{abs(there.from_file - scores).max().item() < 1e-5}"
+    )
+    print(
+        "    predictions agree to 1e-5: "
+        f"{abs(there.predicted - predicted).max().item() < 1e-5}"
+    )
 
 # %% [markdown]
 # The file is the model. Whoever opens it gets these scores, on whichever backend.
@@ -123,7 +155,9 @@ def received(scores):
 trained = [received(scores), received(jax.trained_here), received(torch.trained_here)]
 apart = max(abs(there - trained[0]).max().item() for there in trained[1:])
 
-print(f"Largest difference in attention received: {apart:.2f}, where {1 / 13:.2f} is even")
+print(
+    f"Largest difference in attention received: {apart:.2f}, where {1 / 13:.2f} is even"
+)
 print("Most attended, trained on TensorFlow:", trained[0].idxmax().item())
 for there in (jax, torch):
     backend, accuracy = there.from_file.attrs["backend"], there.accuracy.item()
@@ -131,16 +165,35 @@ for there in (jax, torch):
     print(f"Most attended, trained on {backend}: {first}, test accuracy {accuracy:.2f}")
 
 # %% tags=["cover"] alt="Two dot plots of the attention that 13 measurements of wine receive. Left, one file on three backends: the three markers of each measurement lie on top of each other. Right, trained anew on each backend: they lie apart."
-fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained", sharey=True, sharex=True)
+fig, axes = plt.subplots(
+    1, 2, figsize=(9, 4.6), layout="constrained", sharey=True, sharex=True
+)
 order = trained[0].argsort().values
 columns = {
-    "one file, three backends": [received(scores), received(jax.from_file), received(torch.from_file)],
+    "one file, three backends": [
+        received(scores),
+        received(jax.from_file),
+        received(torch.from_file),
+    ],
     "one program and seed, trained on each": trained,
 }
-styles = [("TensorFlow", "o", "#0072b2", 110), ("JAX", "s", "#e69f00", 45), ("PyTorch", "x", "black", 30)]
+styles = [
+    ("TensorFlow", "o", "#0072b2", 110),
+    ("JAX", "s", "#e69f00", 45),
+    ("PyTorch", "x", "black", 30),
+]
 for ax, (title, of_backends) in zip(axes, columns.items(), strict=True):
-    for of_backend, (backend, marker, color, size) in zip(of_backends, styles, strict=True):
-        ax.scatter(of_backend[order], range(13), marker=marker, color=color, s=size, label=backend)
+    for of_backend, (backend, marker, color, size) in zip(
+        of_backends, styles, strict=True
+    ):
+        ax.scatter(
+            of_backend[order],
+            range(13),
+            marker=marker,
+            color=color,
+            s=size,
+            label=backend,
+        )
     ax.axvline(1 / 13, color="gray", linewidth=1, linestyle=":")
     ax.set_title(title)
     ax.set_yticks(range(13), np.array(names)[order])

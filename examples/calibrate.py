@@ -18,7 +18,8 @@ from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 data = load_breast_cancer()
-names = data.feature_names[:10].tolist()  # the means; the other 20 are their errors and their extremes
+# The means; the other 20 are their errors and their extremes.
+names = data.feature_names[:10].tolist()
 x = StandardScaler().fit_transform(data.data[:, :10])
 y = data.target
 
@@ -34,9 +35,13 @@ y = data.target
 def new_model():
     inputs = keras.Input(shape=(len(names),))
     tokens = FeatureTokenizer(16, feature_names=names)(inputs)
-    question = keras.layers.Embedding(1, 16)(keras.ops.zeros_like(inputs[:, :1], dtype="int32"))
+    question = keras.layers.Embedding(1, 16)(
+        keras.ops.zeros_like(inputs[:, :1], dtype="int32")
+    )
     attention = InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention")
-    hidden = keras.layers.Dense(16, activation="relu")(keras.layers.Flatten()(attention(question, tokens)))
+    hidden = keras.layers.Dense(16, activation="relu")(
+        keras.layers.Flatten()(attention(question, tokens))
+    )
     model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(hidden))
     model.compile(keras.optimizers.Adam(0.02), loss="binary_crossentropy")
     model.optimizer.build(model.trainable_variables)
@@ -49,7 +54,9 @@ fresh_optimizer = [variable.numpy() for variable in compiled.optimizer.variables
 
 def train(x, y):
     compiled.set_weights(new_model().get_weights())
-    for variable, value in zip(compiled.optimizer.variables, fresh_optimizer, strict=True):
+    for variable, value in zip(
+        compiled.optimizer.variables, fresh_optimizer, strict=True
+    ):
         variable.assign(value)
     compiled.fit(x, y, batch_size=64, epochs=10, verbose=0)
     twin.set_weights(compiled.get_weights())
@@ -70,11 +77,26 @@ def train(x, y):
 # %%
 calibration = explain.calibrate(train, x, y, n=3, batch_size=1024, verbose=0)
 count = calibration["count"].to_series()
-print("Wrong with permuted labels, in at most 1 of 3 models:", count["permuted: a feature supported"] <= 1)
-print("Wrong beside a planted feature, in at most 1 of 3:   ", count["planted: another supported"] <= 1)
-print("Found the planted feature, in at least 2 of 3:       ", count["planted: it is supported"] >= 2)
-print(f"Skill of the model with the true labels above 0.6: {calibration.attrs['own_skill'] > 0.6}")
-print("The planted feature gives the same skill:", calibration.attrs["strength"] == calibration.attrs["own_skill"])
+print(
+    "Wrong with permuted labels, in at most 1 of 3 models:",
+    count["permuted: a feature supported"] <= 1,
+)
+print(
+    "Wrong beside a planted feature, in at most 1 of 3:   ",
+    count["planted: another supported"] <= 1,
+)
+print(
+    "Found the planted feature, in at least 2 of 3:       ",
+    count["planted: it is supported"] >= 2,
+)
+print(
+    "Skill of the model with the true labels above 0.6: "
+    f"{calibration.attrs['own_skill'] > 0.6}"
+)
+print(
+    "The planted feature gives the same skill:",
+    calibration.attrs["strength"] == calibration.attrs["own_skill"],
+)
 
 # %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie at 0, and their intervals reach beyond 0.5. The share in which the planted feature is supported is 1, with an interval that begins below 0.5."
 share, interval = calibration["share"], calibration["interval"]
@@ -93,7 +115,10 @@ plt.show()
 
 # %%
 low, high = interval.sel(outcome="permuted: a feature needed, not claimed").values
-print(f"{count['permuted: a feature needed, not claimed']} of 3: from {low:.0%} to {high:.0%}")
+print(
+    f"{count['permuted: a feature needed, not claimed']} of 3: from {low:.0%} to "
+    f"{high:.0%}"
+)
 
 # %% [markdown]
 # ## How weak may a feature be?

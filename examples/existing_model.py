@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
+import xarray as xr
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from kerasfactory import explain
+from kerasfactory import explain, plot
 
 keras.utils.set_random_seed(0)
 
@@ -38,7 +38,9 @@ x_train, x_test, y_train, y_test = train_test_split(
 @keras.saving.register_keras_serializable()
 class Position(keras.layers.Layer):
     def build(self, shape):
-        self.embedding = self.add_weight(shape=shape[1:], initializer="uniform", name="embedding")
+        self.embedding = self.add_weight(
+            shape=shape[1:], initializer="uniform", name="embedding"
+        )
 
     def call(self, x):
         return x + self.embedding
@@ -48,7 +50,9 @@ class Position(keras.layers.Layer):
 class Block(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=16, name="attention")
+        self.attention = keras.layers.MultiHeadAttention(
+            num_heads=2, key_dim=16, name="attention"
+        )
         self.dense = keras.layers.Dense(32, activation="relu")
         self.norm = keras.layers.LayerNormalization()
 
@@ -64,11 +68,15 @@ class Block(keras.layers.Layer):
 
 inputs = keras.Input((16, 4))
 tokens = Position()(keras.layers.Dense(32)(inputs))
-encoder = keras.Model(inputs, Block(name="block_2")(Block(name="block_1")(tokens)), name="encoder")
+encoder = keras.Model(
+    inputs, Block(name="block_2")(Block(name="block_1")(tokens)), name="encoder"
+)
 mean = keras.layers.GlobalAveragePooling1D()(encoder(inputs))
 model = keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(mean))
 
-model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy", jit_compile=False)
+model.compile(
+    keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy", jit_compile=False
+)
 history = model.fit(x_train, y_train, batch_size=64, epochs=15, verbose=0)
 
 
@@ -91,7 +99,8 @@ print(f"Test accuracy above 0.9: {np.mean(predicted.argmax(axis=1) == y_test) > 
 # labeled array. Both layers here are called `attention`, so their paths tell them apart.
 
 # %%
-names = [f"{row}{column}" for row in "ABCD" for column in "1234"]  # A1 is the patch at the top left
+# A1 is the patch at the top left.
+names = [f"{row}{column}" for row in "ABCD" for column in "1234"]
 scores = explain.capture(model, x_test, feature_names=names, verbose=0)
 
 for layer, of_layer in scores.items():
@@ -104,8 +113,14 @@ for layer, of_layer in scores.items():
 second = scores["encoder/block_2/attention"]
 a_zero = second.isel(sample=int(np.flatnonzero(y_test == 0)[0]))
 print("Rows sum to 1:", np.allclose(second.sum("key"), 1, atol=1e-5))
-print("One digit, head 0, patch A1 looks most at:", a_zero.sel(head=0, query="A1").idxmax("key").item())
-print("Samples, heads and queries averaged:", dict(second.mean(["sample", "head", "query"]).sizes))
+print(
+    "One digit, head 0, patch A1 looks most at:",
+    a_zero.sel(head=0, query="A1").idxmax("key").item(),
+)
+print(
+    "Samples, heads and queries averaged:",
+    dict(second.mean(["sample", "head", "query"]).sizes),
+)
 
 # %% [markdown]
 # ## Are these the model's own scores?
@@ -116,7 +131,10 @@ print("Samples, heads and queries averaged:", dict(second.mean(["sample", "head"
 # %%
 errors = explain.recomposition_error(model, x_test, verbose=0)
 
-print("Predictions unchanged:", np.array_equal(model.predict(x_test, verbose=0), predicted))
+print(
+    "Predictions unchanged:",
+    np.array_equal(model.predict(x_test, verbose=0), predicted),
+)
 print("Weights unchanged:", all(map(np.array_equal, model.get_weights(), weights)))
 for layer, error in errors.items():
     print(f"{layer}: output recomposed to 1e-5: {error < 1e-5}")
@@ -130,7 +148,9 @@ for layer, error in errors.items():
 block = model.get_layer("encoder").get_layer("block_2")
 ways = {
     "block.attention.attention_scores": lambda: block.attention.attention_scores,
-    "keras.Model(model.inputs, block.attention.output)": lambda: keras.Model(model.inputs, block.attention.output),
+    "keras.Model(model.inputs, block.attention.output)": lambda: keras.Model(
+        model.inputs, block.attention.output
+    ),
 }
 for way, attempt in ways.items():
     try:
@@ -159,30 +179,37 @@ def received_by_digit(scores):
     return received.assign_coords(sample=y_test).groupby("sample").mean()
 
 
-received = {"trained": received_by_digit(scores), "untrained": received_by_digit(untrained_scores)}
+received = {
+    "trained": received_by_digit(scores),
+    "untrained": received_by_digit(untrained_scores),
+}
 ink = np.stack([x_test[y_test == digit].mean(axis=(0, 2)) for digit in range(10)])
 
 for who, attention in received.items():
-    correlation = np.mean([np.corrcoef(attention.sel(sample=digit), ink[digit])[0, 1] for digit in range(10)])
+    correlation = np.mean(
+        [
+            np.corrcoef(attention.sel(sample=digit), ink[digit])[0, 1]
+            for digit in range(10)
+        ]
+    )
     top_three = np.sort(attention)[:, -3:].sum(axis=1).mean()
-    print(f"{who}: the three most attended patches get {top_three:.1f} (even: {3 / 16:.1f})")
+    print(
+        f"{who}: the three most attended patches get {top_three:.1f} (even: "
+        f"{3 / 16:.1f})"
+    )
     print(f"    correlation of attention with ink: {correlation:.1f}")
 
-# %% tags=["cover"] alt="Three rows of ten small images. On top the mean image of each digit in 4 by 4 patches. Below it the attention each patch receives: in the trained model a few dark patches stand out, different ones for each digit; in the untrained model the pattern is pale and resembles the digit."
-fig, axes = plt.subplots(3, 10, figsize=(9, 3.1), layout="constrained")
-largest = max(attention.max().item() for attention in received.values())
-for digit in range(10):
-    axes[0, digit].set_title(digit)
-    axes[0, digit].imshow(images[labels == digit].mean(axis=0).reshape(8, 8), cmap="Grays")
-    for ax, attention in zip(axes[1:, digit], received.values(), strict=True):
-        image = ax.imshow(attention.sel(sample=digit).values.reshape(4, 4), cmap="Blues", vmin=0, vmax=largest)
-for ax, label in zip(axes[:, 0], ["mean image", *received], strict=True):
-    ax.set_ylabel(label)
-for ax in axes.flat:
-    ax.set_xticks([])
-    ax.set_yticks([])
-fig.colorbar(image, ax=axes[1:], label="attention received")
-plt.show()
+# %% tags=["cover"] alt="Twenty small pictures of mean digits with the attention of 4 by 4 patches laid over them in blue. In the ten of the trained model a few patches are dark blue, other ones for each digit. In the ten of the untrained model all patches are pale."
+mean_images = [images[labels == n].mean(axis=0).reshape(8, 8) for n in range(10)]
+both = xr.concat(received.values(), "sample").rename(key="feature")
+both = both.assign_coords(sample=[f"{who} {n}" for who in received for n in range(10)])
+figure = plot.image(
+    both,
+    -np.array(mean_images * 2),  # ink is dark
+    feature_mask=explain.patches(8, 8, 2),
+    samples=20,
+    columns=5,
+)
 
 # %% [markdown]
 # The trained model picks a few patches, and other ones for each digit. The untrained one spreads its attention, yet its map
@@ -196,8 +223,13 @@ plt.show()
 
 # %%
 pixels = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1)
-yardstick = LogisticRegression(max_iter=2000).fit(pixels[0], y_train).score(pixels[1], y_test)
-print(f"Logistic regression does at least as well: {yardstick >= np.mean(predicted.argmax(axis=1) == y_test)}")
+yardstick = (
+    LogisticRegression(max_iter=2000).fit(pixels[0], y_train).score(pixels[1], y_test)
+)
+print(
+    "Logistic regression does at least as well: "
+    f"{yardstick >= np.mean(predicted.argmax(axis=1) == y_test)}"
+)
 
 # %% [markdown]
 # - It is. Two small blocks, trained for seconds, do not beat it. Explain the better model, unless you are asked about this one.

@@ -19,7 +19,8 @@ rng = np.random.default_rng(0)
 
 readings = rng.normal(size=(4300, 8))
 marked = rng.integers(0, 8, size=4300)
-x = np.stack([readings, np.eye(8)[marked]], axis=-1).astype("float32")  # (sample, station, reading and mark)
+# (sample, station, reading and mark)
+x = np.stack([readings, np.eye(8)[marked]], axis=-1).astype("float32")
 y = readings[np.arange(4300), marked]
 x_test, y_test, marked_test = x[4000:], y[4000:], marked[4000:]
 
@@ -32,8 +33,12 @@ x_test, y_test, marked_test = x[4000:], y[4000:], marked[4000:]
 
 # %%
 def attend(inputs, tokens):
-    query = keras.layers.Dense(16)(keras.layers.GlobalAveragePooling1D(keepdims=True)(tokens))
-    attended = keras.layers.MultiHeadAttention(num_heads=1, key_dim=16, name="attention")(query, tokens)
+    query = keras.layers.Dense(16)(
+        keras.layers.GlobalAveragePooling1D(keepdims=True)(tokens)
+    )
+    attended = keras.layers.MultiHeadAttention(
+        num_heads=1, key_dim=16, name="attention"
+    )(query, tokens)
     return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
 
 
@@ -47,7 +52,9 @@ for name, model in models.items():
     model.compile(keras.optimizers.Adam(0.01), "mse")
     model.fit(x[:4000], y[:4000], batch_size=100, epochs=12, verbose=0)
     share = model.evaluate(x_test, y_test, verbose=0) / y_test.var()
-    print(f"{name}: explains more than 95% of the variance of new samples: {share < 0.05}")
+    print(
+        f"{name}: explains more than 95% of the variance of new samples: {share < 0.05}"
+    )
 
 # %% [markdown]
 # ## The maps
@@ -55,16 +62,21 @@ for name, model in models.items():
 # Both models are good. What does their attention look at? One row is one sample; the ring is the marked station.
 
 # %% alt="Two heat maps of attention, twelve samples by eight stations. Left, a token for each station: in each row the ringed cell is dark and all others are pale. Right, mixed before attention: all cells are nearly the same pale blue, and the rings are nowhere special."
-attention = {name: explain.attribute(model, x_test, verbose=0) for name, model in models.items()}
+attention = {
+    name: explain.attribute(model, x_test, verbose=0) for name, model in models.items()
+}
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
 for ax, (name, scores) in zip(axes, attention.items(), strict=True):
     image = ax.imshow(scores[:12], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    ax.scatter(marked_test[:12], range(12), s=90, facecolors="none", edgecolors="#d55e00")
+    ax.scatter(
+        marked_test[:12], range(12), s=90, facecolors="none", edgecolors="#d55e00"
+    )
     ax.set_title(name)
     ax.set_xlabel("station (looked at)")
     first = (scores.values.argmax(axis=1) == marked_test).mean()
     print(
-        f"{name}: the marked station is the one most looked at in {'all' if first > 0.95 else 'few' if first < 0.5 else 'many'} samples"
+        f"{name}: the marked station is the one most looked at in "
+        f"{'all' if first > 0.95 else 'few' if first < 0.5 else 'many'} samples"
     )
 axes[0].set_ylabel("sample")
 fig.colorbar(image, ax=axes, label="attention")
@@ -84,22 +96,31 @@ plt.show()
 # that it is above 2%. Does the model do worse? That is the increase of the loss, and it needs the labels.
 
 # %%
-controls = {name: explain.attention_controls(model, x_test, y_test, verbose=0) for name, model in models.items()}
+controls = {
+    name: explain.attention_controls(model, x_test, y_test, verbose=0)
+    for name, model in models.items()
+}
 for name, result in controls.items():
     print(name)
     for control in ("uniform", "permuted"):
         found = result.sel(control=control)
         changes = found["share"] > 0.5 and found["p_value"] < 0.05
         size = "more" if found["median_change"] > 0.3 else "less"
-        print(f"    {control}: most outputs change: {bool(changes)}; half of them by {size} than 0.3 of the spread")
+        print(
+            f"    {control}: most outputs change: {bool(changes)}; half of them by "
+            f"{size} than 0.3 of the spread"
+        )
     print(f"    uniform: the model does worse: {bool(result['p_value_loss'] < 0.05)}")
     far = (result["jsd"].sel(control="adversarial") > 0.3).mean().item()
     print(
-        f"    adversarial: other scores (JSD > 0.3), same output, for more than a quarter of the samples: {far > 0.25}"
+        "    adversarial: other scores (JSD > 0.3), same output, for more than a "
+        f"quarter of the samples: {far > 0.25}"
     )
 
 # %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Left, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Right, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True)
+fig, axes = plt.subplots(
+    1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True
+)
 for ax, (name, result) in zip(axes, controls.items(), strict=True):
     for control, marker, color in [
         ("uniform", "o", "#0072b2"),
@@ -107,7 +128,15 @@ for ax, (name, result) in zip(axes, controls.items(), strict=True):
         ("adversarial", "x", "#d55e00"),
     ]:
         chosen = result.sel(control=control)
-        ax.scatter(chosen["jsd"], chosen["change"], s=16, marker=marker, color=color, alpha=0.6, label=control)
+        ax.scatter(
+            chosen["jsd"],
+            chosen["change"],
+            s=16,
+            marker=marker,
+            color=color,
+            alpha=0.6,
+            label=control,
+        )
     ax.set_title(name)
     ax.set_xlabel("distance from the model's own scores (JSD)")
 axes[0].set_ylabel("change of output (spread = 1)")
@@ -130,20 +159,31 @@ plt.show()
 
 # %%
 results = {
-    name: explain.faithfulness(model, x_test, attention[name], draws=100, verbose=0) for name, model in models.items()
+    name: explain.faithfulness(model, x_test, attention[name], draws=100, verbose=0)
+    for name, model in models.items()
 }
 for name, result in results.items():
     beaten = (result["null"] < result.attrs["observed"]).mean().item()
-    verdict = "better than chance" if result["p_value"] < 0.05 else "no better than chance"
+    verdict = (
+        "better than chance" if result["p_value"] < 0.05 else "no better than chance"
+    )
     print(
-        f"{name}: {verdict} at the level of 0.05 (beats {'all' if beaten == 1 else 'not all'} of the 100 maps that know nothing)"
+        f"{name}: {verdict} at the level of 0.05 (beats "
+        f"{'all' if beaten == 1 else 'not all'} of the 100 maps that know nothing)"
     )
 
 # %% tags=["cover"] alt="Two histograms, one for each model: comprehensiveness of 100 maps that know nothing, and a vertical line for the model's own map. Left, a token for each station: the line is far to the right of the histogram. Right, mixed before attention: it is inside."
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True, sharey=True)
+fig, axes = plt.subplots(
+    1, 2, figsize=(8, 3.2), layout="constrained", sharex=True, sharey=True
+)
 for ax, (name, result) in zip(axes, results.items(), strict=True):
     ax.hist(result["null"], bins=15, color="#999999", label="maps that know nothing")
-    ax.axvline(result.attrs["observed"], color="#d55e00", linewidth=3, label="the model's attention")
+    ax.axvline(
+        result.attrs["observed"],
+        color="#d55e00",
+        linewidth=3,
+        label="the model's attention",
+    )
     ax.set_title(name)
     ax.set_xlabel("comprehensiveness (AOPC)")
 axes[0].set_ylabel("maps")
@@ -158,7 +198,10 @@ plt.show()
 truth = np.eye(8)[marked_test]
 for name, model in models.items():
     result = explain.faithfulness(model, x_test, truth, draws=100, verbose=0)
-    print(f"{name}: the planted truth is better than chance: {bool(result['p_value'] < 0.05)}")
+    print(
+        f"{name}: the planted truth is better than chance: "
+        f"{bool(result['p_value'] < 0.05)}"
+    )
 
 # %% [markdown]
 # It is. Both models use the marked station. Only the first one's attention says so.
@@ -170,7 +213,9 @@ for name, model in models.items():
 
 # %%
 for name, model in models.items():
-    result = explain.faithfulness(model, x_test, attention[name], removal="mean", draws=100, verbose=0)
+    result = explain.faithfulness(
+        model, x_test, attention[name], removal="mean", draws=100, verbose=0
+    )
     print(f"{name}: better than chance: {bool(result['p_value'] < 0.05)}")
 
 # %% [markdown]

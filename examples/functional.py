@@ -31,7 +31,8 @@ keras.utils.set_random_seed(0)
 
 # %%
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Keras warns that a softmax over one token is always 1; that is the point below
+    # Keras warns that a softmax over one token is always 1; that is the point below.
+    warnings.simplefilter("ignore")
     inputs = keras.Input(shape=(20,))
     x = keras.layers.Dense(64, activation="relu")(inputs)
     x = keras.layers.Reshape((1, 64))(x)
@@ -42,7 +43,9 @@ with warnings.catch_warnings():
     outputs = keras.layers.Dense(1, activation="sigmoid")(x)
     model = keras.Model(inputs, outputs)
 
-    scores = keras.Model(inputs, attention.attention_scores).predict(np.ones((32, 20)), verbose=0)
+    scores = keras.Model(inputs, attention.attention_scores).predict(
+        np.ones((32, 20)), verbose=0
+    )
 print("Scores (row, head, query, key):", scores.shape)
 print(f"Every score is 1: {np.allclose(scores, 1)}")
 
@@ -56,16 +59,23 @@ print(f"Every score is 1: {np.allclose(scores, 1)}")
 # need?* It is an `Embedding` of one entry. The answer is one row of ten scores for each patient.
 
 # %%
-names = ["age", "sex", "BMI", "blood pressure", "cholesterol", "LDL", "HDL", "chol/HDL", "triglycerides", "glucose"]
+names = ["age", "sex", "BMI", "blood pressure", "cholesterol"]
+names += ["LDL", "HDL", "chol/HDL", "triglycerides", "glucose"]
 data, target = load_diabetes(return_X_y=True)
 data = data / data.std(axis=0)
-x_train, x_test, y_train, y_test = train_test_split(data, target, test_size=0.3, random_state=0)
+x_train, x_test, y_train, y_test = train_test_split(
+    data, target, test_size=0.3, random_state=0
+)
 center, scale = y_train.mean(), y_train.std()
 
 inputs = keras.Input(shape=(len(names),), name="patient")
 tokens = FeatureTokenizer(16, feature_names=names)(inputs)
-question = keras.layers.Embedding(1, 16, name="question")(keras.ops.zeros_like(inputs[:, :1], dtype="int32"))
-summary = InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention")(question, tokens)
+question = keras.layers.Embedding(1, 16, name="question")(
+    keras.ops.zeros_like(inputs[:, :1], dtype="int32")
+)
+summary = InterpretableMultiHeadAttention(d_model=16, n_head=1, name="attention")(
+    question, tokens
+)
 hidden = keras.layers.Dense(32, activation="relu")(keras.layers.Flatten()(summary))
 model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
 
@@ -74,7 +84,10 @@ model.fit(x_train, (y_train - center) / scale, epochs=25, verbose=0)
 
 predicted = model.predict(x_test, batch_size=256, verbose=0)[:, 0] * scale + center
 ridge = Ridge().fit(x_train, y_train).score(x_test, y_test)
-print(f"R² on {len(x_test)} patients: {r2_score(y_test, predicted):.2f} (ridge regression: {ridge:.2f})")
+print(
+    f"R² on {len(x_test)} patients: {r2_score(y_test, predicted):.2f} (ridge "
+    f"regression: {ridge:.2f})"
+)
 
 # %% [markdown]
 # ## Save, load, read
@@ -92,17 +105,27 @@ scores_model = keras.Model(loaded.inputs, [loaded.output, attention.attention_sc
 reloaded, scores = scores_model.predict(x_test, batch_size=256, verbose=0)
 
 print("Scores (patient, head, query, key):", scores.shape)
-print("Same predictions as before saving:", np.allclose(reloaded[:, 0] * scale + center, predicted, atol=1e-3))
+print(
+    "Same predictions as before saving:",
+    np.allclose(reloaded[:, 0] * scale + center, predicted, atol=1e-3),
+)
 for column in np.argsort(-scores.mean(axis=(0, 1, 2)))[:3]:
     column_scores = scores[..., column]
-    print(f"{names[column]:>14}: {column_scores.mean():.2f} on average (even: 0.10), at most {column_scores.max():.1f}")
+    print(
+        f"{names[column]:>14}: {column_scores.mean():.2f} on average (even: 0.10), at "
+        f"most {column_scores.max():.1f}"
+    )
 
 # %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. The column of triglycerides is a little darker throughout; the column of age has a few dark cells. Most other cells are of similar shade."
 order = np.argsort(predicted)[:: len(predicted) // 39][:40]
 fig, ax = plt.subplots(figsize=(7, 5.6))
-image = ax.imshow(scores[order, 0, 0], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+image = ax.imshow(
+    scores[order, 0, 0], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest"
+)
 ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-ax.set_yticks([0, len(order) - 1], [f"{predicted[order[0]]:.0f}", f"{predicted[order[-1]]:.0f}"])
+ax.set_yticks(
+    [0, len(order) - 1], [f"{predicted[order[0]]:.0f}", f"{predicted[order[-1]]:.0f}"]
+)
 ax.set_ylabel("40 test patients by predicted progression")
 fig.colorbar(image, label="attention score")
 plt.show()

@@ -18,7 +18,8 @@ import numpy as np
 from kerasfactory import explain, plot
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # a progress bar that KerasHub brings along warns where it has no widgets
+    # A progress bar that KerasHub brings along warns where it has no widgets.
+    warnings.simplefilter("ignore")
     import keras_hub
 
 keras.utils.set_random_seed(0)
@@ -30,7 +31,14 @@ keras.utils.set_random_seed(0)
 # sentences differ in where the first noun stands.
 
 # %%
-VERBS = {"clock": "ticks", "lamp": "shines", "dog": "barks", "bird": "sings", "ship": "sails", "bell": "rings"}
+VERBS = {
+    "clock": "ticks",
+    "lamp": "shines",
+    "dog": "barks",
+    "bird": "sings",
+    "ship": "sails",
+    "bell": "rings",
+}
 words = ["<pad>", "<s>", "<mask>", "the", *VERBS, *VERBS.values()]
 words += ["near", "behind", "beside", "old", "small", "red", "today", "here", "now"]
 number_of = {word: number for number, word in enumerate(words)}
@@ -52,8 +60,11 @@ def sentence():
     return [number_of[word] for word in [*text, VERBS[chosen[0]]]]
 
 
-x_train, x_test = (np.array([sentence() for _ in range(number)]) for number in (4000, 500))
-noun_at = np.nonzero(np.isin(x_test, nouns))[1].reshape(-1, 3)  # (sentence, first to third noun)
+x_train, x_test = (
+    np.array([sentence() for _ in range(number)]) for number in (4000, 500)
+)
+# (sentence, first to third noun)
+noun_at = np.nonzero(np.isin(x_test, nouns))[1].reshape(-1, 3)
 for sample in range(2):
     print(" ".join(words[word] for word in x_test[sample]))
 print("Positions of the first noun:", np.unique(noun_at[:, 0]))
@@ -68,9 +79,15 @@ print("Positions of the first noun:", np.unique(noun_at[:, 0]))
 # %%
 size = {"vocabulary_size": len(words), "hidden_dim": 32, "intermediate_dim": 64}
 llama = keras_hub.models.LlamaBackbone(
-    **size, num_layers=2, num_query_heads=2, num_key_value_heads=1, tie_word_embeddings=True
+    **size,
+    num_layers=2,
+    num_query_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
 )
-bert = keras_hub.models.BertBackbone(**size, num_layers=1, num_heads=2, max_sequence_length=12, dropout=0.0)
+bert = keras_hub.models.BertBackbone(
+    **size, num_layers=1, num_heads=2, max_sequence_length=12, dropout=0.0
+)
 
 
 def choosing_at_the_end(backbone, output):
@@ -82,8 +99,14 @@ def for_llama(x):
 
 
 def for_bert(x):
-    masked = np.concatenate([x[:, :-1], np.full((len(x), 1), number_of["<mask>"])], axis=1)
-    return {"token_ids": masked, "padding_mask": np.ones_like(x), "segment_ids": np.zeros_like(x)}
+    masked = np.concatenate(
+        [x[:, :-1], np.full((len(x), 1), number_of["<mask>"])], axis=1
+    )
+    return {
+        "token_ids": masked,
+        "padding_mask": np.ones_like(x),
+        "segment_ids": np.zeros_like(x),
+    }
 
 
 models = {
@@ -102,7 +125,10 @@ def verbs(name, x):
 
 
 for name in models:
-    print(f"{name}: right verb in {np.mean(verbs(name, x_test) == x_test[:, -1]):.0%} of 500 new sentences")
+    print(
+        f"{name}: right verb in {np.mean(verbs(name, x_test) == x_test[:, -1]):.0%} of "
+        "500 new sentences"
+    )
 
 # %% [markdown]
 # ## One line for each
@@ -112,14 +138,18 @@ for name in models:
 
 # %%
 scores = {
-    name: explain.capture(model, inputs(x_test), batch_size=250, verbose=0) for name, (model, inputs) in models.items()
+    name: explain.capture(model, inputs(x_test), batch_size=250, verbose=0)
+    for name, (model, inputs) in models.items()
 }
 for layers in scores.values():
     for layer, of_layer in layers.items():
         print(f"{layer} ({of_layer.attrs['class']})", tuple(of_layer.sizes.values()))
 
 chosen = explain.capture(
-    models["Llama"][0], for_llama(x_test[:1]), layers="transformer_layer_1/self_attention", verbose=0
+    models["Llama"][0],
+    for_llama(x_test[:1]),
+    layers="transformer_layer_1/self_attention",
+    verbose=0,
 )
 print("Chosen by its path:", *chosen)
 
@@ -135,7 +165,9 @@ tokens = {"Llama": text[:-1], "BERT": [*text[:-1], "<mask>"]}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
 for ax, (name, layers) in zip(axes, scores.items(), strict=True):
     first_layer = next(iter(layers.values())).isel(sample=0)
-    plot.heatmap(first_layer.assign_coords(query=tokens[name], key=tokens[name]), ax=ax, vmax=1)
+    plot.heatmap(
+        first_layer.assign_coords(query=tokens[name], key=tokens[name]), ax=ax, vmax=1
+    )
     ax.set_title(f"{name}, first layer")
 plt.show()
 
@@ -151,7 +183,10 @@ for name, layers in scores.items():
         row = of_layer.isel(query=-1).mean("head").values  # (sentence, word)
         first, _, third = np.take_along_axis(row, noun_at, axis=1).mean(axis=0)
         after = np.take_along_axis(row, noun_at[:, :1] + 1, axis=1).mean()
-        print(f"{f'{name}, {number}':14}{first:6.1f}{after:6.1f}{third:6.1f}{row[:, 0].mean():5.1f}")
+        print(
+            f"{f'{name}, {number}':14}{first:6.1f}{after:6.1f}{third:6.1f}"
+            f"{row[:, 0].mean():5.1f}"
+        )
 
 # %% [markdown]
 # In both models the first layer reads the first noun and hardly anything else. What it found is then at the last
@@ -173,7 +208,9 @@ for name, layers in scores.items():
 
 # %%
 for name, (model, inputs) in models.items():
-    errors = explain.recomposition_error(model, inputs(x_test), batch_size=250, verbose=0)
+    errors = explain.recomposition_error(
+        model, inputs(x_test), batch_size=250, verbose=0
+    )
     print(f"{name}: recomposition error {max(errors.values()):.5f}")
 
 other_noun = np.array([rng.choice(np.setdiff1d(nouns, row)) for row in x_test])

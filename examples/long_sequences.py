@@ -26,7 +26,10 @@ keras.utils.set_random_seed(0)
 # %%
 def sequences(samples, length, seed):
     rng = np.random.default_rng(seed)
-    numbers, marked = rng.normal(size=(samples, length)), rng.integers(0, length - 1, samples)
+    numbers, marked = (
+        rng.normal(size=(samples, length)),
+        rng.integers(0, length - 1, samples),
+    )
     marks = np.zeros((samples, length))
     marks[np.arange(samples), marked] = 1
     asks = np.broadcast_to(np.arange(length) == length - 1, (samples, length))
@@ -36,14 +39,19 @@ def sequences(samples, length, seed):
 
 inputs = keras.Input((None, 3))
 tokens = keras.layers.Dense(16)(inputs)
-found = keras.layers.MultiHeadAttention(num_heads=1, key_dim=16, name="attention")(tokens, tokens)
+found = keras.layers.MultiHeadAttention(num_heads=1, key_dim=16, name="attention")(
+    tokens, tokens
+)
 model = keras.Model(inputs, keras.layers.Dense(1)(found[:, -1]))
 model.compile(keras.optimizers.Adam(0.01), "mse")
 
 x, y, _ = sequences(2000, 64, seed=1)
 model.fit(x, y, batch_size=50, epochs=5, verbose=0)
 x, y, _ = sequences(200, 64, seed=2)
-print(f"Explains more than 99% of the variance of new samples: {model.evaluate(x, y, verbose=0) < 0.01 * y.var()}")
+print(
+    "Explains more than 99% of the variance of new samples: "
+    f"{model.evaluate(x, y, verbose=0) < 0.01 * y.var()}"
+)
 
 # %% [markdown]
 # ## The matrix, without the matrix
@@ -57,11 +65,16 @@ lengths = [64, 512, 4096, 32_000]
 summaries, needles = {}, {}
 for length in lengths:
     x, y, marked = sequences(1, length, seed=length)
-    summaries[length] = explain.summarize(model, x, map_size=64, rows=[length - 1], verbose=0)["attention"]
+    summaries[length] = explain.summarize(
+        model, x, map_size=64, rows=[length - 1], verbose=0
+    )["attention"]
     needles[length] = int(marked[0])
 
 longest = summaries[32_000]
-print(f"The full matrix: {32_000**2 * 4 / 1e9:.1f} GB. The summary: {longest.nbytes / 1e6:.0f} MB")
+print(
+    f"The full matrix: {32_000**2 * 4 / 1e9:.1f} GB. The summary: "
+    f"{longest.nbytes / 1e6:.0f} MB"
+)
 print({name: dict(longest[name].sizes) for name in ("top_weight", "received", "map")})
 
 # %% [markdown]
@@ -76,15 +89,30 @@ for length in lengths:
     of_question = summaries[length].isel(sample=0, head=0, query=-1)
     first = of_question["top_key"].isel(rank=0).item()
     weights.append(of_question["row"].isel(row=0, key=needles[length]).item())
-    print(f"{length:6} tokens: the needle is the first of all keys: {first == needles[length]}")
-print("Its weight falls from length to length:", weights == sorted(weights, reverse=True))
-print(f"It is above 0.7 at 64 tokens: {weights[0] > 0.7}, and below 0.2 at 32,000: {weights[-1] < 0.2}")
+    print(
+        f"{length:6} tokens: the needle is the first of all keys: "
+        f"{first == needles[length]}"
+    )
+print(
+    "Its weight falls from length to length:", weights == sorted(weights, reverse=True)
+)
+print(
+    f"It is above 0.7 at 64 tokens: {weights[0] > 0.7}, and below 0.2 at 32,000: "
+    f"{weights[-1] < 0.2}"
+)
 
 # %% tags=["cover"] alt="Left, the weights that the last of 32,000 tokens gives to all keys, on a logarithmic scale: a flat band of all other keys, one ringed point, the needle, a hundred times and more above it, and a dot a little above the band at its right end. Right, the weight of the needle by length: it falls from near 1 at 64 tokens to near 0 at 32,000."
 row = longest["row"].isel(sample=0, head=0, row=0).values
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.semilogy(np.arange(32_000) / 1000, row, ".", markersize=2, color="#0072b2")
-left.scatter(needles[32_000] / 1000, row[needles[32_000]], s=90, facecolors="none", edgecolors="#d55e00", linewidths=2)
+left.scatter(
+    needles[32_000] / 1000,
+    row[needles[32_000]],
+    s=90,
+    facecolors="none",
+    edgecolors="#d55e00",
+    linewidths=2,
+)
 left.set_title("what the last of 32,000 tokens looks at")
 left.set_xlabel("key (thousands; ring: needle)")
 left.set_ylabel("weight")
@@ -111,7 +139,10 @@ ax = plot.heatmap(longest, vmax=0.1)
 ax.figure.set_size_inches(5.5, 4.2)
 plt.show()
 others = longest["map"].isel(sample=0, head=0, query_bin=slice(0, -1))
-print(f"No bin of keys gets more than a twentieth from the other queries: {bool(others.max() < 0.05)}")
+print(
+    "No bin of keys gets more than a twentieth from the other queries: "
+    f"{bool(others.max() < 0.05)}"
+)
 
 # %% [markdown]
 # ## Is it exact?
@@ -124,8 +155,14 @@ scores = explain.capture(model, x, verbose=0)["attention"]
 summary = summaries[512]
 entropy = -(scores * np.log(scores.where(scores > 0, 1))).sum("key")
 print("Entropy agrees:", np.allclose(summary["entropy"], entropy, atol=1e-4))
-print("Attention received agrees:", np.allclose(summary["received"], scores.mean("query"), atol=1e-6))
-print("The row agrees:", np.allclose(summary["row"].isel(row=0), scores.isel(query=-1), atol=1e-6))
+print(
+    "Attention received agrees:",
+    np.allclose(summary["received"], scores.mean("query"), atol=1e-6),
+)
+print(
+    "The row agrees:",
+    np.allclose(summary["row"].isel(row=0), scores.isel(query=-1), atol=1e-6),
+)
 
 # %% [markdown]
 # ## Where to be careful

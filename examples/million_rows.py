@@ -22,8 +22,13 @@ import os
 
 from dask.distributed import Client, LocalCluster
 
-# JAX starts quickly. Little work is best done by one thread, with code that is quickly compiled. Workers inherit this.
-os.environ |= {"KERAS_BACKEND": "jax", "OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# JAX starts quickly. Little work is best done by one thread, with code that is quickly
+# compiled. Workers inherit this.
+os.environ |= {
+    "KERAS_BACKEND": "jax",
+    "OMP_NUM_THREADS": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 
 quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
 cluster = LocalCluster(n_workers=2, threads_per_worker=1, **quiet)
@@ -35,7 +40,10 @@ def process():
     return os.getpid()
 
 
-starting = {address: client.submit(process, workers=[address], pure=False) for address in client.nthreads()}
+starting = {
+    address: client.submit(process, workers=[address], pure=False)
+    for address in client.nthreads()
+}
 
 # %%
 import json
@@ -54,7 +62,8 @@ import xarray as xr
 from kerasfactory import explain
 from kerasfactory.layers import FeatureTokenizer
 
-random.seed(0)  # where Keras takes its seeds from; keras.utils.set_random_seed would load TensorFlow, too
+# Keras takes its seeds from here. keras.utils.set_random_seed would load TensorFlow.
+random.seed(0)
 
 # %% [markdown]
 # ## A table and a model
@@ -65,7 +74,7 @@ random.seed(0)  # where Keras takes its seeds from; keras.utils.set_random_seed 
 
 # %%
 rows = 30_000
-names = ["temperature", "load", "vibration", *(f"sensor {number}" for number in range(1, 10))]
+names = ["temperature", "load", "vibration", *(f"sensor {n}" for n in range(1, 10))]
 rng = np.random.default_rng(0)
 table = rng.normal(size=(rows, len(names))).astype("float32")
 hot = 1 / (1 + np.exp(-8 * (table[:, 0] - 2)))
@@ -75,18 +84,27 @@ wear = ((1 - hot) * table[:, 1] + 2 * hot * table[:, 2]).astype("float32")
 def build_model():
     inputs = keras.Input((len(names),))
     tokens = FeatureTokenizer(16, feature_names=names)(inputs)
-    attended = keras.layers.MultiHeadAttention(num_heads=4, key_dim=8, name="attention")(tokens, tokens)
+    attended = keras.layers.MultiHeadAttention(
+        num_heads=4, key_dim=8, name="attention"
+    )(tokens, tokens)
     hidden = keras.layers.Dense(16, activation="relu")(attended[:, 0])
     return keras.Model(inputs, keras.layers.Dense(1)(hidden))
 
 
 model = build_model()
 model.compile(keras.optimizers.Adam(0.01), "mse")
-model.fit(table[:10_000], wear[:10_000], batch_size=100, epochs=2, shuffle=False, verbose=0)
+model.fit(
+    table[:10_000], wear[:10_000], batch_size=100, epochs=2, shuffle=False, verbose=0
+)
 
 unseen = slice(10_000, 20_000)
-error = np.mean((model.predict(table[unseen], batch_size=1000, verbose=0)[:, 0] - wear[unseen]) ** 2)
-print(f"Explained variance of unseen rows above 0.9: {1 - error / wear[unseen].var() > 0.9}")
+error = np.mean(
+    (model.predict(table[unseen], batch_size=1000, verbose=0)[:, 0] - wear[unseen]) ** 2
+)
+print(
+    "Explained variance of unseen rows above 0.9: "
+    f"{1 - error / wear[unseen].var() > 0.9}"
+)
 
 # %% [markdown]
 # ## How much is it?
@@ -114,7 +132,9 @@ def capture_block(folder, start, stop):
     model = build_model()
     model.load_weights(folder / "wear.weights.h5")
     x = np.load(folder / "table.npy", mmap_mode="r")[start:stop]
-    explain.capture(model, x, batch_size=50, verbose=0, store=folder / f"{start:07d}.zarr")
+    explain.capture(
+        model, x, batch_size=50, verbose=0, store=folder / f"{start:07d}.zarr"
+    )
     return stop - start
 
 
@@ -138,15 +158,22 @@ stored_batches = 0
 while not stored_batches and blocks[0].status == "pending":
     time.sleep(0.005)
     if record.exists():
-        stored_batches = json.loads(record.read_text()).get("kerasfactory", {}).get("batches", 0)
-(at_work,) = (address for address, keys in client.processing().items() if blocks[0].key in keys)
+        stored_batches = (
+            json.loads(record.read_text()).get("kerasfactory", {}).get("batches", 0)
+        )
+(at_work,) = (
+    address for address, keys in client.processing().items() if blocks[0].key in keys
+)
 os.kill(processes[at_work], signal.SIGKILL)
 
 captured = client.gather(blocks)
 seconds = time.perf_counter() - begun
 print(f"The killed worker left a part of its block: {0 < stored_batches < 200}")
 print(f"Blocks: {len(captured)}, rows: {sum(captured):,}")
-print(f"At this pace, a million rows take less than an hour: {seconds / rows * 1e6 < 3600}")
+print(
+    "At this pace, a million rows take less than an hour: "
+    f"{seconds / rows * 1e6 < 3600}"
+)
 
 # %% [markdown]
 # ## One array again
@@ -156,12 +183,19 @@ print(f"At this pace, a million rows take less than an hour: {seconds / rows * 1
 
 # %%
 scores = xr.open_mfdataset(
-    sorted(map(str, folder.glob("*.zarr"))), engine="zarr", group="attention", combine="nested", concat_dim="sample"
+    sorted(map(str, folder.glob("*.zarr"))),
+    engine="zarr",
+    group="attention",
+    combine="nested",
+    concat_dim="sample",
 )["scores"]
 from_temperature = scores.sel(query="temperature").mean("head").compute()
 
 print(dict(scores.sizes))
-print(f"On disk {scores.nbytes / 1e6:.0f} MB, in memory {from_temperature.nbytes / 1e6:.0f} MB")
+print(
+    f"On disk {scores.nbytes / 1e6:.0f} MB, in memory "
+    f"{from_temperature.nbytes / 1e6:.0f} MB"
+)
 
 # %% [markdown]
 # Is anything lost, doubled or damaged? This process captures some rows of the killed block again, in memory:
@@ -187,24 +221,41 @@ middles = (edges[1:] + edges[:-1]) / 2
 def by_temperature(sample):
     which = np.digitize(table[: len(sample), 0], edges) - 1
     means = [sample[which == number].mean("sample") for number in range(len(middles))]
-    return xr.concat(means, "temperature"), np.bincount(which[which >= 0], minlength=len(middles))[: len(middles)]
+    return xr.concat(means, "temperature"), np.bincount(
+        which[which >= 0], minlength=len(middles)
+    )[: len(middles)]
 
 
 everything, count = by_temperature(from_temperature)
 sampled, count_sampled = by_temperature(from_temperature[:1000])
 
 print(f"Hottest bin: {count[-1]} of all rows, {count_sampled[-1]} of the first 1000")
-print("There temperature looks most at:", everything[-1].drop_sel(key="temperature").idxmax("key").item())
-print(f"Load gets a fifth of the attention anywhere: {bool(everything.sel(key='load').max() > 0.2)}")
+print(
+    "There temperature looks most at:",
+    everything[-1].drop_sel(key="temperature").idxmax("key").item(),
+)
+print(
+    "Load gets a fifth of the attention anywhere: "
+    f"{bool(everything.sel(key='load').max() > 0.2)}"
+)
 for where, attention in {"coldest": everything[0], "hottest": everything[-1]}.items():
     more = attention.sel(key="vibration") > 2 * attention.sel(key="load")
-    print(f"In the {where} bin, vibration gets more than twice what load gets: {more.item()}")
+    print(
+        f"In the {where} bin, vibration gets more than twice what load gets: "
+        f"{more.item()}"
+    )
 
 # %% tags=["cover"] alt="Attention from the temperature token, against temperature. The line to vibration is lowest on the left and rises steeply on the right, above the line to load, which falls there; sensor 1 stays low. Dots of a sample of 1000 rows follow the lines in the middle, scatter at both ends, and are missing in the hottest bin, which lies in a shaded area where wear depends on vibration."
 fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
-for name, color in {"load": "#0072b2", "vibration": "#d55e00", "sensor 1": "gray"}.items():
+for name, color in {
+    "load": "#0072b2",
+    "vibration": "#d55e00",
+    "sensor 1": "gray",
+}.items():
     ax.plot(middles, everything.sel(key=name), color=color, label=name)
-    ax.scatter(middles, sampled.sel(key=name), color=color, s=np.where(count_sampled, 28, 0))
+    ax.scatter(
+        middles, sampled.sel(key=name), color=color, s=np.where(count_sampled, 28, 0)
+    )
 ax.axvspan(2, edges[-1], color="#d55e00", alpha=0.08, linewidth=0)
 ax.text(2.05, ax.get_ylim()[0] + 0.002, "wear depends on\nvibration here", va="bottom")
 ax.set_xlabel("temperature (standard deviations from its mean)")

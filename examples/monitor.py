@@ -26,8 +26,13 @@ keras.utils.set_random_seed(0)
 def sequences(samples, seed):
     numbers = np.random.default_rng(seed).normal(size=(samples, 12)).astype("float32")
     positions = np.broadcast_to(np.eye(12, dtype="float32"), (samples, 12, 12))
-    before, first = np.roll(numbers, 1, axis=1), np.broadcast_to(numbers[:, :1], (samples, 12))
-    return np.concatenate([numbers[..., None], positions], axis=-1), np.stack([before, first], axis=-1)
+    before, first = (
+        np.roll(numbers, 1, axis=1),
+        np.broadcast_to(numbers[:, :1], (samples, 12)),
+    )
+    return np.concatenate([numbers[..., None], positions], axis=-1), np.stack(
+        [before, first], axis=-1
+    )
 
 
 x_train, y_train = sequences(1000, seed=1)
@@ -35,7 +40,9 @@ x_test, y_test = sequences(200, seed=2)
 
 inputs = keras.Input((12, 13))
 tokens = keras.layers.Dense(32)(inputs)
-attended = keras.layers.MultiHeadAttention(num_heads=4, key_dim=16, name="attention")(tokens, tokens)
+attended = keras.layers.MultiHeadAttention(num_heads=4, key_dim=16, name="attention")(
+    tokens, tokens
+)
 model = keras.Model(inputs, keras.layers.Dense(2)(attended))
 model.compile(keras.optimizers.Adam(0.003), "mse")
 
@@ -48,7 +55,13 @@ model.compile(keras.optimizers.Adam(0.003), "mse")
 # %%
 monitor = explain.AttentionMonitor(x_test[:32])
 fit = model.fit(
-    x_train, y_train, batch_size=50, epochs=20, validation_data=(x_test, y_test), callbacks=[monitor], verbose=0
+    x_train,
+    y_train,
+    batch_size=50,
+    epochs=20,
+    validation_data=(x_test, y_test),
+    callbacks=[monitor],
+    verbose=0,
 )
 history = monitor.history["attention"]
 print(dict(history.sizes))
@@ -80,8 +93,13 @@ shares = {
 }
 for head in range(4):
     most = max(shares, key=lambda name: shares[name][head])
-    start, end = (history["entropy"].sel(head=head, epoch=epoch).item() for epoch in (0, 20))
-    print(f"Head {head}: entropy {start:.1f} → {end:.1f}, {shares[most][head]:.1f} of its weight on {most}")
+    start, end = (
+        history["entropy"].sel(head=head, epoch=epoch).item() for epoch in (0, 20)
+    )
+    print(
+        f"Head {head}: entropy {start:.1f} → {end:.1f}, {shares[most][head]:.1f} of "
+        f"its weight on {most}"
+    )
 
 # %% [markdown]
 # ## The loss is done before the heads are
@@ -92,12 +110,23 @@ for head in range(4):
 
 # %% alt="Two charts over 20 epochs. Left, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Right, the distance of each head to the one most like it: that of head 3 goes on rising until the end, those of the others are flat or fall a little after epoch 8, and heads 0 and 1 share one line."
 loss = np.array(fit.history["val_loss"]) / y_test.var()
-others = history["redundancy"].where(history["head"] != history["head_other"]).min("head_other")
-fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained", sharex=True)
+others = (
+    history["redundancy"]
+    .where(history["head"] != history["head_other"])
+    .min("head_other")
+)
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(8, 2.8), layout="constrained", sharex=True
+)
 left.plot(range(1, 21), loss, color="black")
 left.set_title("loss on new samples, share of the variance")
 for head, drawn in enumerate(figure.axes[0].lines):  # each head as above
-    style = {"color": drawn.get_color(), "marker": drawn.get_marker(), "markevery": 2, "markersize": 4}
+    style = {
+        "color": drawn.get_color(),
+        "marker": drawn.get_marker(),
+        "markevery": 2,
+        "markersize": 4,
+    }
     right.plot(history["epoch"], others.sel(head=head), label=f"head {head}", **style)
 right.set_title("distance to the most similar head")
 right.legend(ncols=2)
@@ -108,11 +137,14 @@ plt.show()
 
 solved = int(np.argmax(loss < 0.02)) + 1
 settled = history["entropy"].sel(head=[2, 3]).mean("head")
-late = (settled.sel(epoch=solved) - settled.sel(epoch=20)) / (settled.sel(epoch=0) - settled.sel(epoch=20))
+late = (settled.sel(epoch=solved) - settled.sel(epoch=20)) / (
+    settled.sel(epoch=0) - settled.sel(epoch=20)
+)
 falls = (settled.sel(epoch=slice(solved, 20)).diff("epoch") < 0).all().item()
 print(f"Less than 2% of the variance is left before epoch 10: {solved < 10}")
 print(
-    f"Entropy of heads 2 and 3 falls in every epoch after that: {falls}; a fifth of its fall or more: {late.item() > 0.2}"
+    f"Entropy of heads 2 and 3 falls in every epoch after that: {falls}; a fifth of "
+    f"its fall or more: {late.item() > 0.2}"
 )
 
 # %% [markdown]

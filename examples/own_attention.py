@@ -39,19 +39,26 @@ class WrittenAttention(layers.Layer):
 
 
 def of_keras(attention):
-    return lambda x: attention([layers.Dense(16)(x), layers.Dense(16)(x), layers.Dense(16)(x)])  # query, value, key
+    # Query, value, key.
+    return lambda x: attention(
+        [layers.Dense(16)(x), layers.Dense(16)(x), layers.Dense(16)(x)]
+    )
 
 
 def model_with(attend):
     events = keras.Input((8, 2))
     attended = attend(layers.Dense(16, activation="relu")(events))
-    return keras.Model(events, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended)))
+    return keras.Model(
+        events, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended))
+    )
 
 
 models = {
     "by hand": model_with(WrittenAttention(16, name="written")),
     "Attention": model_with(of_keras(layers.Attention(name="product"))),
-    "AdditiveAttention": model_with(of_keras(layers.AdditiveAttention(name="additive"))),
+    "AdditiveAttention": model_with(
+        of_keras(layers.AdditiveAttention(name="additive"))
+    ),
 }
 
 # %% [markdown]
@@ -64,7 +71,8 @@ rng = np.random.default_rng(0)
 def cases(number):
     urgency, amount = rng.random((number, 8)), rng.normal(size=(number, 8))
     most_urgent = urgency.argmax(axis=1)
-    x = np.stack([urgency, amount], axis=-1).astype("float32")  # (case, event, urgency and amount)
+    # (case, event, urgency and amount)
+    x = np.stack([urgency, amount], axis=-1).astype("float32")
     return x, amount[np.arange(number), most_urgent], most_urgent
 
 
@@ -87,7 +95,9 @@ print(f"{'always the mean':18}squared error {y_test.var():.1f}")
 names = list("ABCDEFGH")
 scores = {}
 for name, model in models.items():
-    ((layer, scores[name]),) = explain.capture(model, x_test, feature_names=names, batch_size=250, verbose=0).items()
+    ((layer, scores[name]),) = explain.capture(
+        model, x_test, feature_names=names, batch_size=250, verbose=0
+    ).items()
     print(f"{layer} ({scores[name].attrs['class']})", dict(scores[name].sizes))
 
 # %% [markdown]
@@ -95,7 +105,8 @@ for name, model in models.items():
 # on the right one of them, whichever event looks.
 
 # %% tags=["cover"] alt="Three heat maps of one case, for the layer written by hand, Attention and AdditiveAttention, from events that look to events looked at. Each has one dark column at event C, the most urgent. At event G, the next one, there is a faint column, which shows most in AdditiveAttention."
-lead = np.diff(np.sort(x_test[:, :, 0]))[:, -1]  # of the most urgent event over the next one
+# The lead of the most urgent event over the next one.
+lead = np.diff(np.sort(x_test[:, :, 0]))[:, -1]
 case = int(np.abs(lead - 0.03).argmin())
 fig, axes = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
 for ax, (name, of_layer) in zip(axes, scores.items(), strict=True):
@@ -104,7 +115,10 @@ for ax, (name, of_layer) in zip(axes, scores.items(), strict=True):
 plt.show()
 first, second = x_test[case, :, 0].argsort()[-2:][::-1]
 for name, event in [("most urgent", first), ("next", second)]:
-    weights = [of_layer.sel(sample=case, head=0).mean("query")[event].item() for of_layer in scores.values()]
+    weights = [
+        of_layer.sel(sample=case, head=0).mean("query")[event].item()
+        for of_layer in scores.values()
+    ]
     print(
         f"{name}: {names[event]}, urgency {x_test[case, event, 0]:.2f}, weights",
         *(f"{weight:.1f}" for weight in weights),
@@ -120,7 +134,9 @@ for name, event in [("most urgent", first), ("next", second)]:
 # %%
 print(f"{'layer':18}{'predicted':>10}{'recomposed':>11}")
 for name, model in models.items():
-    (error,) = explain.recomposition_error(model, x_test, batch_size=250, verbose=0).values()
+    (error,) = explain.recomposition_error(
+        model, x_test, batch_size=250, verbose=0
+    ).values()
     difference = scores[name].attrs["prediction_difference"]
     print(f"{name:18}{difference:10.5f}{error:11.5f}")
 
@@ -143,9 +159,13 @@ def moved_by(model, event):
 
 print(f"{'layer':18}{'right':>6}{'named':>7}{'other':>7}")
 for name, model in models.items():
-    named = explain.attribute(model, x_test, batch_size=250, verbose=0).argmax("feature").values
+    attribution = explain.attribute(model, x_test, batch_size=250, verbose=0)
+    named = attribution.argmax("feature").values
     other = (named + rng.integers(1, 8, len(named))) % 8
-    print(f"{name:18}{np.mean(named == most_urgent):6.1f}{moved_by(model, named):7.1f}{moved_by(model, other):7.1f}")
+    print(
+        f"{name:18}{np.mean(named == most_urgent):6.1f}"
+        f"{moved_by(model, named):7.1f}{moved_by(model, other):7.1f}"
+    )
 
 # %% [markdown]
 # ## What cannot be read, and how you learn of it
@@ -159,10 +179,15 @@ for name, model in models.items():
 class LinearAttention(WrittenAttention):
     def call(self, x):
         q, k, v = ops.elu(self.query(x)) + 1, ops.elu(self.key(x)) + 1, self.value(x)
-        return q @ (ops.transpose(k, (0, 2, 1)) @ v) / (q @ ops.sum(k, axis=1)[:, :, None])
+        return (
+            q @ (ops.transpose(k, (0, 2, 1)) @ v) / (q @ ops.sum(k, axis=1)[:, :, None])
+        )
 
 
-linear, written = LinearAttention(16, name="linear"), WrittenAttention(16, name="written")
+linear, written = (
+    LinearAttention(16, name="linear"),
+    WrittenAttention(16, name="written"),
+)
 both = model_with(lambda x: written(linear(x)))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -27,13 +27,19 @@ keras.utils.set_random_seed(0)
 # %%
 images, labels = load_digits(return_X_y=True)
 patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4) / 16
-x_train, x_rest, y_train, y_rest = train_test_split(patches, labels, train_size=997, random_state=0, stratify=labels)
-x_choose, x_test, y_choose, y_test = train_test_split(x_rest, y_rest, train_size=400, random_state=0, stratify=y_rest)
+x_train, x_rest, y_train, y_rest = train_test_split(
+    patches, labels, train_size=997, random_state=0, stratify=labels
+)
+x_choose, x_test, y_choose, y_test = train_test_split(
+    x_rest, y_rest, train_size=400, random_state=0, stratify=y_rest
+)
 
 
 class Position(keras.layers.Layer):
     def build(self, shape):
-        self.embedding = self.add_weight(shape=shape[1:], initializer="uniform", name="embedding")
+        self.embedding = self.add_weight(
+            shape=shape[1:], initializer="uniform", name="embedding"
+        )
 
     def call(self, x):
         return x + self.embedding
@@ -44,16 +50,26 @@ def transformer(heads):
     inputs = keras.Input((16, 4))
     x = Position()(keras.layers.Dense(32)(inputs))
     for number, count in enumerate(heads):
-        attention = keras.layers.MultiHeadAttention(count, key_dim=8, name=f"attention_{number}")
+        attention = keras.layers.MultiHeadAttention(
+            count, key_dim=8, name=f"attention_{number}"
+        )
         x = keras.layers.LayerNormalization()(x + attention(x, x))
-    return keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(keras.layers.GlobalAveragePooling1D()(x)))
+    return keras.Model(
+        inputs,
+        keras.layers.Dense(10, activation="softmax")(
+            keras.layers.GlobalAveragePooling1D()(x)
+        ),
+    )
 
 
 model = transformer([4, 4])
 model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy")
 model.fit(x_train, y_train, batch_size=64, epochs=12, verbose=0)
 accuracy = np.mean(np.argmax(model(x_test), axis=1) == y_test)
-print(f"More than 90% of the digits of the third part are read correctly: {accuracy > 0.9}")
+print(
+    "More than 90% of the digits of the third part are read correctly: "
+    f"{accuracy > 0.9}"
+)
 
 # %% [markdown]
 # ## An estimate and the experiment
@@ -63,14 +79,26 @@ print(f"More than 90% of the digits of the third part are read correctly: {accur
 # ([*Are Sixteen Heads Really Better than One?*](https://arxiv.org/abs/1905.10650)): how fast the loss changes where the mask begins to fall from 1, for all heads from one backward pass.
 
 # %% tags=["cover"] alt="Scatter plot of eight heads: the gradient estimate across, the true rise of the loss up. The four heads of the second layer are far above the four of the first, which are at 0.1 or below; the estimates of the two layers overlap."
-importance = explain.head_importance(model, x_choose, y_choose, batch_size=100, verbose=0)
-names = [(layer, head) for layer, dataset in importance.items() for head in dataset["head"].values.tolist()]
+importance = explain.head_importance(
+    model, x_choose, y_choose, batch_size=100, verbose=0
+)
+names = [
+    (layer, head)
+    for layer, dataset in importance.items()
+    for head in dataset["head"].values.tolist()
+]
 gradient, ablation = (
-    np.concatenate([dataset[name] for dataset in importance.values()]) for name in ("gradient", "ablation")
+    np.concatenate([dataset[name] for dataset in importance.values()])
+    for name in ("gradient", "ablation")
 )
 fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 for layer, marker in zip(importance, "os", strict=True):
-    ax.scatter(importance[layer]["gradient"], importance[layer]["ablation"], marker=marker, label=layer)
+    ax.scatter(
+        importance[layer]["gradient"],
+        importance[layer]["ablation"],
+        marker=marker,
+        label=layer,
+    )
 for (_, head), x, y in zip(names, gradient, ablation, strict=True):
     ax.annotate(f" {head}", (x, y))
 ax.axhline(0, color="gray", linewidth=0.8)
@@ -83,9 +111,18 @@ loss_with_all = importance["attention_0"].attrs["loss_value"]
 print("Most needed is a head of", names[ablation.argmax()][0])
 print(f"Without it the loss more than doubles: {ablation.max() > loss_with_all}")
 ranks = np.argsort(np.argsort([gradient, ablation]))
-print(f"Rank correlation of estimate and experiment above 0.6: {np.corrcoef(ranks)[0, 1] > 0.6}")
-print(f"By gradient, the largest is less than 3 times the smallest: {gradient.max() < 3 * gradient.min()}")
-print(f"By ablation, it is more than 4 times the smallest: {ablation.max() > 4 * ablation.min()}")
+print(
+    "Rank correlation of estimate and experiment above 0.6: "
+    f"{np.corrcoef(ranks)[0, 1] > 0.6}"
+)
+print(
+    "By gradient, the largest is less than 3 times the smallest: "
+    f"{gradient.max() < 3 * gradient.min()}"
+)
+print(
+    "By ablation, it is more than 4 times the smallest: "
+    f"{ablation.max() > 4 * ablation.min()}"
+)
 
 # %% [markdown]
 # The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a
@@ -99,12 +136,19 @@ print(f"By ablation, it is more than 4 times the smallest: {ablation.max() > 4 *
 
 # %%
 def without(gone, x):
-    """What the model predicts with the slices of some heads at 0; afterward they are as they were."""
-    kernels = {layer: model.get_layer(layer)._output_dense.kernel for layer in importance}
-    before = {layer: keras.ops.convert_to_numpy(kernel).copy() for layer, kernel in kernels.items()}
+    """What the model predicts with the slices of some heads at 0, for the moment."""
+    kernels = {
+        layer: model.get_layer(layer)._output_dense.kernel for layer in importance
+    }
+    before = {
+        layer: keras.ops.convert_to_numpy(kernel).copy()
+        for layer, kernel in kernels.items()
+    }
     for layer, kernel in kernels.items():
         heads = [head for of_layer, head in gone if of_layer == layer]
-        kernel.assign(np.where(np.isin(np.arange(4), heads)[:, None, None], 0, before[layer]))
+        kernel.assign(
+            np.where(np.isin(np.arange(4), heads)[:, None, None], 0, before[layer])
+        )
     outputs = np.asarray(model(x))
     for layer, kernel in kernels.items():
         kernel.assign(before[layer])
@@ -115,8 +159,14 @@ def loss(outputs, y):
     return float(np.mean(keras.losses.sparse_categorical_crossentropy(y, outputs)))
 
 
-rises = [loss(without([name], x_choose), y_choose) - loss(without([], x_choose), y_choose) for name in names]
-print(f"Kernel and mask agree for {np.isclose(rises, ablation, atol=1e-4).sum()} of {len(names)} heads")
+rises = [
+    loss(without([name], x_choose), y_choose) - loss(without([], x_choose), y_choose)
+    for name in names
+]
+print(
+    f"Kernel and mask agree for {np.isclose(rises, ablation, atol=1e-4).sum()} of "
+    f"{len(names)} heads"
+)
 
 # %% [markdown]
 # ## What it costs
@@ -133,10 +183,19 @@ curves = {}
 fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
 for (order, heads), marker in zip(orders.items(), "osv", strict=True):
     curves[order] = [
-        np.mean(without([names[head] for head in heads[:count]], x_test).argmax(axis=1) == y_test) for count in range(9)
+        np.mean(
+            without([names[head] for head in heads[:count]], x_test).argmax(axis=1)
+            == y_test
+        )
+        for count in range(9)
     ]
     ax.plot(range(9), curves[order], marker=marker, label=order)
-ax.axhline(np.bincount(y_test).max() / len(y_test), color="gray", linestyle=":", label="always the most frequent digit")
+ax.axhline(
+    np.bincount(y_test).max() / len(y_test),
+    color="gray",
+    linestyle=":",
+    label="always the most frequent digit",
+)
 ax.set_xlabel("heads removed, of 8")
 ax.set_ylabel("accuracy on the third part")
 ax.set_ylim(0, 1)
@@ -144,13 +203,24 @@ ax.legend(fontsize="small")
 plt.show()
 
 least_first, _, most_first = curves.values()
-print(f"The least important head costs less than 4 points of accuracy: {accuracy - least_first[1] < 0.04}")
+print(
+    "The least important head costs less than 4 points of accuracy: "
+    f"{accuracy - least_first[1] < 0.04}"
+)
 print(f"The most important one costs more than 10: {accuracy - most_first[1] > 0.1}")
 four = [names[head] for head in np.argsort(ablation)[:4]]
-print(f"The four least important are all of attention_0: {all(layer == 'attention_0' for layer, _ in four)}")
-together = loss(without(four, x_choose), y_choose) - loss(without([], x_choose), y_choose)
+print(
+    "The four least important are all of attention_0: "
+    f"{all(layer == 'attention_0' for layer, _ in four)}"
+)
+together = loss(without(four, x_choose), y_choose) - loss(
+    without([], x_choose), y_choose
+)
 one_by_one = np.sort(ablation)[:4].sum()
-print(f"The loss without all four rises more than twice as much as one by one, added up: {together > 2 * one_by_one}")
+print(
+    "The loss without all four rises more than twice as much as one by one, added up: "
+    f"{together > 2 * one_by_one}"
+)
 
 # %% [markdown]
 # One at a time is not all at once. Any one head of the first layer costs little, because the other three are there. The whole
@@ -165,14 +235,19 @@ print(f"The loss without all four rises more than twice as much as one by one, a
 # %%
 def prune(gone):
     """The model without some heads."""
-    keep = {layer: [head for head in range(4) if (layer, head) not in gone] for layer in importance}
+    keep = {
+        layer: [head for head in range(4) if (layer, head) not in gone]
+        for layer in importance
+    }
     smaller = transformer([len(heads) for heads in keep.values()])
     for layer, new in zip(model.layers, smaller.layers, strict=True):
         weights = layer.get_weights()
         if layer.name in keep:
             heads = keep[layer.name]
-            *projections, kernel, bias = weights  # of query, key and value: (feature, head, size) and (head, size)
-            weights = [*(weight[..., heads, :] for weight in projections), kernel[heads], bias]
+            # Those of query, key and value are (feature, head, size) and (head, size).
+            *projections, kernel, bias = weights
+            projections = [weight[..., heads, :] for weight in projections]
+            weights = [*projections, kernel[heads], bias]
         new.set_weights(weights)
     return smaller
 
@@ -180,7 +255,10 @@ def prune(gone):
 three = four[:3]
 smaller = prune(three)
 print(f"Parameters: {smaller.count_params()} instead of {model.count_params()}")
-print(f"Same outputs as with slices of zeros: {np.allclose(smaller(x_test), without(three, x_test), atol=1e-5)}")
+print(
+    "Same outputs as with slices of zeros: "
+    f"{np.allclose(smaller(x_test), without(three, x_test), atol=1e-5)}"
+)
 
 # %% [markdown]
 # The heads that stay were trained in company. A few epochs more let them take over:

@@ -3,7 +3,7 @@
 #
 # **How do I get attention scores out of a Keras layer, and what do they look like for a table?**
 #
-# In a clone of the repository: `pip install ".[tensorflow]" scikit-learn matplotlib`.
+# In a clone of the repository: `pip install ".[tensorflow,explain,plot]"`.
 
 # %%
 import keras
@@ -27,7 +27,10 @@ output = attention(query, key, value)
 
 print("Output:", output.shape)
 print("Scores (batch, head, query, key):", attention.attention_scores.shape)
-print("Each query's scores add up to", keras.ops.convert_to_numpy(attention.attention_scores).sum(-1).mean().round(3))
+print(
+    "Each query's scores add up to",
+    keras.ops.convert_to_numpy(attention.attention_scores).sum(-1).mean().round(3),
+)
 
 # %% [markdown]
 # ## A table: one token per column
@@ -44,7 +47,7 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 wine = load_wine()
 tokens = FeatureTokenizer(16, feature_names=wine.feature_names)
 attention = InterpretableMultiHeadAttention(d_model=16, n_head=1)
-pool, decide = keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(3, activation="softmax")
+pool, decide = keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(3, "softmax")
 model = keras.Sequential([tokens, attention, pool, decide])
 model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
 model.fit(scale(wine.data), wine.target, epochs=60, verbose=0)
@@ -53,24 +56,19 @@ print(attention.attention_scores.shape)  # (wine, head, query, key)
 
 # %% [markdown]
 # `fit` and `predict` run compiled and keep their tensors to themselves. The call `model(...)` is not compiled, and
-# its scores are there to read. Averaged over the wines, they make a map:
+# its scores are there to read. [`explain.capture`](../api/explain.md) reads the scores of any model and names their
+# axes, and [`plot.heatmap`](../api/plot.md) draws their mean over the wines. The line on the color bar marks the
+# uniform share, which is 1/13.
 
 # %% tags=["cover"] alt="Heat map of attention between the 13 measurements of a wine. The columns of proline and flavanoids are darker than most."
-import matplotlib.pyplot as plt
-import numpy as np
+from kerasfactory import explain, plot
 
-scores = np.asarray(attention.attention_scores).mean(axis=(0, 1))
-fig, ax = plt.subplots(figsize=(7, 5.6))
-image = ax.imshow(scores, cmap="Blues", vmin=0)
-ax.set_xticks(range(13), wine.feature_names, rotation=45, ha="right")
-ax.set_yticks(range(13), wine.feature_names)
-ax.set_xlabel("looked at (key)")
-ax.set_ylabel("looking (query)")
-fig.colorbar(image, label="attention score, mean over wines")
-plt.show()
+scores = explain.capture(model, scale(wine.data), verbose=0)
+ax = plot.heatmap(scores)
 
-received = scores.mean(axis=0)
-print("Looked at most:", ", ".join(wine.feature_names[column] for column in np.argsort(-received)[:3]))
+(scores,) = scores.values()
+received = scores.mean(["sample", "head", "query"])
+print("Looked at most:", ", ".join(received.sortby(-received).key.values[:3]))
 
 # %% [markdown]
 # ## What the map says, and what it does not

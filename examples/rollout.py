@@ -30,14 +30,17 @@ rng = np.random.default_rng(0)
 
 def samples(number):
     readings, marked = rng.normal(size=(number, DAYS)), rng.integers(0, DAYS, number)
-    x = np.stack([readings, np.eye(DAYS)[marked]], axis=-1).astype("float32")  # (sample, day, reading and mark)
+    # (sample, day, reading and mark)
+    x = np.stack([readings, np.eye(DAYS)[marked]], axis=-1).astype("float32")
     return x, readings[np.arange(number), marked], marked
 
 
 inputs = keras.Input((DAYS, 2))
 x = keras.layers.Dense(16)(inputs)
 for name in ("first", "second"):
-    attention = InterpretableMultiHeadAttention(d_model=16, n_head=2, dropout_rate=0.0, sliding_window=5, name=name)
+    attention = InterpretableMultiHeadAttention(
+        d_model=16, n_head=2, dropout_rate=0.0, sliding_window=5, name=name
+    )
     x = x + attention(x)  # a residual connection: what a day knew stays
 model = keras.Model(inputs, keras.layers.Dense(1)(x[:, -1]))
 model.compile(keras.optimizers.Adam(0.01), "mse")
@@ -46,10 +49,15 @@ x_train, y_train, _ = samples(4000)
 model.fit(x_train, y_train, batch_size=64, epochs=8, verbose=0)
 x_test, y_test, marked = samples(1000)
 error = model.evaluate(x_test, y_test, batch_size=250, verbose=0)
-print(f"Mean squared error: {error:.2f} (always predicting the mean: {y_test.var():.1f})")
+print(
+    f"Mean squared error: {error:.2f} (always predicting the mean: {y_test.var():.1f})"
+)
 
 far = marked < DAYS - 5  # out of reach of the last day's own look
-print(f"The marked day is out of reach of the last day in {far.sum()} of {len(far)} samples")
+print(
+    f"The marked day is out of reach of the last day in {far.sum()} of {len(far)} "
+    "samples"
+)
 
 # %% [markdown]
 # The model solves the task for near and far days. It must have carried the far readings through the days between.
@@ -70,17 +78,26 @@ print(f"The marked day is out of reach of the last day in {far.sum()} of {len(fa
 days = [f"day {day}" for day in range(1, DAYS + 1)]
 scores = explain.capture(model, x_test, feature_names=days, batch_size=250, verbose=0)
 rolled = explain.rollout(scores)
-print("Rollout:", dict(rolled.sizes), "| every row sums to 1:", np.allclose(rolled.sum("key"), 1))
+print(
+    "Rollout:",
+    dict(rolled.sizes),
+    "| every row sums to 1:",
+    np.allclose(rolled.sum("key"), 1),
+)
 
 # %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the framed cell, day 9 looking at day 2, is empty. In the rollout it is filled, faintly."
 sample = int(np.flatnonzero(marked == 1)[0])
-maps = {name: array.sel(sample=sample).mean("head") for name, array in scores.items()} | {
-    "rollout": rolled.sel(sample=sample)
-}
+maps = {
+    name: array.sel(sample=sample).mean("head") for name, array in scores.items()
+} | {"rollout": rolled.sel(sample=sample)}
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharey=True)
 for (name, values), ax in zip(maps.items(), axes, strict=True):
     image = ax.imshow(values, cmap="Blues", vmin=0, vmax=1)
-    ax.add_patch(plt.Rectangle((0.5, DAYS - 1.5), 1, 1, fill=False, edgecolor="#d55e00", linewidth=2))
+    ax.add_patch(
+        plt.Rectangle(
+            (0.5, DAYS - 1.5), 1, 1, fill=False, edgecolor="#d55e00", linewidth=2
+        )
+    )
     ax.set_title(name if name == "rollout" else f"{name} layer")
     ax.set_xlabel("key (looked at)")
     ax.set_xticks(range(DAYS), range(1, DAYS + 1))
@@ -104,8 +121,12 @@ for name, values in maps.items():
 # %%
 attributions = {
     "last layer": scores["second"].mean("head").isel(query=-1),
-    "mean of layers": explain.attribute(model, x_test, query=-1, batch_size=250, verbose=0),
-    "value norms": explain.attribute(model, x_test, method="value_norm", query=-1, batch_size=250, verbose=0),
+    "mean of layers": explain.attribute(
+        model, x_test, query=-1, batch_size=250, verbose=0
+    ),
+    "value norms": explain.attribute(
+        model, x_test, method="value_norm", query=-1, batch_size=250, verbose=0
+    ),
     "rollout": explain.attribute(
         model, x_test, method="rollout", query=-1, batch_size=250, verbose=0
     ),  # rolled's last row
@@ -113,10 +134,14 @@ attributions = {
 
 
 def report(name, values):
-    of_marked, largest = values[np.arange(len(marked)), marked], values.argmax(axis=1) == marked
+    of_marked, largest = (
+        values[np.arange(len(marked)), marked],
+        values.argmax(axis=1) == marked,
+    )
     print(
         f"{name:25} near: largest in most {largest[~far].mean() > 0.5!s:5}   "
-        f"far: above 0 in {(of_marked[far] > 0).sum():3} of {far.sum()}, largest in most {largest[far].mean() > 0.5}"
+        f"far: above 0 in {(of_marked[far] > 0).sum():3} of {far.sum()}, largest in "
+        f"most {largest[far].mean() > 0.5}"
     )
 
 
@@ -142,7 +167,11 @@ axes[0].bar(np.arange(DAYS) - 0.2, rollout[sample], 0.4, label="this sample")
 axes[0].bar(np.arange(DAYS) + 0.2, usual, 0.4, label="mean of all samples", color="0.7")
 axes[0].set_ylabel("rollout")
 axes[0].legend()
-axes[1].bar(np.arange(DAYS), against_usual[sample], color=["#d55e00" if day == 1 else "C0" for day in range(DAYS)])
+axes[1].bar(
+    np.arange(DAYS),
+    against_usual[sample],
+    color=["#d55e00" if day == 1 else "C0" for day in range(DAYS)],
+)
 axes[1].axhline(0, color="0.5", linewidth=0.8)
 axes[1].set_ylabel("difference")
 for ax in axes:
@@ -166,7 +195,10 @@ for name, changed in [("the marked day", marked), ("another day", other)]:
     x_changed = x_test.copy()
     x_changed[np.arange(len(marked)), changed, 0] += 1
     change = np.abs(model.predict(x_changed, batch_size=250, verbose=0)[:, 0] - answers)
-    print(f"1 more on {name:14}: the answer for far days changes by {change[far].mean():.1f}")
+    print(
+        f"1 more on {name:14}: the answer for far days changes by "
+        f"{change[far].mean():.1f}"
+    )
 
 # %% [markdown]
 # ## What it says, and what it does not

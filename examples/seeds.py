@@ -25,11 +25,14 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 
 # %%
 rng = np.random.default_rng(0)
-names = ["employee", "income", "turnover", "receipts", "age", "requests", "tenure", "region"]
+names = ["employee", "income", "turnover", "receipts"]
+names += ["age", "requests", "tenure", "region"]
 x = rng.normal(size=(3200, 8)).astype("float32")
 x[:, 0] = np.sign(x[:, 0])
 x[:, 3] = x[:, 2] + 0.02 * x[:, 3]
-y = (np.where(x[:, 0] > 0, x[:, 1], x[:, 2]) + 0.2 * rng.logistic(size=3200) > 0).astype("float32")
+y = (
+    np.where(x[:, 0] > 0, x[:, 1], x[:, 2]) + 0.2 * rng.logistic(size=3200) > 0
+).astype("float32")
 x_train, x_test, y_train, y_test = x[:3000], x[3000:], y[:3000], y[3000:]
 
 
@@ -37,19 +40,26 @@ def train(seed):
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((8,))
     tokens = FeatureTokenizer(8, feature_names=names)(inputs)
-    attended = InterpretableMultiHeadAttention(d_model=8, n_head=1, dropout_rate=0.0, name="attention")(
-        tokens[:, :1], tokens
+    attended = InterpretableMultiHeadAttention(
+        8, n_head=1, dropout_rate=0.0, name="attention"
+    )(tokens[:, :1], tokens)
+    outputs = keras.layers.Dense(1, activation="sigmoid")(
+        keras.layers.Flatten()(attended)
     )
-    outputs = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(attended))
     model = keras.Model(inputs, outputs, name="credit")
-    model.compile(keras.optimizers.Adam(0.03), "binary_crossentropy", metrics=["accuracy"])
+    model.compile(
+        keras.optimizers.Adam(0.03), "binary_crossentropy", metrics=["accuracy"]
+    )
     model.fit(x_train, y_train, batch_size=200, epochs=8, verbose=0)
     return model
 
 
 models = [train(seed) for seed in range(4)]
 accuracies = [model.evaluate(x_test, y_test, verbose=0)[1] for model in models]
-print(f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.1f} to {max(accuracies):.1f}")
+print(
+    f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.1f} to "
+    f"{max(accuracies):.1f}"
+)
 
 # %% [markdown]
 # Four models, the same data, the same code. By their accuracy no one could tell them apart.
@@ -62,11 +72,20 @@ print(f"Accuracy on 200 new applications, over four seeds: {min(accuracies):.1f}
 
 # %%
 attention = explain.parameter_randomization(models[0], x_test, verbose=0)
-size = explain.parameter_randomization(models[0], x_test, method=lambda model, x: np.abs(x), verbose=0)
+size = explain.parameter_randomization(
+    models[0], x_test, method=lambda model, x: np.abs(x), verbose=0
+)
 for name, result in {"attention": attention, "size of the numbers": size}.items():
-    kept = "all" if result["median_kept"] > 0.99 else "less than half" if result["median_kept"] < 0.5 else "much"
+    kept = (
+        "all"
+        if result["median_kept"] > 0.99
+        else "less than half"
+        if result["median_kept"] < 0.5
+        else "much"
+    )
     print(
-        f"{name}: {kept} is left after a shuffle; p for 'at most half': {'small' if result['p_value'] < 0.01 else 'large'}"
+        f"{name}: {kept} is left after a shuffle; p for 'at most half': "
+        f"{'small' if result['p_value'] < 0.01 else 'large'}"
     )
 
 # %% [markdown]
@@ -78,7 +97,14 @@ for name, result in {"attention": attention, "size of the numbers": size}.items(
 # %% tags=["cover"] alt="Mean attention to eight features, one marker for each of four seeds. At income all four are high. At turnover and receipts the seeds differ: the more a model attends to one, the less to the other, up to nothing at all. At the other five features all markers are near zero."
 shares = [explain.attribute(model, x_test, verbose=0) for model in models]
 for seed, share in enumerate(shares):
-    plt.scatter(names, share.mean("sample"), s=60, alpha=0.8, marker="os^D"[seed], label=f"seed {seed}")
+    plt.scatter(
+        names,
+        share.mean("sample"),
+        s=60,
+        alpha=0.8,
+        marker="os^D"[seed],
+        label=f"seed {seed}",
+    )
 plt.ylabel("mean attention")
 plt.xticks(rotation=30, ha="right")
 plt.legend()
@@ -88,18 +114,33 @@ plt.show()
 agreement = explain.seed_agreement(shares)
 spread = agreement["spread"].to_series().sort_values(ascending=False)
 print("The seeds differ most on:", ", ".join(sorted(spread.index[:2])))
-print(f"Overlap of the first {agreement.attrs['top_k']} features: {agreement['overlap'].item():.2f}")
-print(f"By chance: {agreement.attrs['chance']:.2f}; p small: {bool(agreement['p_value'] < 0.05)}")
+print(
+    f"Overlap of the first {agreement.attrs['top_k']} features: "
+    f"{agreement['overlap'].item():.2f}"
+)
+print(
+    f"By chance: {agreement.attrs['chance']:.2f}; p small: "
+    f"{bool(agreement['p_value'] < 0.05)}"
+)
 
 # %% [markdown]
 # The seeds agree far better than chance, and yet one sentence is not safe to say: "the model looks at `turnover`". Which of
 # the two copies it looks at was decided by the seed. What all of them look at is the pair.
 
 # %%
-pair = [float(share.sel(feature=["turnover", "receipts"]).sum("feature").mean()) for share in shares]
+pair = [
+    float(share.sel(feature=["turnover", "receipts"]).sum("feature").mean())
+    for share in shares
+]
 one = [float(share.sel(feature="turnover").mean()) for share in shares]
-print(f"turnover alone, largest minus smallest over the seeds, above 0.2: {max(one) - min(one) > 0.2}")
-print(f"turnover and receipts together, the same, below 0.1: {max(pair) - min(pair) < 0.1}")
+print(
+    "turnover alone, largest minus smallest over the seeds, above 0.2: "
+    f"{max(one) - min(one) > 0.2}"
+)
+print(
+    "turnover and receipts together, the same, below 0.1: "
+    f"{max(pair) - min(pair) < 0.1}"
+)
 
 # %% [markdown]
 # ## Both in an audit
@@ -107,7 +148,9 @@ print(f"turnover and receipts together, the same, below 0.1: {max(pair) - min(pa
 # An [audit](audit.ipynb) makes the first check always, and the second if it is given the other models.
 
 # %%
-report = explain.audit(models[0], x_test, y_test, models=models[1:], batch_size=4096, verbose=0)
+report = explain.audit(
+    models[0], x_test, y_test, models=models[1:], batch_size=4096, verbose=0
+)
 for claim in report.claims.loc[["randomization", "seeds"]].itertuples():
     print(f"{claim.verdict}: {claim.claim}")
 

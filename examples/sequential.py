@@ -10,13 +10,13 @@
 import warnings
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from kerasfactory import explain, plot
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 keras.utils.set_random_seed(0)
@@ -28,7 +28,10 @@ x_train, x_test, y_train, y_test = train_test_split(
 )
 scaler = StandardScaler().fit(x_train)
 x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
-print(f"{len(x_train)} wines to train on, {len(x_test)} to test on, {len(names)} measurements")
+print(
+    f"{len(x_train)} wines to train on, {len(x_test)} to test on, {len(names)} "
+    "measurements"
+)
 
 # %% [markdown]
 # ## One token: a model that trains, a map that is empty
@@ -78,12 +81,19 @@ model = keras.Sequential(
         keras.layers.Dense(3, activation="softmax"),
     ]
 )
-model.compile(keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.compile(
+    keras.optimizers.Adam(0.01),
+    loss="sparse_categorical_crossentropy",
+    metrics=["accuracy"],
+)
 model.fit(x_train, y_train, epochs=60, verbose=0)
 
 accuracy = model.evaluate(x_test, y_test, verbose=0)[1]
 linear = LogisticRegression().fit(x_train, y_train).score(x_test, y_test)
-print(f"Accuracy on {len(x_test)} wines: {accuracy:.2f} (logistic regression: {linear:.2f})")
+print(
+    f"Accuracy on {len(x_test)} wines: {accuracy:.2f} (logistic regression: "
+    f"{linear:.2f})"
+)
 
 # %% [markdown]
 # ## Read the scores
@@ -99,19 +109,17 @@ print("Scores (wine, head, query, key):", scores.shape)
 received = scores.mean(axis=(0, 1, 2))
 for column in np.argsort(-received)[:4]:
     print(
-        f"{names[column]:>12} receives {received[column]:.2f} of the attention ({1 / len(names):.2f} if it were even)"
+        f"{names[column]:>12} receives {received[column]:.2f} of the attention "
+        f"({1 / len(names):.2f} if it were even)"
     )
 
+# %% [markdown]
+# [`explain.capture`](../api/explain.md) reads the same scores with their names, from any model, and
+# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share.
+
 # %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of flavanoids and proline are the darkest."
-mean_scores = scores.mean(axis=(0, 1))
-fig, ax = plt.subplots(figsize=(7, 5.6))
-image = ax.imshow(mean_scores, cmap="Blues", vmin=0)
-ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-ax.set_yticks(range(len(names)), names)
-ax.set_xlabel("looked at (key)")
-ax.set_ylabel("looking (query)")
-fig.colorbar(image, label="attention score, mean over test wines")
-plt.show()
+named = explain.capture(model, x_test, feature_names=names, verbose=0)
+ax = plot.heatmap(named)
 
 # %% [markdown]
 # ## What the map says, and what it does not

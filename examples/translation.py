@@ -25,17 +25,24 @@ keras.utils.set_random_seed(0)
 # %%
 ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 EINER = ["", "ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
-TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-ZEHNER = ["", "", "zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig"]
+TENS = ["", "", "twenty", "thirty", "forty", "fifty"]
+TENS += ["sixty", "seventy", "eighty", "ninety"]
+ZEHNER = ["", "", "zwanzig", "dreißig", "vierzig", "fünfzig"]
+ZEHNER += ["sechzig", "siebzig", "achtzig", "neunzig"]
 ENGLISH = ["", *ONES[1:], *TENS[2:], "hundred", "thousand"]  # "" is padding
 GERMAN = ["", *EINER[1:], *ZEHNER[2:], "hundert", "tausend", "und", "<start>", "<end>"]
 
 
 def in_both(number):
-    """English words, German words, and for each of these the position of the English one, or -1."""
-    thousands, hundreds, tens, ones = (number // place % 10 for place in (1000, 100, 10, 1))
+    """English words, German words, and where each of these comes from, or -1."""
+    thousands, hundreds, tens, ones = (
+        number // place % 10 for place in (1000, 100, 10, 1)
+    )
     english, german, source = [], [], []
-    for digit, unit, of_german in [(thousands, "thousand", "tausend"), (hundreds, "hundred", "hundert")]:
+    for digit, unit, of_german in [
+        (thousands, "thousand", "tausend"),
+        (hundreds, "hundred", "hundert"),
+    ]:
         if digit:
             source += [len(english), len(english) + 1]
             english += [ONES[digit], unit]
@@ -53,14 +60,21 @@ def padded(rows, length, fill):
     return np.array([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
-numbers = np.random.default_rng(0).permutation([number for number in range(10_000) if number % 100 >= 20])
+numbers = np.random.default_rng(0).permutation(
+    [number for number in range(10_000) if number % 100 >= 20]
+)
 english, german, source = zip(*map(in_both, numbers), strict=True)
 source = padded(source, 8, -1)
 read = padded([[ENGLISH.index(word) for word in row] for row in english], 6, 0)
 written = padded([[GERMAN.index(word) for word in row] for row in german], 8, 0)
-before = np.concatenate([np.full((len(numbers), 1), GERMAN.index("<start>")), written[:, :-1]], axis=1)
+before = np.concatenate(
+    [np.full((len(numbers), 1), GERMAN.index("<start>")), written[:, :-1]], axis=1
+)
 train, test = slice(4000), slice(4000, 4500)
-print(f"{len(numbers)} numbers. The model sees 4000 of them in training; 500 others are the test.")
+print(
+    f"{len(numbers)} numbers. The model sees 4000 of them in training; 500 others are "
+    "the test."
+)
 
 # %% [markdown]
 # ## An encoder and a decoder
@@ -78,7 +92,10 @@ class Words(layers.Layer):
 
     def __init__(self, words, length, **kwargs):
         super().__init__(**kwargs)
-        self.words, self.positions = layers.Embedding(words, WIDTH), layers.Embedding(length, WIDTH)
+        self.words, self.positions = (
+            layers.Embedding(words, WIDTH),
+            layers.Embedding(length, WIDTH),
+        )
 
     def call(self, x):
         return self.words(x) + self.positions(keras.ops.arange(x.shape[1]))
@@ -88,19 +105,28 @@ def attention(name):
     return layers.MultiHeadAttention(HEADS, key_dim=WIDTH // HEADS, name=name)
 
 
-of_english, of_german = keras.Input((6,), dtype="int32"), keras.Input((8,), dtype="int32")
+of_english, of_german = (
+    keras.Input((6,), dtype="int32"),
+    keras.Input((8,), dtype="int32"),
+)
 is_word = keras.ops.not_equal(of_english, 0)
 x = Words(len(ENGLISH), 6)(of_english)
-encoded = layers.LayerNormalization()(x + attention("encoder")(x, x, value_mask=is_word))
+encoded = layers.LayerNormalization()(
+    x + attention("encoder")(x, x, value_mask=is_word)
+)
 y = Words(len(GERMAN), 8)(of_german)
 y = layers.LayerNormalization()(y + attention("decoder")(y, y, use_causal_mask=True))
 y = layers.LayerNormalization()(y + attention("cross")(y, encoded, value_mask=is_word))
-y = layers.LayerNormalization()(y + layers.Dense(WIDTH)(layers.Dense(2 * WIDTH, activation="relu")(y)))
+y = layers.LayerNormalization()(
+    y + layers.Dense(WIDTH)(layers.Dense(2 * WIDTH, activation="relu")(y))
+)
 model = keras.Model([of_english, of_german], layers.Dense(len(GERMAN))(y))
 
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
 model.compile(keras.optimizers.Adam(0.005), loss, jit_compile=False)
-model.fit([read[train], before[train]], written[train], batch_size=64, epochs=4, verbose=0)
+model.fit(
+    [read[train], before[train]], written[train], batch_size=64, epochs=4, verbose=0
+)
 
 
 source, read, before, written = source[test], read[test], before[test], written[test]
@@ -127,11 +153,14 @@ print(f"Translated without an error: {right.mean():.0%} of the test")
 # named after the word that the model *writes* there, not after the word before, which is its input.
 
 # %%
-scores = explain.capture(model, [read, before], layers="cross", batch_size=250, verbose=0)["cross"]
+scores = explain.capture(
+    model, [read, before], layers="cross", batch_size=250, verbose=0
+)["cross"]
 print(dict(scores.sizes), "| masks:", scores.attrs["masks"])
 
 # %% tags=["cover"] alt="Two heat maps, one for each head, from the German words written to the English words read. Both have dark cells where the words mean the same: drei reads three, the last word, and achtzig reads eighty, the word before. Und and the end read hundred or thousand."
-one = int(np.flatnonzero((source >= 0).sum(axis=1) == 6)[0])  # a number of six English words
+# A number of six English words.
+one = int(np.flatnonzero((source >= 0).sum(axis=1) == 6)[0])
 german_words, english_words = ([*words[4000 + one]] for words in (german, english))
 of_one = scores.isel(sample=one, query=slice(len(german_words)))
 figure = plot.heads(of_one.assign_coords(query=german_words, key=english_words), vmax=1)
@@ -148,11 +177,19 @@ figure = plot.heads(of_one.assign_coords(query=german_words, key=english_words),
 translates = source >= 0
 in_view = (read > 0).sum(axis=1, keepdims=True)
 print(f"{'scores':16}{'largest':>8}{'weight':>8}")
-of_heads = {"head 0": scores.sel(head=0), "head 1": scores.sel(head=1), "mean of heads": scores.mean("head")}
+of_heads = {
+    "head 0": scores.sel(head=0),
+    "head 1": scores.sel(head=1),
+    "mean of heads": scores.mean("head"),
+}
 for name, weights in of_heads.items():
     is_right = weights.values.argmax(axis=-1) == source
-    of_right = np.take_along_axis(weights.values, np.maximum(source, 0)[..., None], axis=-1)[..., 0]
-    print(f"{name:16}{is_right[translates].mean():8.1f}{of_right[translates].mean():8.1f}")
+    of_right = np.take_along_axis(
+        weights.values, np.maximum(source, 0)[..., None], axis=-1
+    )[..., 0]
+    print(
+        f"{name:16}{is_right[translates].mean():8.1f}{of_right[translates].mean():8.1f}"
+    )
 by_chance = (1 / in_view).repeat(8, axis=1)[translates].mean()
 print(f"{'uniform':16}{by_chance:8.1f}{by_chance:8.1f}")
 
@@ -164,14 +201,17 @@ print(f"{'uniform':16}{by_chance:8.1f}{by_chance:8.1f}")
 # word of the number, taken at random.
 
 # %%
-OTHER = np.array([0, *range(2, 10), 1, *range(11, 18), 10, 19, 18])  # the number of another word, for each word
+# The number of another word, for each word.
+OTHER = np.array([0, *range(2, 10), 1, *range(11, 18), 10, 19, 18])
 rows, now = np.arange(len(read)), next_words(read, before)
 most_read = scores.mean("head").values.argmax(axis=-1)
-at_random = (most_read + np.random.default_rng(1).integers(1, in_view.clip(2), most_read.shape)) % in_view
+at_random = (
+    most_read + np.random.default_rng(1).integers(1, in_view.clip(2), most_read.shape)
+) % in_view
 
 
 def changes(position):
-    """Whether each German word is another one after the English word at its position has been replaced."""
+    """Whether each German word changes when the English word at its position does."""
     changed = np.zeros(now.shape, bool)
     for step in range(8):
         x = read.copy()
@@ -182,7 +222,9 @@ def changes(position):
 
 if_read, if_other = changes(most_read), changes(at_random)
 print(f"{'replaced:':10}{'most read word':>15}{'another':>9}")
-kinds = {"digits": EINER[1:], "tens": ZEHNER[2:]} | {word: [word] for word in ("tausend", "hundert", "und", "<end>")}
+kinds = {"digits": EINER[1:], "tens": ZEHNER[2:]} | {
+    word: [word] for word in ("tausend", "hundert", "und", "<end>")
+}
 for kind, members in kinds.items():
     chosen = np.isin(written, [GERMAN.index(word) for word in members]) & (in_view > 1)
     print(f"{kind:10}{if_read[chosen].mean():15.1f}{if_other[chosen].mean():9.1f}")

@@ -9,10 +9,11 @@ import keras
 import nbformat
 import numpy as np
 import pytest
+import xarray as xr
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
-from kerasfactory import explain
+from kerasfactory import explain, plot
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -209,19 +210,23 @@ def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_
     heard = listen(page, site_url)
     page.goto("recipes/visualization/")
     interactive = page.locator(".kerasfactory-map")
-    heads, cells = interactive.get_by_label("head"), interactive.get_by_role("application")
-    status = interactive.get_by_role("status")
+    layers, samples, heads = (interactive.locator(f"input[name={name}]") for name in ("layer", "sample", "head"))
+    cells, status = interactive.get_by_role("application"), interactive.get_by_role("status")
 
+    layers.focus()
+    page.keyboard.press("ArrowRight")
+    expect(layers).to_have_attribute("aria-valuetext", "second")
     heads.focus()
     page.keyboard.press("ArrowRight")
     expect(heads).to_have_attribute("aria-valuetext", "1")
-    page.keyboard.press("Tab")
+    for _ in ("the small maps", "the large one"):
+        page.keyboard.press("Tab")
     expect(cells).to_be_focused()
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
     expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[5-9]\d\d$"))  # the marked day
     before = status.text_content()
-    interactive.get_by_label("sample").focus()
+    samples.focus()
     page.keyboard.press("ArrowRight")
     expect(status).to_have_text(re.compile(r"^query day 2, key day 3: 0\.[0-4]\d\d$"))  # in the next sample it is not
 
@@ -230,6 +235,82 @@ def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_
     interactive.locator("rect").nth(12 * 4 + 7).hover()
     expect(status).to_have_text(re.compile(r"^query day 5, key day 8: 0\.\d\d\d$"))
     assert not heard
+
+
+@pytest.fixture
+def show(browser, request):
+    """Opens a page with nothing in it but a piece of HTML."""
+
+    def open_page(fragment, scheme="light", **device):
+        context = browser.new_context(color_scheme=scheme, **device)
+        request.addfinalizer(context.close)
+        page = context.new_page()
+        head = '<!doctype html><html lang="en"><meta name="color-scheme" content="light dark"><title>Piece</title>'
+        page.set_content(f"{head}<main><h1>Piece</h1>{fragment}</main>")
+        return page
+
+    return open_page
+
+
+def scores_of_layers():
+    rng, dims = np.random.default_rng(0), ["sample", "head", "query", "key"]
+    words = (("sample", "key"), [["not", "bad", "at", "all"], ["too", "long", "", ""]])
+    sizes = {"first": 1, "second": 3}
+    scores = {name: rng.dirichlet(np.ones(4), (2, heads, 4)) for name, heads in sizes.items()}
+    return {name: xr.DataArray(values, {"key_token": words}, dims) for name, values in scores.items()}
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_pieces_of_html_are_sound(show, device, scheme):
+    scores = scores_of_layers()
+    pieces = [
+        plot.interactive(scores),
+        plot.text(scores["second"]),
+        plot.text(scores["second"].mean(["head", "query"]) - 0.2),
+    ]
+    page = show("".join(pieces), scheme, **DEVICES[device])
+    problems = [*accessibility_problems(page), *layout_problems(page)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.backend_independent
+def test_a_click_on_a_small_map_chooses_its_layer_and_head(show):
+    scores = scores_of_layers()
+    page = show(plot.interactive(scores))
+    layer, head = (page.locator(f"input[name={name}]") for name in ("layer", "head"))
+    expect(head).to_be_hidden()  # the first layer has one
+    page.get_by_title("second, head 2").click()
+    expect(layer).to_have_attribute("aria-valuetext", "second")
+    expect(head).to_have_attribute("aria-valuetext", "2")
+    expect(page.locator("canvas.chosen")).to_have_attribute("title", "second, head 2")
+    page.locator("rect").nth(4 * 1 + 3).hover()
+    expect(page.get_by_role("status")).to_have_text(f"query 1, key 3: {float(scores['second'][0, 2, 1, 3]):.3f}")
+    layer.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("canvas.chosen")).to_have_attribute("title", "first, head 0")
+
+
+@pytest.mark.backend_independent
+def test_the_slider_of_a_text_shows_another_head(show):
+    scores = scores_of_layers()["second"]
+    page = show(plot.text(scores, top_k=1))
+    words = page.locator(".sentence").first.locator(".word")
+    background = "word => getComputedStyle(word).backgroundColor"
+    before = words.first.evaluate(background)
+    page.get_by_label("head").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    expect(page.get_by_label("head")).to_have_attribute("aria-valuetext", "2")
+    shares = scores[0, 2].mean("query").values
+    assert [float(word.get_attribute("title")) for word in words.all()] == pytest.approx(shares, rel=0.06)
+    assert words.first.evaluate(background) != before
+    largest = int(shares.argmax())
+    for number, word in enumerate(words.all()):
+        assert (word.locator("small").bounding_box()["width"] > 2) == (number == largest)
+    page.get_by_label("all numbers").check()
+    assert min(number.bounding_box()["width"] for number in page.locator("small").all()) > 2
 
 
 def test_color_scheme_can_be_switched_and_stays(new_page):

@@ -1,8 +1,10 @@
 """One grammar for all public functions: what may be positional, which words there are, and their order."""
 
 import inspect
+import typing
 
 import pytest
+from matplotlib.axes import Axes
 
 from kerasfactory import explain, plot
 
@@ -22,8 +24,8 @@ ORDER = [
         "calibration",
         "loss",
     ),
-    *("feature_names", "feature_mask", "special_tokens"),
-    *("removal", "mask_value", "background", "groups", "block", "fractions"),
+    *("feature_names", "feature_mask", "words", "special_tokens"),
+    *("removal", "mask_value", "background", "groups", "block", "max_samples", "fractions"),
     *("samples", "columns", "top_k", "map_size", "rows", "vmax"),
     *("n", "draws", "steps", "strength", "tolerance", "margin", "level"),
     *("statement", "every", "log_dir", "batch_size", "verbose", "store", "seed"),
@@ -31,10 +33,11 @@ ORDER = [
 
 # What functions are about: only this may be positional, in this order.
 SUBJECTS = {
-    plot: ["scores", "attribution", "history", "statistics", "result"],
+    plot: ["scores", "attribution", "images", "history", "statistics", "result"],
     explain: [
         *("layer_class", "adapter", "path", "train", "model", "x", "y"),
         *("attribution", "attributions", "weights", "record", "path"),
+        *("height", "width", "size"),
     ],
 }
 
@@ -91,7 +94,8 @@ def test_no_parameter_has_an_old_name(function):
 @pytest.mark.parametrize("name", plot.__all__)
 def test_what_returns_one_axes_draws_on_the_axes_it_is_given(name):
     signature = inspect.signature(getattr(plot, name))
-    returns_axes = getattr(signature.return_annotation, "__name__", signature.return_annotation) == "Axes"
+    returned = typing.get_args(signature.return_annotation) or [signature.return_annotation]  # some also return HTML
+    returns_axes = Axes in returned
     assert ("ax" in signature.parameters) == returns_axes
     if returns_axes:
         assert signature.parameters["ax"].default is None

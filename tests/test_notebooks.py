@@ -72,6 +72,12 @@ def test_recipe_starts_with_title_question_and_level_and_ends_with_what_it_does_
 
 
 @each_example
+def test_no_line_of_code_scrolls_sideways(source):
+    cells = [cell.source for cell in notebooks.from_source(source).cells if cell.cell_type == "code"]
+    assert [line for line in "\n".join(cells).splitlines() if len(line) > 88] == []
+
+
+@each_example
 def test_recipe_took_under_20_seconds_when_it_was_last_executed(source):
     assert json.loads(notebooks.RUN_TIMES.read_text())[source.stem] < 20
 

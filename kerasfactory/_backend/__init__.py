@@ -12,7 +12,7 @@ import numpy as np
 from kerasfactory._backend._keras import get_keras_mask as get_keras_mask
 from kerasfactory._backend._keras import get_loss as get_loss
 from kerasfactory._backend._keras import layers_being_called as layers_being_called
-from kerasfactory._backend._keras import operations_of_keras as operations_of_keras
+from kerasfactory._backend._keras import operations_of_keras as _operations_of_keras
 from kerasfactory._backend._keras import set_keras_mask as set_keras_mask
 from kerasfactory._backend._shared import after_fork as after_fork
 from kerasfactory._backend._shared import missing as missing
@@ -42,6 +42,11 @@ predict_step = _chosen.predict_step
 value_of = _chosen.value_of
 weak_reference = _chosen.weak_reference
 with_numpy_dtype = _chosen.with_numpy_dtype
+
+
+def all_operations():
+    """The functions that attention goes through, Keras' and the backend's own, as a list of `Operation`."""
+    return [*_operations_of_keras(), *operations()]
 
 
 def summary_writer(log_dir):

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,6 +27,7 @@ from kerasfactory.explain._engine.labels import (
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.outputs import asked_output, check_target, checked_task, describe_target
+from kerasfactory.explain._engine.tables import check_table
 from kerasfactory.explain._engine.tokens import as_float, integral, missed, token_scaler
 from kerasfactory.explain._engine.view import masks_of, reached, special_keys
 
@@ -51,7 +52,7 @@ def attribute(
     target: int | str | tuple[int | str, ...] | None = None,
     query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     special_tokens: Sequence[int] | Sequence[str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
@@ -156,10 +157,10 @@ def attribute(
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.
-        feature_names: Names of the features, as for `capture`. A class token that stands before the features needs a
-            name as well.
+        feature_names: Names of the features, or words, as for `capture`. A class token that stands before the features
+            needs a name as well.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` is
-            one array of integers, (sample, key), or names of features.
+            one array of integers, (sample, key), or a dictionary with such `token_ids`; or names of features, or words.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
         seed: Of `"random"`.
@@ -167,12 +168,14 @@ def attribute(
     Returns:
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
         coordinates (or the index of a DataFrame, as for `capture`), and so are feature names where they are known, and
-        `in_view` (sample, feature), whether a key is in view. The attributes say the `method`, the `target` (a number,
-        `"predicted"`, or `"any"` if there is no gradient), the `query` (or `"mean"`, or `"any"`), the `layers` in the
-        order in which they are called, the `masks` in force in them (or `"none"`), the `special_tokens`, if there are
-        any, the `backend` and the `keras_version`. Integrated gradients have a `completeness_error`: the largest
-        difference, over the samples, between the sum of a row and \(y(x) - y(0)\), divided by the largest sum of
-        absolute values of a row; NaN if all are 0.
+        `in_view` (sample, feature), whether a key is in view. Words of each sample are the coordinate `feature_token`
+        (sample, feature), which `plot.text`, `merge` and `by_token` read.
+
+        The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient), the
+        `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force in
+        them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
+        gradients have a `completeness_error`: the largest difference, over the samples, between the sum of a row and
+        \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
@@ -185,7 +188,8 @@ def attribute(
         RuntimeError: As `capture`.
 
     Warns:
-        UserWarning: As `capture`; if the gradients are 0 in all samples; and if the completeness error is above 0.05.
+        UserWarning: As `capture`; if padding, `""`, is in view; if the gradients are 0 in all samples; and if the
+            completeness error is above 0.05.
 
     Example:
         ```python
@@ -220,9 +224,10 @@ def attribute(
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"There is no method {method!r}. {hint}There are: {', '.join(_METHODS)}.")
     given = given_labels(x, feature_names)
+    check_table(model, x)
     checked_task(task)
     completeness: list[tuple[float, float]] = []  # of integrated gradients
-    seen = _measured(model, x, method, task, target, layers, batch_size, verbose, completeness)
+    seen = _measured(model, given.x, method, task, target, layers, batch_size, verbose, completeness)
     rng = generator(seed, "attribute")
     rows: list[np.ndarray] = []
     views: list[np.ndarray] = []
@@ -241,7 +246,10 @@ def attribute(
     warn_of_difference(model, batch.difference)
     attributes = {"completeness_error": _completeness_error(completeness)} if method == "integrated_gradients" else {}
     result, in_view = np.concatenate(rows), np.concatenate(views)
-    in_view &= ~special_keys(special_tokens, x, in_view.shape[1], coordinates.get("key"))
+    names = coordinates.get("key") if given.words is None else given.words.of_samples()
+    in_view &= ~special_keys(special_tokens, x, in_view.shape[1], names)
+    if given.words is not None:
+        given.words.warn_of_padding(in_view)
     if method in ("uniform", "random"):
         result = _control(method, result, in_view, rng)
     bad = np.flatnonzero(np.isnan(result).any(axis=1))
@@ -251,6 +259,7 @@ def attribute(
             "Look for NaN or infinite numbers in these samples, and in the model's weights."
         )
     coordinates = {"feature": coordinates["key"]} if "key" in coordinates else {}
+    described = "predicted" if target is None else describe_target(target)
     attribution = xr.DataArray(
         result,
         dims=("sample", "feature"),
@@ -258,11 +267,7 @@ def attribute(
         name=method,
         attrs={
             "method": method,
-            "target": "any"
-            if method not in _WITH_GRADIENT
-            else "predicted"
-            if target is None
-            else describe_target(target),
+            "target": described if method in _WITH_GRADIENT else "any",
             "query": "any" if method == "integrated_gradients" else "mean" if query is None else query,
             "layers": ", ".join(shapes),
             **attributes,
@@ -272,7 +277,7 @@ def attribute(
             "keras_version": keras.__version__,
         },
     )
-    return with_rows_of(x, attribution)
+    return with_rows_of(x, given.on(attribution))
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
@@ -349,7 +354,8 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
     if len(bad):
         warn(f"The rollout is NaN in {len(bad)} of {len(result)} samples, the first of them number {bad[0]}.")
     last = next(reversed(arrays.values()))
-    coordinates = {dim: last.coords[dim] for dim in ("sample", "query", "key") if dim in last.coords}
+    names = ("sample", "query", "key", "query_token", "key_token")
+    coordinates = {name: last.coords[name] for name in names if name in last.coords}
     attributes = {"layers": ", ".join(arrays)}
     return xr.DataArray(result, coordinates, ("sample", "query", "key"), name="rollout", attrs=attributes)
 
@@ -425,7 +431,7 @@ def _checked_axes(
         _check_square(shapes)
     _number_of_keys(shapes)
     for name, shape in shapes.items():
-        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), given.names)
+        check_axes(name, batch.found[name].layer, (batch.size, 1, *shape), given)
     first = next(iter(shapes))
     return labels_of(model, batch, first, (batch.size, 1, *shapes[first]), given, False)["coords"]
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -28,10 +28,12 @@ from kerasfactory.explain._engine.labels import (
     given_labels,
     labels_of,
     sink_of,
+    warn_of_padding,
     with_rows_of,
 )
 from kerasfactory.explain._engine.observe import Batch, observe, warn_of_difference
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
+from kerasfactory.explain._engine.tables import check_table
 
 
 def capture(
@@ -39,7 +41,7 @@ def capture(
     x: Any,
     *,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     batch_size: int | None = None,
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
@@ -99,7 +101,13 @@ def capture(
         feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
             axis if it is as long. If not given, the columns of a DataFrame are used where they are as many, else the
             names in the model's `FeatureTokenizer`, provided that the model has one tokenizer and one input.
-        batch_size: Samples in a batch, 32 if not given. Only for arrays; everything else comes in batches.
+            Or the words of each sample, which may repeat: an array of strings (sample, key), lists of strings, of
+            which short ones are filled with `""` at the end, or a function from the ids in `x` to strings, such as
+            `vectorize.get_vocabulary().__getitem__`. `""` is padding. The function is called once for each id; `x` is
+            one array of integers, (sample, key), a dictionary with such `token_ids`, or batches of these.
+        batch_size: Samples in a batch. Only for arrays; everything else comes in batches. If not given, as many as
+            make 8,192 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
+            least 1 and at most 1,024; and 32 of pictures and strings.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
@@ -118,7 +126,8 @@ def capture(
           `sample`, in UTC if it has a time zone: `isel` finds samples by position, and `sel` by that index. If the
           model folds another axis into the batch (as windowed attention does), the first dimension holds all its
           sequences and is called `sequence`.
-        - `query`, `key`: with the feature names as coordinates, where they are known. With several attention axes,
+        - `query`, `key`: with the feature names as coordinates, where they are known. Words of each sample are the
+          coordinates `query_token` (sample, query) and `key_token` (sample, key). With several attention axes,
           `query_0`, `query_1`, …, `key_0`, `key_1`, …; axes that are not attended over are `axis_1`, `axis_2`, …
           by their number.
 
@@ -136,9 +145,9 @@ def capture(
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
-            number of feature names is wrong; if `x` is empty or without end, or its batches differ in length; if
-            columns of a DataFrame hold something else than numbers, share a name, or are the features of the model's
-            tokenizer in another order.
+            number of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or
+            its batches differ in length; if columns of a DataFrame hold something else than numbers, share a name, or
+            are the features of the model's tokenizer in another order.
             Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments; if files in it
             are lost, changed or symbolic links; or if it was made before stores had checksums.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
@@ -146,8 +155,9 @@ def capture(
         ImportError: If `store` is given, and Zarr is not installed.
 
     Warns:
-        UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), or if the model
-            gives different outputs with and without observation, as a model does whose outputs are random.
+        UserWarning: If a layer cannot be captured, if scores are NaN (as they are where `x` is), if words are `""` and
+            a layer has no mask, or if the model gives different outputs with and without observation, as a model does
+            whose outputs are random.
 
     Example:
         ```python
@@ -170,13 +180,14 @@ def capture(
         ```
     """
     given = given_labels(x, feature_names)
+    check_table(model, x)
     shapes: dict[str, tuple[int, ...]] = {}
     arguments = {"layers": [layers] if isinstance(layers, str) else layers and list(layers)}
     arguments |= {"feature_names": given.names or given.columns}
-    with results_of(store, "capture", model, x, batch_size, arguments) as results:
+    with results_of(store, "capture", model, given.x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, float_scores, only_scores=True):
             is_first = not shapes
-            scores = _checked_scores(batch, shapes, given.names)
+            scores = _checked_scores(batch, shapes, given)
             if is_first:
                 _warn_of_no_weights(batch, scores)
             # A NaN in a query or a key makes its whole row NaN: one column tells.
@@ -187,7 +198,9 @@ def capture(
         results.finish()
     warn_of_difference(model, batch.difference)
     warn_of_nan(results.nan, results.rows)
-    return {name: with_rows_of(x, _scores(dataset).rename(name)) for name, dataset in results.open().items()}
+    warn_of_padding(given, batch)
+    scores_of = {name: given.on(_scores(dataset).rename(name)) for name, dataset in results.open().items()}
+    return {name: with_rows_of(x, scores) for name, scores in scores_of.items()}
 
 
 def recomposition_error(
@@ -251,6 +264,7 @@ def recomposition_error(
         #> True
         ```
     """
+    check_table(model, x)
     errors: dict[str, float] = {}
     largest: dict[str, float] = {}
     for batch in observe(model, x, layers, batch_size, verbose, _recomposed):
@@ -260,12 +274,12 @@ def recomposition_error(
     return {name: error / largest[name] if error else 0.0 for name, error in errors.items()}
 
 
-def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], names: list[str] | None) -> dict[str, np.ndarray]:
+def _checked_scores(batch: Batch, shapes: dict[str, tuple[int, ...]], given: Given) -> dict[str, np.ndarray]:
     """The scores of a batch, which have the axes that they can be labeled with, and are as long as all others."""
     scores = {name: _backend.as_numpy(measured) for name, measured in batch.measured.items()}
     for name, rows in scores.items():
         if name not in shapes:
-            check_axes(name, batch.found[name].layer, rows.shape, names)
+            check_axes(name, batch.found[name].layer, rows.shape, given)
             shapes[name] = rows.shape[1:]
         check_same_lengths(name, rows.shape[1:], shapes[name])
     return scores

@@ -8,7 +8,7 @@ Candès et al. 2018, https://arxiv.org/abs/1610.02351). A copy of another featur
 removing it changes nothing. A shortcut that does not hold in the data at hand makes nothing worse when it is removed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -22,11 +22,12 @@ from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.conditional import Draws, Sampler, told_apart
 from kerasfactory.explain._engine.data import (
     check_rows_finite,
-    checked_attribution,
-    checked_feature_mask,
-    feature_array,
+    input_arrays,
+    like_samples_of,
+    named_inputs,
     progress_bar,
 )
+from kerasfactory.explain._engine.features import Table, columns_of, features_of, match, table_of
 from kerasfactory.explain._engine.outputs import (
     check_labels,
     checked_outputs,
@@ -35,9 +36,21 @@ from kerasfactory.explain._engine.outputs import (
     resolve_loss,
 )
 from kerasfactory.explain._engine.skill import skill_of
-from kerasfactory.explain._engine.statistics import clusters_of, focused_bh, mean_interval, neighbors_are_alike
+from kerasfactory.explain._engine.statistics import (
+    clusters_of,
+    focused_bh,
+    mean_interval,
+    neighbors_are_alike,
+    sum_at_most_zero,
+)
+from kerasfactory.explain._engine.tables import check_aligned, check_table
+from kerasfactory.explain._engine.view import carried_view
 
 _RESAMPLES = 1999
+_MANY_CLUSTERS = 50  # that count as much as all: from there on a formula gives what their exchanges do
+_LOOKED_AT = 1000  # differences, for whether these take few values
+_ALIKE = 0.02  # of their standard deviation
+_SMALLEST = 1e-12  # p-value: smaller ones say no more
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
 _DEPENDENT = (
     "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
@@ -45,6 +58,13 @@ _DEPENDENT = (
 )
 _DOMINANT = 0.5  # of the loss of a constant: one sample with more decides the margin alone
 _NAMED = 4  # features in the name of a group, at most
+_MOST_ENTRIES = 256  # of a sample that is no row of a table: each takes a regression on all others
+_MANY = (
+    "A sample has {} entries, and values are drawn given all others for 256 at most: its ranking can be tested as a "
+    "whole, with `faithfulness`."
+)
+_PADDED = "It is padding in some samples: no value can be drawn for it there."
+_UNTESTED = "It cannot be tested: it is constant, or there are too few samples."
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -56,6 +76,7 @@ def feature_claims(
     *,
     loss: Any = None,
     feature_mask: Any = None,
+    special_tokens: Sequence[int] | Sequence[str] | None = None,
     background: Any = None,
     groups: Any = None,
     block: int | None = None,
@@ -79,7 +100,10 @@ def feature_claims(
     The effect is what the feature tells the model that the other features do not, in the unit of the loss. If that is
     nothing, a sample's own value and the \(K\) draws are exchangeable. The p-value therefore comes from exchanging, at
     random and in each cluster of samples separately, the own loss with one of the \(K + 1\) losses: it is the share of
-    such exchanges whose mean is at most the observed one. It makes no assumption on the shape of \(d_{ij}\).
+    such exchanges whose mean is at most the observed one. It makes no assumption on the shape of \(d_{ij}\). Where
+    fewer than 50 clusters make up most of the variance, it is the share of 1,999 exchanges or more that are drawn; else
+    of all of them, by a saddlepoint approximation (Robinson 1982, [*Saddlepoint Approximations for Permutation
+    Tests*](https://doi.org/10.1111/j.2517-6161.1982.tb01191.x)).
 
     **What the verdicts assume:**
 
@@ -99,14 +123,22 @@ def feature_claims(
       only repeats them may be called needed: codes of more than 20 values, such as postal codes, which are taken for
       numbers; waves, such as a daily cycle over a time stamp; and products of three columns.
 
+    **Arrays with several axes, and several inputs**, are tables as well, with a column for each entry of a sample: the
+    entries of a feature are drawn one after the other, given those of all other features and inputs. Nothing is assumed
+    to be independent of anything else. That takes more samples than a sample has entries, and, if `x` is no table, at
+    most 256 entries: else every verdict is `undetermined`. So is that of a feature that is out of view in some samples,
+    as padding is. Token ids are refused, also as one of several inputs: what is drawn for another input would have to
+    fit the text.
+
     Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
     noticed, and tested together as well: the result has a row for the group, named `a + b`, or `a + b + c + 9 more`. Of
     its members the data cannot tell which the model needs.
 
     Args:
-        model: A `keras.Model` with one input, (sample, feature), and one output.
+        model: A `keras.Model` with one output.
         x: Held-out data, (sample, feature): an array, or a DataFrame of numbers. The model must not have been trained
-            on them.
+            on them. Or an array with more axes, such as a series (sample, time, variable), or, with `feature_mask`, a
+            dictionary or list of arrays: see above.
         y: Labels in the form that the loss takes, one for each sample.
         attribution: (sample, feature), as from `attribute`: a number for each column of `x`, or for each feature of
             `feature_mask`.
@@ -115,7 +147,8 @@ def feature_claims(
             the model was compiled with, if not given.
         feature_mask: The number of the feature that each column of `x` belongs to, integers (column,) from 0; -1 for
             a column that is never removed. The columns of a feature are removed and claimed together. Each column is
-            a feature of its own if not given.
+            a feature of its own if not given. For arrays with more axes and for several inputs as for `faithfulness`.
+        special_tokens: Names of keys of the attribution that stand for nothing in `x`, as for `faithfulness`.
         background: Data to learn the distribution of the features from, (row, feature), distributed as `x`. `x` itself
             if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
@@ -127,7 +160,7 @@ def feature_claims(
             best for `y`.
         level: The error level of the tests, after the adjustment. The intervals cover \(1 - \text{level}\). Between 0
             and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the features.
         seed: The seed of all that is drawn: values, exchanges and the bootstrap.
 
@@ -135,7 +168,8 @@ def feature_claims(
         xr.Dataset: Over `feature`, with the names in `attribution` if it has any, and then the groups that were found.
         `plot.features` draws it.
 
-        - `member` (feature, column): whether a column of `x` is one of those that the test removes.
+        - `member` (feature, column): whether a column of `x` is one of those that the test removes. For other arrays
+          the columns are the entries of a sample, those of several inputs in the order of `keras.tree.flatten`.
         - `attribution`: the mean over the samples, the sum over the columns of a feature.
         - `claimed`: whether the attribution lies above the mean of all features, that is, above what `uniform` would
           give. Only then is a claim made.
@@ -210,24 +244,19 @@ def feature_claims(
         raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
-    x = _checked_table("x", x)
-    units = _units(x, attribution, feature_mask)
-    rows = x if background is None else _checked_table("background", background)
-    if rows.shape[1] != x.shape[1]:
-        raise ValueError(f"`background` must have the columns of `x`, {x.shape[1]}. Received: {rows.shape[1]}")
-    if np.array_equal(rows, x):
-        rows = x  # so that a regression knows that it has seen the samples
+    check_table(model, x, background)
+    check_aligned(x=x, attribution=attribution, y=y, groups=groups)
+    given = input_arrays("x", x)
+    table = table_of(given, features_of(given, feature_mask))
+    x, rows = _checked_rows(table, given, background)
+    units = _units(given, table, feature_mask, attribution, special_tokens)
     y = _checked_labels(y, len(x))
     clusters, copies = _clusters(x, y, groups, block)
     loss = resolve_loss(model, loss)
-    if reads_tokens(model, x):
-        raise ValueError(
-            "`x` holds token ids: a position of a text is no column of a table, and its values cannot be drawn from "
-            "those of other rows. Test the ranking as a whole, with `explain.faithfulness`."
-        )
+    _refuse_tokens(model, given)
     progress = progress_bar(len(units), verbose, "feature")
 
-    outputs = checked_outputs(predictions(model, x, batch_size), "`x`")
+    outputs = checked_outputs(predictions(model, given, batch_size), "`x`")
     check_labels(loss, y, outputs)
     own_loss = loss_values(loss, y, outputs)
     skill = skill_of(loss, y, outputs, clusters, level, rng)
@@ -236,7 +265,7 @@ def feature_claims(
         """The losses with the columns drawn, (draw, sample)."""
         changed = np.tile(x, (draws, 1))
         changed[:, columns] = values.reshape(-1, len(columns))
-        outputs = checked_outputs(predictions(model, changed, batch_size), "`x` with columns drawn again")
+        outputs = checked_outputs(predictions(model, table.inputs(changed), batch_size), "`x` with columns drawn again")
         return loss_values(loss, np.tile(y, (draws, 1)), outputs).reshape(draws, len(x))
 
     row_clusters = clusters if rows is x else np.arange(len(rows))
@@ -272,6 +301,25 @@ def feature_claims(
     )
 
 
+def _checked_rows(table: Table, given: Any, background: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The data as a table, and the rows to learn their distribution from: the same array, if they are the same."""
+    x = table.columns
+    check_rows_finite(x, "`x`")
+    if background is None:
+        return x, x
+    rows = columns_of(like_samples_of(given, "background", background))
+    check_rows_finite(rows, "`background`")
+    return x, x if np.array_equal(rows, x) else rows
+
+
+def _refuse_tokens(model: Any, given: Any) -> None:
+    if any(reads_tokens(model, array) for array in named_inputs(given).values()):
+        raise ValueError(
+            "`x` holds token ids: a position of a text is no column of a table, and its values cannot be drawn from "
+            "those of other rows. Test the ranking as a whole, with `explain.faithfulness`."
+        )
+
+
 class _Unit(NamedTuple):
     """One column, or several that are removed together."""
 
@@ -279,6 +327,7 @@ class _Unit(NamedTuple):
     columns: list[int]
     share: float  # of the attribution
     is_claimed: bool  # the attribution ranks it high
+    untestable: str = ""  # why its values cannot be drawn, if so
 
 
 class _Test(NamedTuple):
@@ -288,21 +337,27 @@ class _Test(NamedTuple):
     group: int | None = None  # the number of the test of the group that it belongs to
 
 
-def _units(x: np.ndarray, attribution: Any, feature_mask: Any) -> list[_Unit]:
+def _units(given: Any, table: Table, feature_mask: Any, attribution: Any, special_tokens: Any) -> list[_Unit]:
     """The features that are tested, with what the attribution says of them."""
-    columns = [[column] for column in range(x.shape[1])]
-    if feature_mask is not None:
-        mask = checked_feature_mask(feature_mask, x)
-        columns = [np.flatnonzero(mask == number).tolist() for number in range(mask.max() + 1)]
-    is_by_unit = np.ndim(attribution) == 2 and np.shape(attribution)[1] == len(columns)
-    shares = checked_attribution(attribution, x[:, : len(columns)] if is_by_unit else x).mean(axis=0)
-    names = np.asarray(getattr(attribution, "coords", {}).get("feature", np.arange(len(shares))))
+    count, width = int(table.feature.max()) + 1, table.feature.size
+    columns = [np.flatnonzero(table.feature == number).tolist() for number in range(count)]
+    is_table = np.shape(given) == table.columns.shape
+    by_column = (width,) if is_table and feature_mask is not None else ()
+    matched = match(attribution, given, (count, *by_column), special_tokens)
+    shares, is_by_unit = matched.values.mean(axis=0), len(matched.kept) == count
+    names = np.asarray(getattr(matched.attribution, "coords", {}).get("feature", np.arange(matched.keys)))[matched.kept]
+    in_view = carried_view(matched.attribution)
+    in_view = np.ones(matched.values.shape, bool) if in_view is None else in_view[:, matched.kept]
+    too_many = "" if is_table or width <= _MOST_ENTRIES else _MANY.format(width)
     units = []
     for number, of_unit in enumerate(columns):
         members = [number] if is_by_unit else of_unit
         name = names[members[0]] if len(members) == 1 else _joined(names[members])
         share, tolerance = float(shares[members].sum()), 1e-6 * np.abs(shares).max()
-        units.append(_Unit(name, of_unit, share, share > len(members) * shares.mean() + tolerance))
+        seen = in_view[:, members].any(axis=1)
+        untestable = too_many or (_PADDED if seen.any() and not seen.all() else "")
+        is_claimed = share > len(members) * shares.mean() + tolerance
+        units.append(_Unit(name, of_unit, share, is_claimed, untestable))
     return units
 
 
@@ -333,7 +388,7 @@ def _tested(unit: _Unit, sampler: Sampler, own_loss: np.ndarray, losses_of: Call
     varies = all((table[:, columns] != table[0, columns]).any() for table in (x, rows))
     independent = min(int(of.max()) + 1 for of in (sampler.clusters, sampler.row_clusters))
     enough = independent >= _FEWEST and min(len(x), len(rows)) >= x.shape[1]
-    if not varies or not enough:
+    if not varies or not enough or unit.untestable:
         return _Test(unit, None, None)
     drawn = sampler.drawn(columns)
     moved = np.abs(drawn.values - x[:, columns]).max(axis=(0, 1))
@@ -368,17 +423,6 @@ def _merged(group: list[int], units: list[_Unit]) -> _Unit:
     while any(name == str(unit.name) for unit in units):
         name += " (together)"
     return _Unit(name, sorted(group), sum(shares), any(claimed))
-
-
-def _checked_table(name: str, given: Any) -> np.ndarray:
-    array = feature_array(name, given)
-    if array.ndim != 2:
-        raise ValueError(
-            f"`{name}` must be a table, (sample, feature): only the features of tables are tested. "
-            f"Received: shape {array.shape}"
-        )
-    check_rows_finite(array, f"`{name}`")
-    return array
 
 
 def _checked_labels(y: Any, samples: int) -> np.ndarray:
@@ -445,7 +489,7 @@ def _verdict(
     """The verdict on one feature, and the reason for it; its group, if it has one, has a name and a verdict."""
     group, verdict_of_group = of_group
     if test.drawn is None:
-        return "undetermined", "It cannot be tested: it is constant, or there are too few samples."
+        return "undetermined", test.unit.untestable or _UNTESTED
     if is_off_data:
         return "undetermined", "The draws are off the data: a classifier can tell them from the true values."
     if is_needed and test.unit.is_claimed:
@@ -467,22 +511,29 @@ def _verdict(
 
 def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.random.Generator) -> np.ndarray:
     """The p-values of losses, (feature, own and then drawn, sample), from exchanging them within clusters."""
-    features, alternatives, samples = losses.shape
-    own = losses[:, 0].mean(axis=1)
     count = int(clusters.max()) + 1
-    if count < samples:
-        order = np.argsort(clusters, kind="stable")
-        starts = np.searchsorted(clusters[order], np.arange(count))
-        losses = np.add.reduceat(losses[:, :, order], starts, axis=2)
     resamples = max(_RESAMPLES, int(np.ceil(fewest)))  # so that one feature alone can be significant
-    # (cluster and alternative, feature): what is taken together lies together in memory.
-    rows = np.ascontiguousarray(losses.transpose(2, 1, 0)).reshape(-1, features)
-    starts = np.arange(count) * alternatives
-    at_most_own = np.zeros(features, int)
-    for _ in range(resamples):
-        mean = rows.take(starts + rng.integers(alternatives, size=count), axis=0).sum(axis=0) / samples
-        at_most_own += mean <= own + 1e-12 * np.abs(own)
-    return (1 + at_most_own) / (1 + resamples)
+    p_values = np.ones(len(losses))
+    for number, of_feature in enumerate(losses):
+        differences = of_feature - of_feature[0]
+        if count < len(clusters):
+            differences = np.stack([np.bincount(clusters, row, count) for row in differences])
+        variances = differences.var(axis=0)
+        differences = differences[:, variances > 0]
+        are_many = variances.sum() ** 2 >= _MANY_CLUSTERS * (variances**2).sum()
+        if differences.size and are_many and _are_various(differences[differences != 0][:_LOOKED_AT]):
+            p_values[number] = max(sum_at_most_zero(differences), _SMALLEST)
+        elif differences.size:  # a formula is no good for few terms, or few values: the exchanges themselves
+            rounding, place = 1e-12 * np.abs(of_feature[0].sum()), np.arange(differences.shape[1])
+            drawn = (rng.integers(len(differences), size=len(place)) for _ in range(resamples))
+            at_most_own = sum(differences[rows, place].sum() <= rounding for rows in drawn)
+            p_values[number] = (1 + at_most_own) / (1 + resamples)
+    return p_values
+
+
+def _are_various(values: np.ndarray) -> bool:
+    """Whether they are many, also if those are taken for one that differ by little of their spread."""
+    return len(np.unique(np.round(values / (_ALIKE * (values.std() or 1))))) > _MANY_CLUSTERS
 
 
 def _influences(losses: np.ndarray, donors: list[np.ndarray], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:

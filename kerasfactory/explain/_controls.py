@@ -16,7 +16,6 @@ from kerasfactory.explain._engine.data import (
     batch_size_of,
     batches_of,
     chosen_samples,
-    in_arrays,
     progress_bar,
     sampled,
 )
@@ -40,6 +39,7 @@ from kerasfactory.explain._engine.outputs import (
     spread_of,
 )
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
+from kerasfactory.explain._engine.tables import check_aligned, check_table, in_arrays
 
 _SAMPLES = 1024
 _ADVERSARIAL_SAMPLES = 256  # the adversary takes some 60 runs and gradients for each, the other controls one a draw
@@ -131,17 +131,16 @@ def attention_controls(
             one. Otherwise they are taken to be independent.
         block: The length of runs of a series, in samples, that count as one. Not with `groups`.
         draws: How often permuted weights are drawn for each sample.
-        steps: How many steps each ascent has.
+        steps: How many steps each ascent has. 0 leaves the adversary out, which takes longer than all else.
         tolerance: The largest change of a row's output that counts as none, relative to the spread; above 0. Also the
             largest increase of the loss that counts as none, relative to the model's loss.
         level: The error level: the intervals cover \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given. What is drawn
-            does not depend on it.
+        batch_size: Samples in a batch, as for `capture`. What is drawn does not depend on it.
         verbose: As for `capture`.
         seed: The seed of all that is drawn: samples, permutations, starts of the ascents and the bootstrap.
 
     Returns:
-        xr.Dataset: Over `control` (`uniform`, `permuted`, `adversarial`), with these variables.
+        xr.Dataset: Over `control` (`uniform`, `permuted`, and with `steps` `adversarial`), with these variables.
 
         - `change`, `jsd` (control, sample): as above. For the adversary, `change` is at most `tolerance`, and `jsd` is
           how far it got; NaN in the samples that it did not run on. Where masks are in force, the keys in view are
@@ -190,10 +189,13 @@ def attention_controls(
         #> [1.0, 0.0]
         ```
     """
-    draws, steps = positive_integer("draws", draws), positive_integer("steps", steps)
+    draws = positive_integer("draws", draws)
+    steps = 0 if steps == 0 else positive_integer("steps", steps)
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be above 0. Received: tolerance={tolerance!r}")
     checked_level(level)
+    check_table(model, x)
+    check_aligned(x=x, y=y, groups=groups)
     rng = generator(seed, "attention_controls")
     chosen, table = sampled(x, _SAMPLES, rng)
     sample = in_arrays(table)
@@ -201,12 +203,12 @@ def attention_controls(
         raise ValueError(f"`x` must hold at least 2 samples: one has no spread. Received: {len(chosen)}")
     samples = len(tree.flatten(x)[0])
     clusters = np.unique(clusters_of(samples, groups, block)[chosen], return_inverse=True)[1]
-    batch_size = positive_integer("batch_size", batch_size_of(sample, 1024) if batch_size is None else batch_size)
+    batch_size = positive_integer("batch_size", batch_size_of(sample) if batch_size is None else batch_size)
     found = outputs_of(model, sample, task=task, target=target, batch_size=batch_size)
     loss, labels = _loss_and_labels(model, found, y, samples)
     runs = _runs(model, sample, found, layers, tolerance, loss, None if labels is None else labels[chosen])
 
-    with_adversary = chosen_samples(len(chosen), _ADVERSARIAL_SAMPLES, rng)
+    with_adversary = chosen_samples(len(chosen), _ADVERSARIAL_SAMPLES if steps else 0, rng)
     streams = rng.spawn(len(chosen))  # one for each sample, so that it does not matter how they are put into batches
     parts = _parts(len(chosen), with_adversary, batch_size)
     progress = progress_bar(len(parts), verbose)
@@ -218,7 +220,8 @@ def attention_controls(
             losses[:, rows] = batch.losses()
         progress.add(1)
 
-    changes, distances = np.moveaxis(results, 1, 0)
+    controls = ["uniform", "permuted", "adversarial"][: 3 if steps else 2]
+    changes, distances = np.moveaxis(results[: len(controls)], 1, 0)
     variables: dict[str, Any] = {
         "change": (("control", "sample"), changes),
         "jsd": (("control", "sample"), distances),
@@ -233,7 +236,7 @@ def attention_controls(
     if loss is not None:
         variables |= _loss_tests(losses, changes[0], tolerance, clusters, level, rng)
         attributes |= {"loss": loss_name(loss), "loss_value": losses[0].mean().item()}
-    coordinates = {"control": ["uniform", "permuted", "adversarial"], "sample": chosen, "bound": ["lower", "upper"]}
+    coordinates = {"control": controls, "sample": chosen, "bound": ["lower", "upper"]}
     return with_rows_of(table, xr.Dataset(variables, coordinates, attributes))
 
 

@@ -1,36 +1,52 @@
 """Whether the features that an attribution puts first are those that a model uses: a test that it could fail."""
 
 import difflib
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import xarray as xr
+from keras import tree
+from scipy import ndimage
 
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory._warnings import warn
+from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.data import (
-    checked_attribution,
-    checked_feature_mask,
-    chosen_samples,
-    feature_array,
+    input_arrays,
+    like_samples_of,
+    named_inputs,
     progress_bar,
+    rows_of,
+    samples_in,
 )
+from kerasfactory.explain._engine.features import Features, Matched, features_of, match
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
-from kerasfactory.explain._engine.view import background_view, relabeled_rankings, view_of
+from kerasfactory.explain._engine.tables import check_aligned, check_table
+from kerasfactory.explain._engine.view import (
+    background_view,
+    carried_view,
+    names_of,
+    relabeled_rankings,
+    reworded_rankings,
+    special_keys,
+    view_of,
+)
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
-_NULL_SAMPLES = 500
+_LOOKS = (50, 150, 500)  # samples that the null is made of: more only if those before leave it open
+_DRAWS_FOR_STEPS = 199  # with fewer, all samples at once: each step costs one draw
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
 _KINDS = ("comprehensiveness", "sufficiency")
-_REMOVALS = ("marginal", "mean", "mask")
+_REMOVALS = ("marginal", "mean", "blur", "mask")
 
 
 def faithfulness(
@@ -81,8 +97,9 @@ def faithfulness(
 
     - For a classification with several outputs, it is that of the class that the model predicts for the sample, or of
       the one that `target` or `y` names.
-    - If there is one output, which may go up or down, the differences are taken as absolute values: noise does not
-      cancel, and only the comparison with the null distribution tells something.
+    - If one output is asked about that is no class of several, such as that of a regression, it may go up or down, and
+      the differences are taken as absolute values: noise does not cancel, and only the comparison with the null
+      distribution tells something.
     - For other models, `target` names one of several outputs. Without it, all count: the change is the mean over the
       outputs of the absolute differences, each divided by that output's standard deviation over the samples, and the
       mean over the rows of the background that are drawn. An output that does not vary counts as unchanged.
@@ -103,6 +120,10 @@ def faithfulness(
     observed one. The opposite p-values count the other side: a small one says that the attribution does worse than
     attributions that know nothing.
 
+    In texts, a ranking may know nothing and still put the same words first in all of them: a few words at random, which
+    may be those that decide. Where a model reads token ids, the test is therefore made twice, with positions relabeled,
+    and with words relabeled, which get each other's mean rank. The larger p-values count.
+
     Relabeling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
     samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
     ranking that is the same for all samples is one guess among the possible rankings, however many samples there are.
@@ -117,7 +138,8 @@ def faithfulness(
     Args:
         model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
         x: An array, or a DataFrame of numbers, with the features along axis 1: `(sample, feature)`, `(sample, position,
-            channel)`, or token ids, `(sample, position)`; with `feature_mask`, of any shape.
+            channel)`, or token ids, `(sample, position)`. With `feature_mask`, an array of any shape, or, for a
+            model with several inputs, a dictionary or list of arrays.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
             to the sign; among equals, chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.
@@ -126,16 +148,25 @@ def faithfulness(
             of which nothing is known.
         target: The number of the output that is \(f\). For a dictionary or list of several outputs a key, or a tuple
             that starts with it; for outputs of more axes a tuple of numbers, such as (step, quantile).
-        feature_mask: Which feature each entry of a sample belongs to: integers shaped like one sample, from 0, or -1
-            for what is never removed. It makes features of the patches of a picture or of the variables of a series.
-            Without it, features are the entries of axis 1, and pictures are refused. All features are in view then.
+        feature_mask: Which feature each entry of a sample belongs to: integers shaped like one sample, from 0 without a
+            gap, or -1 for what is never removed. It makes features of the patches of a picture
+            (`explain.patches(height, width, size)`), of the variables of a series (`numpy.broadcast_to(
+            numpy.arange(variables), (times, variables))`) or of both. The last axes may be missing: (height, width) is
+            for all channels. For several inputs it is a dictionary or list like `x`, whose numbers run on over the
+            inputs; -1 alone leaves an input as it is. Feature k is the k-th key of the attribution that is not special.
+            Without it, features are the entries of axis 1, and pictures and several inputs are refused. With it, the
+            attribution says what is in view; everything is, if it does not.
         special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` holds
-            integers, or names of features in the coordinate `feature` of the attribution.
+            integers, or names of features in the coordinate `feature` of the attribution. What the attribution says, if
+            not given. If the attribution has more keys than there are features, those that are named here stand for
+            nothing in `x`, as a class token of the model's own, and are left out.
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
             features removed from a sample come from one row, and the output is the mean over three rows. Where a
             feature is out of view of that row, its value is that of another row in which it is in view; if it is in
             none, another value in view of the row. `"mean"`: its mean over the rows of `background` in which it is in
-            view; not for token ids or categories. `"mask"`: `mask_value`, for models that are trained to ignore it.
+            view; not for token ids or categories. `"blur"`: its own, from the same picture, blurred by a Gaussian whose
+            standard deviation is the side of a square as large as a feature. `"mask"`: `mask_value`, for models that
+            are trained to ignore it.
         mask_value: For `removal="mask"`; 0 if not given.
         background: Samples like `x`, to draw from; `x` itself if not given. What is in view of them is read from the
             model, unless the attribution says that there are no masks.
@@ -145,7 +176,7 @@ def faithfulness(
         fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch; as many as make 16,384 positions, at most 1,024, if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the draws.
         seed: Of all that is drawn. The same seed gives the same result.
 
@@ -158,8 +189,10 @@ def faithfulness(
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
         - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
           random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
-          predictions. A set of features that is drawn more than once is predicted once. `observed` in the attributes
-          is the AOPC comprehensiveness of the attribution in the same samples and rows.
+          predictions. From 199 draws on, it starts with 50 samples. If the attribution does not lie outside of all
+          draws, in both tests, it goes on to 150, and then to 500. Each such step adds 1 / (1 + draws) to the p-values,
+          which keeps the error level. A set of features that is drawn more than once is predicted once. `observed` in
+          the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -169,8 +202,8 @@ def faithfulness(
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
-        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples`, `observed`,
-        `observed_sufficiency`, `level` and `seed`.
+        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (50, 150 or 500,
+        or all), `observed`, `observed_sufficiency`, `level` and `seed`.
 
     Raises:
         ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features, or no sample
@@ -200,29 +233,27 @@ def faithfulness(
         #> True False
         ```
     """
-    table, x = x, feature_array("x", x)
-    where, features = _places(x, feature_mask)
-    importance = checked_attribution(attribution, features)
+    check_table(model, x, background)
+    check_aligned(x=x, attribution=attribution, y=y, groups=groups)
+    table, x = x, input_arrays("x", x)
+    features = features_of(x, feature_mask)
+    matched = match(attribution, x, (features.total,), special_tokens)
+    importance = matched.values
     shares = _checked_fractions(fractions)
     draws = positive_integer("draws", draws)
     level = checked_level(level)
-    samples = len(x)
+    samples = len(importance)
     clusters = clusters_of(samples, groups, block)
     rng = generator(seed, "faithfulness")
-    rows, background_used = _background(x, removal, background, mask_value)
-    if feature_mask is None:
-        in_view = view_of(attribution, model, x, special_tokens, batch_size)
-        rows_in_view = in_view
-        if background is not None:
-            rows_in_view = background_view(attribution, model, rows, special_tokens, batch_size)
-    else:  # which of its entries are padding is for the mask to say
-        in_view, rows_in_view = np.ones(importance.shape, bool), np.ones(rows.shape[:2], bool)
+    rows, background_used = _background(model, x, features, removal, background, mask_value)
+    in_view, rows_in_view = _views(matched, model, x, rows, special_tokens, feature_mask, batch_size)
     ranked = _rankable(in_view)
-    donors = _donors(rows, rows_in_view, in_view if feature_mask is None else rows_in_view[:1], removal, rng)
-    donor = rng.integers(len(donors), size=(_DONORS if len(donors) > 1 else 1, samples))
+    donors = _donors(rows, rows_in_view, in_view, features, removal, rng)
+    donor = rng.integers(samples_in(donors), size=(_DONORS if samples_in(donors) > 1 else 1, samples))
+    donor = np.arange(samples)[np.newaxis] if removal == "blur" else donor
 
     progress = progress_bar(draws + 1, verbose, "draw")
-    changes, own, output_used = _change_function(model, x, where, donors, y, task, target, batch_size, removal)
+    changes, own, output_used = _change_function(model, x, features, donors, y, task, target, batch_size, removal)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), np.where(in_view, -importance, np.inf))))
     counts = _counts(shares, in_view)
     both = np.full((2, len(counts), samples), np.nan)
@@ -230,13 +261,13 @@ def faithfulness(
     both[..., ranked] = changes(sets, ranked, donor).reshape(2, len(counts), -1)
     progress.update(1)
 
-    chosen = ranked[chosen_samples(len(ranked), _NULL_SAMPLES, rng)]
+    chosen = rng.permutation(ranked)[: _LOOKS[-1]]
     null_of = (chosen, ranks[chosen], counts[:, chosen], in_view[chosen])
-    observed, null = _against_chance(changes, *null_of, donor[0], draws, rng, progress)
     # A draw that puts the same features first counts as equal, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
-    at_least = (1 + np.sum(null >= observed[:, np.newaxis] - rounding, axis=1)) / (1 + draws)
-    at_most = (1 + np.sum(null <= observed[:, np.newaxis] + rounding, axis=1)) / (1 + draws)
+    nulls = _nulls(ranks[chosen], in_view[chosen], _words(model, x, features, chosen))
+    tests = [_against_chance(changes, *null_of, donor[0], draws, of, rounding, rng, progress) for of in nulls]
+    observed, null, null_samples, (at_least, at_most) = _least_favorable(tests)
     results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
     results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
     changed = both.take(ranked, axis=2)
@@ -251,24 +282,30 @@ def faithfulness(
     coordinates = {"sample": np.arange(samples), "fraction": shares, "removed": removed}
     attributes = {"removal": removal} | ({"mask_value": mask_value or 0} if removal == "mask" else {})
     attributes |= {"background": background_used, "background_rows": len(donor), **output_used, "draws": draws}
-    attributes |= {"null_samples": len(chosen), "observed": observed[0].item()}
+    attributes |= {"null_samples": null_samples, "observed": observed[0].item()}
     attributes |= {"observed_sufficiency": observed[1].item(), "level": level, "seed": seed}
     return with_rows_of(table, xr.Dataset(results, coordinates | {"bound": ["lower", "upper"]}, attributes))
 
 
-def _places(x: np.ndarray, feature_mask: Any) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """A function from removed features, (row, feature), to the entries of samples; and an array with their shape."""
-    if feature_mask is None:
-        if x.ndim > 3:
-            raise ValueError(
-                f"`x` has the axes of pictures, {x.shape}: a key of the attention is no entry of axis 1. Say which "
-                "feature each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the "
-                "numbers of the patches."
-            )
-        return lambda removed: removed.reshape(*removed.shape, *[1] * (x.ndim - 2)), x
-    mask = checked_feature_mask(feature_mask, x)
-    # The last column is for what is never removed, -1.
-    return lambda removed: np.pad(removed, ((0, 0), (0, 1)))[:, mask], np.empty((len(x), mask.max() + 1))
+def _views(
+    matched: Matched, model: keras.Model, x: Any, rows: Any, special_tokens: Any, feature_mask: Any, batch_size: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which features are in view of the samples, and of the rows of the background, each (sample, feature).
+
+    With a `feature_mask`, keys of the model's attention are features only if the attribution is made of them.
+    """
+    attribution, keys = matched.attribution, matched.keys
+    if feature_mask is not None and carried_view(attribution) is None:
+        special = special_keys(special_tokens, x, keys, names_of(attribution))[:, matched.kept]
+        views = [
+            np.broadcast_to(~special, (samples, len(matched.kept))) for samples in (samples_in(x), samples_in(rows))
+        ]
+        return views[0], views[1]
+    in_view = view_of(attribution, model, x, keys, special_tokens, batch_size)[:, matched.kept]
+    if rows is x:
+        return in_view, in_view
+    rows_in_view = background_view(attribution, model, rows, keys, special_tokens, batch_size)
+    return in_view, rows_in_view[:, matched.kept]
 
 
 def _rankable(in_view: np.ndarray) -> np.ndarray:
@@ -297,9 +334,9 @@ def _counts(shares: np.ndarray, in_view: np.ndarray) -> np.ndarray:
 
 def _change_function(
     model: keras.Model,
-    x: np.ndarray,
-    where: Callable[[np.ndarray], np.ndarray],
-    donors: np.ndarray,
+    x: Any,
+    features: Features,
+    donors: Any,
     y: Any,
     task: str | None,
     target: Any,
@@ -309,12 +346,13 @@ def _change_function(
     """A function that says by how much outputs fall without features, the outputs with all of them, and attributes."""
     found = outputs_of(model, x, task=task, target=target, batch_size=batch_size)
     columns, target_used = _columns(found, y, target)
-    own, absolute = found.values, columns is None or found.values.shape[1] == 1
+    is_class = found.values.shape[1] > 1 and (y is not None or found.task == "classification")
+    own, absolute = found.values, not is_class
     if columns is None:
         spread = own.std(axis=0)
         scale = np.where(spread > _ROUNDING * np.abs(own).max(axis=0), spread, np.inf)
     else:
-        own = own[np.arange(len(x)), columns]
+        own = own[np.arange(len(own)), columns]
 
     def outputs_without(removed, of, donor):
         """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each.
@@ -326,11 +364,12 @@ def _change_function(
         removed = removed.reshape(len(result), -1)
         first, copies = _distinct(removed, sample)
         predicted = np.empty(len(first))
-        step = max(1, _CELLS // x[0].size)
+        step = max(1, _CELLS // sum(array[0].size for array in tree.flatten(x)))
         for start in range(0, len(first), step):
             part = first[start : start + step]
             number = of[sample[part]]
-            changed = np.where(where(removed[part]), donors[donor[sample[part]]], x[number])
+            others = rows_of(donors, donor[sample[part]])
+            changed = features.replaced(rows_of(x, number), removed[part], others)
             outputs = predictions(model, changed, batch_size, target)
             outputs = checked_outputs(outputs, f'`x` with features removed by "{removal}"')
             if columns is None:
@@ -371,6 +410,30 @@ def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.n
     return first, copies
 
 
+def _words(model: keras.Model, x: Any, features: Features, chosen: np.ndarray) -> np.ndarray | None:
+    """What stands in each feature of some samples, (sample, feature): the id of a word, or a number of its own."""
+    words = np.tile(-1 - np.arange(features.total), (len(chosen), 1))
+    for mask, array in zip(tree.flatten(features.masks), tree.flatten(x), strict=True):
+        if reads_tokens(model, array):
+            places = np.flatnonzero(np.broadcast_to(mask, array.shape[1:]) >= 0)
+            words[:, mask[places]] = array[chosen][:, places]
+    return words if (words >= 0).any() else None
+
+
+def _nulls(ranks: np.ndarray, in_view: np.ndarray, words: np.ndarray | None) -> list[Callable]:
+    """The ways to know nothing: by place, and in texts also by word."""
+    by_place = functools.partial(relabeled_rankings, ranks, in_view)
+    return [by_place] if words is None else [by_place, functools.partial(reworded_rankings, ranks, in_view, words)]
+
+
+def _least_favorable(tests: list[tuple]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Of tests against several nulls: the largest p-values, and what was observed and drawn where that is."""
+    p_values = np.stack([test[3] for test in tests])  # (null, side, kind)
+    chosen = [int(p_values[:, kind, kind].argmax()) for kind in (0, 1)]  # comprehensiveness is large, sufficiency small
+    observed, null = (np.stack([tests[of][part][kind] for kind, of in enumerate(chosen)]) for part in (0, 1))
+    return observed, null, max(test[2] for test in tests), p_values.max(axis=0)
+
+
 def _against_chance(
     changes: Callable[..., np.ndarray],
     chosen: np.ndarray,
@@ -379,26 +442,46 @@ def _against_chance(
     in_view: np.ndarray,
     donor: np.ndarray,
     draws: int,
+    relabeled: Callable[[np.random.Generator], Iterator[np.ndarray]],
+    rounding: float,
     rng: np.random.Generator,
     progress: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled."""
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled.
 
-    def aopcs(ranks):
-        """Of several rankings, (ranking, sample, feature): (kind, ranking)."""
-        removed = _removed_sets(ranks, counts, in_view).reshape(-1, *ranks.shape[1:])
-        # One row for each sample will do: its chance is the same in the observed and in the null.
-        found = changes(removed, chosen, donor[np.newaxis]).reshape(2, len(counts), *ranks.shape[:2])
-        return found.swapaxes(1, 2).reshape(2, len(ranks), -1).mean(axis=-1)  # summed in the same order for any number
+    Also the number of samples that it took, and the p-values of being as large and as small, (side, kind). Samples are
+    added in steps, up to the first after which no draw is like the ranks, or all are on one side of them. That may come
+    about by chance with a probability of 1 / (1 + draws) at each step, which is added to the p-values of later ones.
+    """
+    relabelings = int(rng.integers(2**32))  # the same at each step
+    steps = _LOOKS[:-1] if draws >= _DRAWS_FOR_STEPS else ()
+    looks = [0, *(size for size in steps if size < len(chosen)), len(chosen)]
+    sums = np.zeros((2, 1 + draws))
+    for start, stop in itertools.pairwise(looks):
+        part = slice(start, stop)
 
-    relabeled = relabeled_rankings(ranks, in_view, rng)
-    null = np.empty((2, draws))
-    at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
-    for start in range(0, draws, at_once):
-        stop = min(start + at_once, draws)
-        null[:, start:stop] = aopcs(np.stack(list(itertools.islice(relabeled, stop - start))))
-        progress.update(stop + 1)
-    return aopcs(ranks[np.newaxis])[:, 0], null
+        def summed(rankings, part=part):
+            """AOPCs of several rankings, (ranking, sample, feature), summed over some samples: (kind, ranking)."""
+            some = rankings[:, part]
+            removed = _removed_sets(some, counts[:, part], in_view[part]).reshape(-1, *some.shape[1:])
+            # One row for each sample will do: its chance is the same in the observed and in the null.
+            found = changes(removed, chosen[part], donor[np.newaxis]).reshape(2, len(counts), *some.shape[:2])
+            return found.swapaxes(1, 2).reshape(2, len(some), -1).sum(axis=-1) / len(counts)
+
+        sums[:, :1] += summed(ranks[np.newaxis])
+        rankings = relabeled(np.random.default_rng(relabelings))
+        at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
+        for first in range(0, draws, at_once):
+            last = min(first + at_once, draws)
+            sums[:, 1 + first : 1 + last] += summed(np.stack(list(itertools.islice(rankings, last - first))))
+            progress.update(1 + int((start * draws + (stop - start) * last) / looks[-1]))
+        observed, null = sums[:, 0] / stop, sums[:, 1:] / stop
+        larger, smaller = null >= observed[:, np.newaxis] - rounding, null <= observed[:, np.newaxis] + rounding
+        extreme = np.stack([larger, smaller]).sum(axis=-1)
+        if (extreme.min(axis=0) == 0).all():
+            break
+    progress.update(1 + draws)
+    return observed, null, stop, np.minimum((looks.index(stop) + extreme) / (1 + draws), 1)
 
 
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
@@ -408,7 +491,9 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return values
 
 
-def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float | None) -> tuple[np.ndarray, str]:
+def _background(
+    model: Any, x: Any, features: Features, removal: Any, background: Any, mask_value: float | None
+) -> tuple[Any, str]:
     """The rows that removed features take their values from, and what to say of them."""
     if removal not in _REMOVALS:
         near = difflib.get_close_matches(str(removal), _REMOVALS, n=1)
@@ -416,40 +501,55 @@ def _background(x: np.ndarray, removal: Any, background: Any, mask_value: float 
         raise ValueError(
             f"`removal` must be one of {', '.join(map(repr, _REMOVALS))}. {hint}Received: removal={removal!r}"
         )
+    if removal in ("mask", "blur") and background is not None:
+        raise ValueError(f'`background` is not used with `removal="{removal}"`. Leave one of them out.')
     if removal == "mask":
-        if background is not None:
-            raise ValueError('`background` is not used with `removal="mask"`. Leave one of them out.')
-        return np.full((1, *x.shape[1:]), mask_value or 0, x.dtype), "none"
+        value = mask_value or 0
+        masked = zip(tree.flatten(x), tree.flatten(features.masks), strict=True)
+        if any((mask >= 0).any() and array.dtype.type(value) != value for array, mask in masked):
+            raise ValueError(
+                "`mask_value` must be a whole number for an `x` of integers, such as the id of a mask token. Received: "
+                f"mask_value={mask_value!r}"
+            )
+        one = tree.map_structure(lambda array: np.full((1, *array.shape[1:]), value, array.dtype), x)
+        check_table(model, one)
+        return one, "none"
     if mask_value is not None:
         raise ValueError(
             f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
             f"mask_value={mask_value!r}, removal={removal!r}"
         )
-    if background is None and len(x) < 2:
+    if removal == "blur":
+        return x, "none"
+    if background is None and samples_in(x) < 2:
         raise ValueError(
             f'`x` holds one sample: there is nothing else to take values from for `removal="{removal}"`. Give a '
             '`background`, such as training data, or `removal="mask"`.'
         )
-    rows = x if background is None else feature_array("background", background)
-    if rows.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"`background` must hold samples like those of `x`. Received: background of shape {rows.shape}, x of "
-            f"shape {x.shape}"
-        )
-    if removal == "mean" and x.dtype.kind != "f":
-        raise ValueError(
-            f'`removal="mean"` needs numbers that have a mean; those of `x` are of dtype {x.dtype}, as token ids are. '
-            'Use "marginal" or "mask", or convert `x` to floats.'
-        )
-    return rows, f"{'x' if background is None else 'given'}, {len(rows)} samples"
+    rows = x if background is None else like_samples_of(x, "background", background)
+    for name, mask in named_inputs(features.masks).items():
+        dtype = named_inputs(x)[name].dtype
+        if removal == "mean" and dtype.kind != "f" and (mask >= 0).any():
+            raise ValueError(
+                f'`removal="mean"` needs numbers that have a mean; those of `x{f"[{name!r}]" if name else ""}` are of '
+                f'dtype {dtype}, as token ids are. Use "marginal" or "mask", or convert them to floats.'
+            )
+    return rows, f"{'x' if background is None else 'given'}, {samples_in(rows)} samples"
 
 
 def _donors(
-    rows: np.ndarray, rows_in_view: np.ndarray, in_view: np.ndarray, removal: str, rng: np.random.Generator
-) -> np.ndarray:
+    rows: Any,
+    rows_in_view: np.ndarray,
+    in_view: np.ndarray,
+    features: Features,
+    removal: str,
+    rng: np.random.Generator,
+) -> Any:
     """What removed features take their values from: nothing out of view in `rows` gets into view of a sample."""
     if removal == "mask":
         return rows
+    if removal == "blur":
+        return tree.map_structure(_blurred, rows, features.masks)
     if not rows_in_view.any():
         raise ValueError(
             "No feature is in view in any sample of `background`: there is nothing to take values from. Check the "
@@ -459,19 +559,56 @@ def _donors(
     for feature in np.flatnonzero(in_view.any(axis=0) & ~rows_in_view.all(axis=0)):
         missing, given = np.flatnonzero(~rows_in_view[:, feature]), np.flatnonzero(rows_in_view[:, feature])
         if len(given):
-            values = rows[rng.choice(given, len(missing)), feature]
+            source = np.stack([rng.choice(given, len(missing)), np.full(len(missing), feature)])
         else:  # in view in no row: any value in view, of the same row if it has one
             own = [np.flatnonzero(seen) for seen in rows_in_view]
             some = np.argwhere(rows_in_view)
             picked = [(row, rng.choice(own[row])) if len(own[row]) else tuple(rng.choice(some)) for row in missing]
-            values = rows[tuple(np.transpose(picked))]
-        donors = donors.copy() if donors is rows else donors
-        donors[missing, feature] = values
+            source = np.transpose(picked)
+        donors = tree.map_structure(np.copy, donors) if donors is rows else donors
+        _copy_features(donors, missing, int(feature), rows, source, features)
     if removal == "marginal":
         return donors
-    averaged = np.where(rows_in_view.any(axis=0), rows_in_view, True).reshape(*rows.shape[:2], *[1] * (rows.ndim - 2))
-    where = True if averaged.all() else averaged
-    return donors.mean(axis=0, keepdims=True, dtype="float64", where=where).astype(rows.dtype)
+    seen = features.by_entry(np.where(rows_in_view.any(axis=0), rows_in_view, True), True)
+    return tree.map_structure(
+        lambda array, seen: array.mean(axis=0, keepdims=True, dtype="float64", where=seen).astype(array.dtype),
+        donors,
+        seen,
+    )
+
+
+def _blurred(pictures: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    if (mask < 0).all():
+        return pictures
+    if pictures.ndim < 4 or pictures.dtype.kind != "f":
+        raise ValueError(
+            '`removal="blur"` is for pictures, arrays of floats (sample, height, width, channel). Use "marginal" or '
+            f'"mean" for all else. Received: {pictures.dtype} of shape {pictures.shape}'
+        )
+    places = np.broadcast_to(mask, pictures.shape[1:])[..., 0]
+    side = ((places >= 0).sum() / len(np.unique(places[places >= 0]))) ** (1 / places.ndim)
+    return ndimage.gaussian_filter(pictures, (0, *[side] * places.ndim, 0))
+
+
+def _copy_features(
+    donors: Any, missing: np.ndarray, feature: int, rows: Any, source: np.ndarray, features: Features
+) -> None:
+    """Puts into a feature of the rows `missing` of `donors` what `source`, (row, feature) of each, has in `rows`."""
+    own = features.entries(feature, rows)
+    for other in np.unique(source[1]):
+        chosen, places = source[1] == other, features.entries(other, rows)
+        if list(map(_size, places)) != list(map(_size, own)):
+            raise ValueError(
+                f"Feature {feature} is in view in no sample of `background`, and feature {other} has other entries. "
+                "Give a `background` in which it is in view."
+            )
+        for array, row, at, of in zip(tree.flatten(donors), tree.flatten(rows), own, places, strict=True):
+            if at is not None and of is not None:
+                array[(missing[chosen, np.newaxis], *at)] = row[(source[0, chosen, np.newaxis], *of)]
+
+
+def _size(place: tuple[np.ndarray, ...] | None) -> int:
+    return 0 if place is None else len(place[0]) if place else 1
 
 
 def _columns(found: Outputs, y: Any, target: Any) -> tuple[np.ndarray | None, str | int]:

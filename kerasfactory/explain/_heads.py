@@ -12,10 +12,11 @@ from scipy.special import entr, rel_entr
 from kerasfactory import _backend
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import ROW_SUM
-from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.explain._engine.data import batch_size_of, batches_of, progress_bar, size_of
 from kerasfactory.explain._engine.edit import editor
 from kerasfactory.explain._engine.labels import attributes_of, axis_names
 from kerasfactory.explain._engine.outputs import loss_name, loss_values, resolve_loss, sample_losses
+from kerasfactory.explain._engine.tables import check_aligned, check_table
 
 _BLOCK = 2**20  # scores to work on at once, in double precision
 
@@ -240,7 +241,7 @@ def head_importance(
             more slowly. If `loss` is not given, it is the loss that the model was compiled with. Its reduction over the
             samples is not used, because the values of single samples count. Weights of classes, and losses that layers
             add, are not used either. A model with several outputs needs a function here.
-        batch_size: Samples in a batch, 32 if not given.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
 
     Returns:
@@ -284,8 +285,11 @@ def head_importance(
         #> [ True  True]
         ```
     """
+    check_table(model, x)
+    check_aligned(x=x, y=y)
     y = _checked_targets(x, y)
     loss = resolve_loss(model, loss)
+    batch_size = batch_size_of(x) if batch_size is None else batch_size  # of `y` too
     batches, expected = batches_of(x, batch_size)
     progress = progress_bar(expected, verbose)
     edit = editor(model, next(batches_of(x, batch_size)[0]), layers)

@@ -13,9 +13,10 @@ from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, generator, positive_integer
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._engine.attention import all_layers, find_attention, float_scores
-from kerasfactory.explain._engine.data import batch_size_of, check_rows_finite, in_arrays, progress_bar, sampled
+from kerasfactory.explain._engine.data import check_rows_finite, progress_bar, sampled
 from kerasfactory.explain._engine.observe import observe
 from kerasfactory.explain._engine.statistics import bootstrap_interval, clusters_of, sign_tests
+from kerasfactory.explain._engine.tables import in_arrays
 from kerasfactory.explain._engine.view import carried_view, relabeling, view_of
 
 _SAMPLES = 256
@@ -31,8 +32,10 @@ def parameter_randomization(
     method: str | Callable[[keras.Model, Any], Any] = "attention",
     task: str | None = None,
     target: int | str | tuple[int | str, ...] | None = None,
+    query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
     parameters: str = "attention",
+    feature_names: Sequence[str] | None = None,
     special_tokens: Sequence[int] | Sequence[str] | None = None,
     draws: int = 20,
     tolerance: float = 0.5,
@@ -74,18 +77,19 @@ def parameter_randomization(
             (sample, feature). It is called with the same model, in a `keras.StatelessScope` with other values.
         task: What the outputs mean, as for `attribute`, if `method` is one of its methods.
         target: The output, as for `attribute`, if `method` is one of its methods.
+        query: The position or name of one query, as for `attribute`.
         layers: Names of the layers, as for `attribute`, if `method` is one of its methods.
         parameters: Which weights are shuffled: those of all `"attention"` layers, or `"all"` of the model. The weights
             of an attention in any other layer than Keras' own are those of that layer, or, if it has none, as
             `keras.layers.Attention`, of the smallest layer around it that has some.
+        feature_names: Names of the features, as for `attribute`.
         special_tokens: What stands for no feature, as for `attribute`: it is out of view. Masks are in the coordinate
             `in_view` of what `method` returns, or else read from the model if `x` is one array with the features along
             axis 1.
         draws: How often shuffled weights are drawn.
         tolerance: The share that may be kept, between 0 and 1.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
-        batch_size: Samples in a batch, if `method` is one of those of `attribute`; as many as make 16,384 positions, at
-            most 256, if not given.
+        batch_size: Samples in a batch, as for `capture`, if `method` is one of those of `attribute`.
         verbose: As for `capture`. The steps are the draws.
         seed: The seed of all that is drawn: samples, shuffled weights, relabelings and the bootstrap.
 
@@ -138,13 +142,14 @@ def parameter_randomization(
     draws = positive_integer("draws", draws)
     rng = generator(seed, "parameter_randomization")
     chosen, x = sampled(x, _SAMPLES, rng)
-    batch_size = batch_size_of(x, _SAMPLES) if batch_size is None else positive_integer("batch_size", batch_size)
+    batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
 
     def attributed():
         if callable(method):
             return method(model, in_arrays(x))
         running: dict[str, Any] = {"batch_size": batch_size, "verbose": 0, "seed": seed}
-        running |= {"task": task, "target": target, "layers": layers, "special_tokens": special_tokens}
+        running |= {"task": task, "target": target, "query": query, "layers": layers}
+        running |= {"feature_names": feature_names, "special_tokens": special_tokens}
         return attribute(model, x, method=method, **running)
 
     trained_attribution = attributed()
@@ -214,7 +219,7 @@ def _checked_view(attribution: Any, model: keras.Model, x: Any, special_tokens: 
     values = _values(attribution)
     shape = getattr(x, "shape", ())[:2]
     if shape == values.shape:
-        return view_of(attribution, model, x, special_tokens, batch_size)
+        return view_of(attribution, model, x, values.shape[1], special_tokens, batch_size)
     in_view = carried_view(attribution)
     return np.ones(values.shape, bool) if in_view is None else in_view
 

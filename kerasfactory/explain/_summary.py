@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -17,17 +17,19 @@ from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import Call, Heads, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
 from kerasfactory.explain._engine.labels import (
+    Given,
     check_axes,
     check_same_lengths,
     given_labels,
     labels_of,
     sink_of,
+    warn_of_padding,
     with_rows_of,
 )
 from kerasfactory.explain._engine.observe import observe, relative_difference, rounding_of
 from kerasfactory.explain._engine.store import results_of, warn_of_nan
+from kerasfactory.explain._engine.tables import check_table
 from kerasfactory.layers._attention import Mask
 
 # Scores in a block, 4 MiB of them. Twice as many, 8 MiB, where that is needed for 32 queries: products of matrices are
@@ -52,7 +54,7 @@ def summarize(
     x: Any,
     *,
     layers: str | Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     top_k: int = 16,
     map_size: int = 256,
     rows: Sequence[int] | None = None,
@@ -99,12 +101,11 @@ def summarize(
         model: A `keras.Model`, as for `capture`.
         x: Inputs, as for `capture`.
         layers: Names of the layers, as for `capture`.
-        feature_names: Names for the entries of an axis, as for `capture`.
+        feature_names: Names for the entries of an axis, or words, as for `capture`.
         top_k: How many keys to name for each query; as many as there are, at most.
         map_size: Bins along each side of the map; as many as there are queries or keys, at most.
         rows: Positions of queries, from 0, whose weights are wanted for all keys.
-        batch_size: Samples in a batch. Only for arrays. If not given, as many as make 16,384 positions together,
-            but at least 1 and at most 32; the positions of a sample are all its axes but the last, or its one axis.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
         store: A directory, `"summary.zarr"`, for the summaries of more samples than memory holds. As for `capture`.
 
@@ -127,7 +128,8 @@ def summarize(
           `capture`. The other variables are of the keys alone, whose weights sum to less than 1 there.
 
         A query whose keys are all masked has entropy and distance 0, and neither top keys nor weights. Names of
-        features are coordinates of `query` and `key`, where they fit. A model that folds another axis into the batch
+        features are coordinates of `query` and `key`, where they fit, and words of each sample are `query_token` and
+        `key_token`, as in `capture`; they are not kept in a `store`. A model that folds another axis into the batch
         gives `sequence` instead of `sample`. Axes `axis_2`, …, of which it is not known what they are, come before
         `head`, as in `capture`.
 
@@ -143,7 +145,8 @@ def summarize(
         ImportError: As `capture`.
 
     Warns:
-        UserWarning: If a layer cannot be captured, if scores are NaN, or if `prediction_difference` is more than
+        UserWarning: If a layer cannot be captured, if scores are NaN, if words are `""` and a layer has no mask, or if
+            `prediction_difference` is more than
             rounding: then the layer does something else than softmax attention.
 
     Example:
@@ -170,9 +173,9 @@ def summarize(
         ```
     """
     given = given_labels(x, feature_names)
+    check_table(model, x)
     wanted = _Wanted(positive_integer("top_k", top_k), positive_integer("map_size", map_size), _checked_rows(rows))
     buffers: dict[str, np.ndarray] = {}
-    batch_size = batch_size_of(x, 32) if batch_size is None else batch_size
     shapes: dict[str, tuple[int, ...]] = {}
     differences: dict[str, float] = {}
 
@@ -190,11 +193,11 @@ def summarize(
 
     layer_names = [layers] if isinstance(layers, str) else layers and list(layers)
     arguments = {"layers": layer_names, "feature_names": given.names or given.columns, **wanted._asdict()}
-    with results_of(store, "summarize", model, x, batch_size, arguments) as results:
+    with results_of(store, "summarize", model, given.x, batch_size, arguments) as results:
         for batch in observe(model, results.x, layers, results.batch_size, verbose, measure, attend):
             for name, (summary, difference) in batch.measured.items():
                 if name not in shapes:
-                    _check(name, batch.found[name].layer, _shape(summary), given.names, wanted)
+                    _check(name, batch.found[name].layer, _shape(summary), given, wanted)
                     shapes[name], differences[name] = _shape(summary)[1:], difference
                 check_same_lengths(name, _shape(summary)[1:], shapes[name])
             arrays = {name: summary for name, (summary, _) in batch.measured.items()}
@@ -210,8 +213,9 @@ def summarize(
                 "something else, it should do so in its own `_compute_attention`."
             )
     warn_of_nan(results.nan, results.rows)
+    warn_of_padding(given, batch)
     datasets = results.open().items()
-    return {name: with_rows_of(x, _with_rows_as_variable(dataset, wanted)) for name, dataset in datasets}
+    return {name: with_rows_of(x, given.on(_with_rows_as_variable(dataset, wanted))) for name, dataset in datasets}
 
 
 def _checked_rows(rows: Any) -> list[int]:
@@ -235,8 +239,8 @@ def _shape(summary: dict[str, np.ndarray]) -> tuple[int, ...]:
     return (*summary["entropy"].shape, summary["received"].shape[-1])
 
 
-def _check(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None, wanted: _Wanted) -> None:
-    check_axes(name, layer, shape, names)
+def _check(name: str, layer: Any, shape: tuple[int, ...], given: Given, wanted: _Wanted) -> None:
+    check_axes(name, layer, shape, given)
     queries = shape[-2]
     if wanted.rows and max(wanted.rows) >= queries:
         raise ValueError(

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import labels_of, short, wrapped
+from kerasfactory.plot._maps import LETTERS, WIDTH, labels_of, short, wrapped
 from kerasfactory.plot._ranking import (
     COLORS,
     MARKERS,
@@ -17,6 +17,8 @@ from kerasfactory.plot._ranking import (
     bootstrap,
     check_finite,
     checked_layers,
+    color_of,
+    draw_grid,
     note_missing_distance,
 )
 
@@ -65,7 +67,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         ```
     """
     layers = checked_layers(history, "history", dict.fromkeys(STATISTICS, ("epoch", "head")))
-    size = (9, 1.4 + 2.2 * len(layers))
+    size = (WIDTH, 1.8 + 1.9 * len(layers))
     figure, grid = plt.subplots(len(layers), 3, squeeze=False, sharex=True, figsize=size, layout="constrained")
     for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
         epochs = dataset["epoch"].values
@@ -74,39 +76,40 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
                 ax.plot(
                     epochs,
                     dataset[name].values[:, number],
-                    color=COLORS[number % len(COLORS)],
+                    color=color_of(number),
                     marker=MARKERS[number % len(MARKERS)],
-                    markevery=max(1, len(epochs) // 10),
+                    markevery=max(1, len(epochs) // 5),
                     markersize=4,
-                    linestyle=_LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)],
+                    linestyle=_LINE_STYLES[number // len(MARKERS) % len(_LINE_STYLES)],
                     label=as_matplotlib(short(f"head {head}")),
                 )
-            ax.grid(color="#dddddd", linewidth=0.6)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            draw_grid(ax)
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             ax.set_ylim(-0.03, 1.03)
         axes[2].set_ylim(0, 1.05 * float(np.nan_to_num(dataset["distance"]).max()) or 1)
         note_missing_distance(axes[2], dataset["distance"].values)
         is_gap = np.isnan(dataset["entropy"].values).any(axis=1)
         gap = [f"NaN from epoch {epochs[is_gap.argmax()]} on"] if is_gap.any() else []
-        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, 26), *gap))
+        axes[0].set_ylabel(as_matplotlib(*wrapped(layer, 20), *gap))
+        axes[1].tick_params(labelleft=False)  # the same as those on its left
     for ax, lines in zip(grid[0], STATISTICS.values(), strict=True):
-        ax.set_title(as_matplotlib(*lines), fontsize="medium")
+        ax.set_title(as_matplotlib(*lines), fontsize=LETTERS)
     for ax in grid[-1]:
         ax.set_xlabel("epoch")
     lines = max((ax.lines for ax in grid[:, 0]), key=len)
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(lines)), frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     return figure
 
 
 def faithfulness(result: xr.Dataset) -> Figure:
     r"""Draw whether an attribution names the features that the model needs, and whether chance would do as well.
 
-    The left picture shows the change of the output over the fraction of features: with the features of highest
+    The upper picture shows the change of the output over the fraction of features: with the features of highest
     attribution removed (comprehensiveness: high is good), and with only these kept (sufficiency: low is good; DeYoung
     et al. 2020, [*ERASER*](https://arxiv.org/abs/1911.03429), section 4). Points are means over the samples. Bands are
     percentile bootstrap intervals of these means, from 1,000 draws.
 
-    The right picture shows the comprehensiveness averaged over the fractions (AOPC), of the attribution and of `draws`
+    The lower picture shows the comprehensiveness averaged over the fractions (AOPC), of the attribution and of `draws`
     random attributions, which form the null distribution. With the observed value \(T\) and the null values
     \(T^0_d\),
 
@@ -164,7 +167,7 @@ def faithfulness(result: xr.Dataset) -> Figure:
     fractions = result["fraction"].values
     labels = {"comprehensiveness": "comprehensiveness (top removed)", "sufficiency": "sufficiency (only top kept)"}
 
-    figure, (curves, chance) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (curves, chance) = plt.subplots(2, 1, figsize=(WIDTH, 6.4), layout="constrained")
     for (name, label), color, marker, line_style in zip(labels.items(), COLORS, MARKERS, _LINE_STYLES, strict=False):
         values = result[name].transpose("sample", "fraction").dropna("sample").values
         curves.plot(fractions, values.mean(axis=0), color=color, marker=marker, ls=line_style, label=label)
@@ -176,7 +179,8 @@ def faithfulness(result: xr.Dataset) -> Figure:
     curves.set_ylabel("change of the output")
     band = f"mean over {samples} samples, {100 * (1 - level):.4g}% band" if samples > 1 else "one sample: no band"
     curves.set_title(as_matplotlib(band), fontsize="medium")
-    curves.legend(fontsize="small")
+    curves.margins(y=0.25)  # for the legend
+    curves.legend(fontsize=LETTERS)
 
     null, p_value = result["null"].values, float(result["p_value"])
     observed = float(result.attrs.get("observed", result["aopc_comprehensiveness"]))
@@ -187,5 +191,5 @@ def faithfulness(result: xr.Dataset) -> Figure:
     chance.set_ylabel("draws")
     chance.set_title(f"p = {p_value:.2g}, of {len(null)} random attributions", fontsize="medium")
     chance.margins(y=0.3)
-    chance.legend(fontsize="small", loc="upper center")
+    chance.legend(fontsize=LETTERS, loc="upper center")
     return figure

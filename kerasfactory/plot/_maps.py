@@ -1,7 +1,9 @@
 """What to draw of scores: one form for everything that `explain` returns, small enough to be read."""
 
+import contextlib
 import textwrap
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,8 @@ from kerasfactory._text import visible
 
 _BINS = 64  # along an axis without names: with more, a key that a head picks out would be thinner than a line
 _LONGEST_NAME = 24
+WIDTH = 4.9  # inches: on a phone of 390 pixels, letters of `LETTERS` points are then 9 pixels high
+LETTERS = 9.0
 # Units of dates and of durations, the coarsest first, in which all of them are whole.
 _DATES = ["D", "m", "s", "ms", "us", "ns"]
 _DURATIONS = {"D": "d", "h": "h", "m": "min", "s": "s", "ms": "ms", "us": "µs", "ns": "ns"}
@@ -57,8 +61,14 @@ class Maps(NamedTuple):
     heads: list[str]
     queries: Side
     keys: Side
-    title: str  # the layer, and what was averaged
+    layer: str  # empty if it has no name
+    title: str  # the sample or the head, and what was averaged
     note: str  # what was left out
+    uniform: tuple[float, float] | None  # the least and the largest share that uniform attention would draw
+
+    def heading(self) -> str:
+        """The layer, and what of it is drawn."""
+        return ", ".join(filter(None, [self.layer, self.title]))
 
 
 def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> Maps:
@@ -71,24 +81,58 @@ def maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None 
     dims = array.dims
     if samples is not None and "sample" in dims:
         array = array.isel(sample=slice(samples))
-    title = [short(array.name, 2 * _LONGEST_NAME)] if array.name is not None else []
-    title += [
+    layer = short(array.name, 2 * _LONGEST_NAME) if array.name is not None else ""
+    title = [
         f"{dim} {short(labels_of(array[dim])[0])}"
         for dim in ("sample", "head")
         if dim in array.coords and dim not in dims
     ]
     averaged = [dim for dim in mean_over if array.sizes.get(dim, 1) > 1]
+    uniform = _uniform(array, np.diff(keys.edges))
     if averaged:
         title.append("mean over " + " and ".join(f"{array.sizes[dim]} {dim}s" for dim in averaged))
-        counted = (array != 0).any("key").sum(averaged)
-        array = array.sum(averaged, skipna=False) / counted.clip(1)
-    array = array.expand_dims([dim for dim in ("sample", "head") if dim not in array.dims])
-    array = array.transpose("sample", "head", "query", "key")
-    values = array.to_numpy().astype("float64")
-    _check_values(values)
-    values, queries, keys, note = _shortened(values, queries, keys, top_k)
+        counted = (array != 0).any("key").sum(averaged).clip(1)
+        array, uniform = (of.sum(averaged, skipna=False) / counted for of in (array, uniform))
+    array, uniform = (
+        of.expand_dims([dim for dim in ("sample", "head") if dim not in of.dims])
+        .transpose("sample", "head", "query", "key")
+        .astype("float64")
+        for of in (array, uniform)
+    )
+    _check_values(array.to_numpy())
+    both, queries, keys, note = _shortened(np.stack([array, uniform]), queries, keys, top_k)
     sample_labels, head_labels = (labels_of(array[dim]) for dim in ("sample", "head"))
-    return Maps(values, dims, sample_labels, head_labels, queries, keys, ", ".join(title), note)
+    values, shares = both
+    seen = shares[shares > 0]
+    ends = (float(seen.min()), float(seen.max())) if seen.size else None
+    return Maps(values, dims, sample_labels, head_labels, queries, keys, layer, ", ".join(title), note, ends)
+
+
+def all_maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | None = None) -> list[Maps]:
+    """The maps of each layer of a dictionary, or of the one layer that is given."""
+    if not isinstance(scores, Mapping) or isinstance(scores, xr.Dataset):
+        return [maps(scores, mean_over, top_k, samples)]
+    if not scores:
+        raise ValueError("`scores` must not be empty. Received: {}. Choose layers that `explain.capture` can read.")
+    drawn = []
+    for name, layer in scores.items():
+        try:
+            drawn.append(maps({name: layer}, mean_over, top_k, samples)._replace(layer=short(name, 2 * _LONGEST_NAME)))
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r}: {error}") from error
+    return drawn
+
+
+def _uniform(array: xr.DataArray, sizes: np.ndarray) -> xr.DataArray:
+    """What each weight would be if a query looked at all keys in its view alike. All 0 if rows do not sum to 1.
+
+    A weight of 0 is a key out of view. Of bins, `sizes` says how many keys they hold.
+    """
+    totals = array.sum("key").to_numpy()
+    if (np.abs(totals[totals != 0] - 1) > 0.01).any():
+        return xr.zeros_like(array)
+    in_view = (array != 0) * xr.DataArray(sizes, dims="key")
+    return in_view / in_view.sum("key").clip(1)
 
 
 def labels_of(coordinate: xr.DataArray) -> list[str]:
@@ -140,16 +184,38 @@ def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
     return float(vmax), f"from 0 to {vmax:.2g}"
 
 
+def one_layer(given: Any, argument: str) -> Any:
+    """What a dictionary holds that has a single entry, with its name; anything else as it is."""
+    if not isinstance(given, Mapping) or isinstance(given, xr.Dataset):
+        return given
+    if len(given) != 1:
+        raise ValueError(
+            f"`{argument}` must be those of one layer: choose one, as with `{argument}[name]`. Received the layers: "
+            f"{list(given)}"
+        )
+    ((name, only),) = given.items()
+    return only.rename(name) if isinstance(only, xr.DataArray) else only
+
+
+def sample_titles(array: xr.DataArray) -> list[str]:
+    """A title for each sample: a number says that it is one, and any other label stands as it is."""
+    if "sample" not in array.coords:
+        return []
+    sample = array["sample"] if array["sample"].dims else array["sample"].expand_dims("sample")
+    before = "sample " * (sample.dtype.kind in "iu")
+    return [before + short(label, 2 * _LONGEST_NAME) for label in labels_of(sample)]
+
+
+@contextlib.contextmanager
+def glyphs_may_be_missing() -> Iterator[None]:
+    """Measure text without the warning of a missing glyph, which comes when the figure is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
 def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
-    if isinstance(scores, Mapping) and not isinstance(scores, xr.Dataset):
-        if len(scores) != 1:
-            raise ValueError(
-                "`scores` must be those of one layer: choose one, as with `scores[name]`. Received the layers: "
-                f"{list(scores)}"
-            )
-        ((name, scores),) = scores.items()
-        if isinstance(scores, xr.DataArray):
-            scores = scores.rename(name)
+    scores = one_layer(scores, "scores")
     if isinstance(scores, xr.Dataset) and "map" in scores:
         array = scores["map"].rename({"query_bin": "query", "key_bin": "key"}).rename(scores.attrs.get("layer"))
         sides = [
@@ -179,6 +245,9 @@ def _array(scores: Any) -> tuple[xr.DataArray, Side, Side]:
 
 
 def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) -> Side:
+    words = labeled.coords.get(f"{dim}_token")
+    if words is not None and words.dims == (dim,) and words.size == len(edges) - 1:  # those of the one sample
+        return Side([visible(word) for word in words.to_numpy()], edges)
     if dim not in labeled.coords:
         return Side(None, edges)
     labels = labels_of(labeled[dim])
@@ -188,28 +257,31 @@ def _side(labeled: xr.DataArray | xr.Dataset, dim: Hashable, edges: np.ndarray) 
 
 
 def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tuple[np.ndarray, Side, Side, str]:
-    """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out."""
+    """At most `top_k` names or 64 bins of positions on an axis, and a note that says what was left out.
+
+    The first of the `values` (kind, sample, head, query, key) are the weights, which choose the names.
+    """
     notes = []
     queries, keys = (side.named(top_k) for side in (queries, keys))
     if keys.names is not None and len(keys.names) > top_k:
-        received = values.sum(axis=(0, 1, 2))
+        received = values[0].sum(axis=(0, 1, 2))
         chosen = np.argsort(-received, kind="stable")[:top_k]
         share = received[chosen].sum() / received.sum() if received.any() else 0
         notes.append(f"{top_k} of {len(keys.names)} features, to which {share:.0%} of the attention goes, most first")
         shown = Side([keys.names[index] for index in chosen], np.arange(top_k + 1))
         if queries.names == keys.names:
-            values, queries = values[:, :, chosen], shown
+            values, queries = values[..., chosen, :], shown
         values, keys = values[..., chosen], shown
     if queries.names is not None and len(queries.names) > top_k:
         queries = Side(None, queries.edges)  # nothing says which to choose
     # As in `explain.summarize`: the sum over the keys of a bin, the mean over its queries that may look at any key.
-    if keys.names is None and values.shape[3] > _BINS:
+    if keys.names is None and values.shape[-1] > _BINS:
         starts, keys = _in_bins(keys)
-        values = np.add.reduceat(values, starts, axis=3)
-    if queries.names is None and values.shape[2] > _BINS:
+        values = np.add.reduceat(values, starts, axis=-1)
+    if queries.names is None and values.shape[-2] > _BINS:
         starts, queries = _in_bins(queries)
-        counted = np.add.reduceat(values.any(axis=3, keepdims=True).astype(int), starts, axis=2)
-        values = np.add.reduceat(values, starts, axis=2) / counted.clip(1)
+        counted = np.add.reduceat(values.any(axis=-1, keepdims=True).astype(int), starts, axis=-2)
+        values = np.add.reduceat(values, starts, axis=-2) / counted.clip(1)
     if keys.binned() or queries.binned():
         notes.append("positions in bins")
     return values, queries, keys, ", ".join(notes)

@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 
 from kerasfactory._arguments import checked_level, checked_seed, positive_integer
 from kerasfactory._text import as_matplotlib
-from kerasfactory.plot._maps import labels_of, short, wrapped
+from kerasfactory.plot._maps import LETTERS, WIDTH, labels_of, short, wrapped
 
-# Okabe and Ito's colors, which differ with any color vision. Shapes and words say the same.
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+# Okabe and Ito's colors, which differ with any color vision. Shapes and words say the same. Their black is the color of
+# the text instead, which is seen on a dark ground too.
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 MARKERS = "osD^vPX"
 STATISTICS = {
-    "entropy": ("entropy", "(0: one key, 1: all alike)"),
-    "confidence": ("confidence", "(mean of the largest weight)"),
+    "entropy": ("entropy", "(0: one key,", "1: all alike)"),
+    "confidence": ("confidence", "(mean of the", "largest weight)"),
     "distance": ("distance", "(positions)"),
 }
 _GRAY = "#6b6b6b"
@@ -105,11 +106,12 @@ def features(
     if ax is None:
         row_height = 0.22 + 0.1 * max(len(means), 1 + any("\n" in label for label in labels))
         longest = max(len(line) for label in labels for line in label.split("\n"))
-        size = (6.4 + 0.075 * max(0, longest - 20), 1.2 + len(order) * row_height)
+        legend_height = 0.2 * len(means) * (len(means) > 2)
+        size = (WIDTH + 0.075 * max(0, longest - 20), 1.2 + len(order) * row_height + legend_height)
         _, ax = plt.subplots(figsize=size, layout="constrained")
     handles: list[Any] = []
     for number, (method, mean) in enumerate(means.items()):
-        marker, color = MARKERS[number % 7], COLORS[number % 7]
+        marker, color = MARKERS[number % len(MARKERS)], color_of(number)
         rows = np.arange(len(order)) + (number - (len(means) - 1) / 2) * 0.7 / len(means)
         if method in bounds:
             low, high = bounds[method][:, order]
@@ -126,24 +128,25 @@ def features(
                 ax.plot(mean[order][chosen], rows[chosen], marker, color=color, label=verdict, linestyle="none")
     ax.set_yticks(range(len(order)), labels)
     ax.set_ylim(len(order) - 0.4, -0.6)
-    ax.grid(color="#dddddd", linewidth=0.6)
+    draw_grid(ax)
     ax.set_axisbelow(True)
     if claims is None and min(mean[order].min() for mean in means.values()) >= 0:
         ax.set_xlim(left=0)
     else:
         ax.axvline(0, color=_GRAY, linewidth=0.8)
-    ax.set_xlabel(as_matplotlib(axis_label))
+    ax.set_xlabel(as_matplotlib(*axis_label))
     if len(order) < len(names):
         ax.set_title(f"{len(order)} of {len(names)} features", fontsize="medium")
     if len(means) > 1:  # verdicts are in the labels
-        legend = ax.legend(handles=handles, loc="best", fontsize="small")
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)} if len(means) > 2 else {"loc": "best"}
+        legend = ax.legend(handles=handles, fontsize=LETTERS, **place)
         for text, method in zip(legend.get_texts(), means, strict=True):
             text.set_text(as_matplotlib(short(method, 40)))
     return ax
 
 
 def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
-    r"""Draw what `explain.head_statistics` measures of each head: one row of pictures for each layer.
+    r"""Draw what `explain.head_statistics` measures of each head: four pictures for each layer.
 
     Entropy, confidence and distance are points, on one axis for all layers. Redundancy is a matrix of the
     Jensen–Shannon distances between the heads of a layer,
@@ -179,7 +182,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
 
         figure = plot.head_statistics({"attention": statistics})
         print([ax.get_xlabel().partition("\n")[0] for ax in figure.axes[:4]])
-        #> ['entropy', 'confidence', 'distance', 'other head']
+        #> ['entropy', 'confidence', 'distance', 'redundancy']
         ```
     """
     dims: dict[str, tuple[str, ...]] = dict.fromkeys(STATISTICS, ("head",))
@@ -189,10 +192,10 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
             check_finite(f"`{name}` of {layer!r}" if layer else f"`{name}`", dataset[name].values)
     most_heads = max(dataset.sizes["head"] for dataset in layers.values())
     row_height = min(4, max(1.5, 0.25 * most_heads + 0.5))
-    size = (10, 1.1 + len(layers) * row_height)
-    figure, grid = plt.subplots(len(layers), 4, squeeze=False, figsize=size, layout="constrained")
+    size = (WIDTH, 2 * len(layers) * (row_height + 0.6))
+    figure, grid = plt.subplots(2 * len(layers), 2, squeeze=False, figsize=size, layout="constrained")
     farthest = max(float(np.nan_to_num(dataset["distance"]).max()) for dataset in layers.values())
-    for (layer, dataset), axes in zip(layers.items(), grid, strict=True):
+    for (layer, dataset), axes in zip(layers.items(), grid.reshape(-1, 4), strict=True):
         rows = np.arange(dataset.sizes["head"])
         names = [as_matplotlib(short(head, 8)) for head in labels_of(dataset["head"])]
         for name, ax, largest in zip(STATISTICS, axes[:3], (1, 1, farthest or 1), strict=True):
@@ -206,13 +209,23 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         for ax in axes:
             ax.set_yticks(rows[vertical], names[vertical])
         axes[3].set_xticks(rows[horizontal], names[horizontal], rotation=90 if max(map(len, names)) > 3 else 0)
+        for ax, lines in zip(axes, [*STATISTICS.values(), ("redundancy", "with the other head")], strict=True):
+            ax.set_xlabel(as_matplotlib(*lines))
         axes[0].set_ylabel(as_matplotlib(*wrapped(layer, int(11 * row_height)), "head"))
-        axes[3].set_ylabel("head")
-    for ax, lines in zip(grid[-1], [*STATISTICS.values(), ("other head",)], strict=True):
-        ax.set_xlabel(as_matplotlib(*lines))
-    grid[0, 3].set_title("redundancy", fontsize="medium")
-    figure.colorbar(image, ax=list(grid[:, 3]), label="Jensen–Shannon distance\n(0: the same, 1: nothing shared)")
+        axes[2].set_ylabel("head")
+    bar = figure.colorbar(image, ax=list(grid.flat), location="bottom", aspect=30, shrink=0.8)
+    bar.set_label("redundancy: Jensen–Shannon distance\n(0: the same, 1: nothing shared)", fontsize=LETTERS)
     return figure
+
+
+def color_of(number: int) -> str:
+    """The color of one of several lines or methods."""
+    return [*COLORS, plt.rcParams["text.color"]][number % 7]
+
+
+def draw_grid(ax: Axes) -> None:
+    """A grid that is fainter than the data on any ground."""
+    ax.grid(color=plt.rcParams["text.color"], alpha=0.15, linewidth=0.6)
 
 
 def checked_layers(given: Any, argument: str, variables: dict[str, tuple[str, ...]]) -> dict[str, xr.Dataset]:
@@ -265,8 +278,8 @@ def bootstrap(values: np.ndarray, level: float, seed: int) -> np.ndarray:
 
 
 # What `features` draws: the features' names, means and bounds for each method (one without a name for claims), and the
-# label of the axis. Means are (feature), bounds (bound, feature).
-_Ranking = tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray], str]
+# lines of the axis' label. Means are (feature), bounds (bound, feature).
+_Ranking = tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray], list[str]]
 
 
 def _read_attributions(given: Any, level: float, seed: int) -> _Ranking:
@@ -295,7 +308,12 @@ def _read_attributions(given: Any, level: float, seed: int) -> _Ranking:
     means = {method: array.mean(axis=0) for method, array in values.items()}
     bounds = {method: bootstrap(array, level, seed) for method, array in values.items() if len(array) > 1}
     label = f"attribution, mean over {len(values[first])} sample{'s' * (len(values[first]) > 1)}"
-    return names[first], means, bounds, label + f", with its {100 * (1 - level):.4g}% interval" * bool(bounds)
+    return (
+        names[first],
+        means,
+        bounds,
+        [f"{label},", f"with its {100 * (1 - level):.4g}% interval"] if bounds else [label],
+    )
 
 
 def _read_claims(claims: xr.Dataset) -> _Ranking:
@@ -311,7 +329,7 @@ def _read_claims(claims: xr.Dataset) -> _Ranking:
     if not claims.sizes["feature"]:
         raise ValueError("A Dataset of claims must not be empty. Received none.")
     bounds = claims["interval"].transpose("bound", "feature").values
-    return _feature_names(claims), {"": claims["effect"].values}, {"": bounds}, "effect, with its interval"
+    return _feature_names(claims), {"": claims["effect"].values}, {"": bounds}, ["effect, with its interval"]
 
 
 def _feature_names(labeled: xr.DataArray | xr.Dataset) -> list[str]:

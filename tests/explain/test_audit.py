@@ -1,6 +1,5 @@
 """An audit says what holds, and `verify` what no longer does."""
 
-import functools
 import html
 import json
 import os
@@ -36,15 +35,6 @@ def build(names=NAMES, width=8):
     model = keras.Model(inputs, outputs, name="planted")
     model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    """The adversary, whose way is tested elsewhere, goes a short one."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(_audit_claims.attention_controls, steps=3)
-        patch.setattr(_audit_claims, "attention_controls", quick)
-        yield
 
 
 def trained(seed):
@@ -469,11 +459,11 @@ def test_bad_input_is_refused(model, tmp_path):
         explain.audit(model, X, Y[:-1], path)
     with pytest.raises(ValueError, match=r"`y` must hold finite numbers"):
         explain.audit(model, X, np.where(X[:, 0] > 2, np.nan, Y), path)
-    with pytest.raises(ValueError, match="`x` must be an array"):
+    with pytest.raises(ValueError, match="Expected the following keys"):
         explain.audit(model, {"x": X}, Y, path)
     with pytest.raises(ValueError, match="at least one sample"):
         explain.audit(model, X[:0], Y[:0], path)
-    with pytest.raises(ValueError, match="`background` must have the shape of one of `x`"):
+    with pytest.raises(ValueError, match="`background` must hold samples like those of `x`"):
         explain.audit(model, X, Y, path, background=X[:, :2])
     with pytest.raises(ValueError, match="`level` must be a number between 0 and 0"):
         explain.audit(model, X, Y, path, level=95)
@@ -494,6 +484,24 @@ def test_more_claims_than_samples_decide_nothing(model, tmp_path, samples):
     assert {claim["verdict"] for claim in others} == {"undetermined"}
     assert {claim["p_value"] for claim in others} == {None}
     assert all("fewer than the" in claim["reason"] for claim in others)
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("whole", "tested", "clusters"),
+    [({"block": 5}, 110, 22), ({"groups": np.repeat(np.arange(40), 5)}, 110, 22), ({}, 100, 100)],
+)
+def test_claims_are_tested_on_some_samples_and_what_belongs_together_stays_so(model, tmp_path, whole, tested, clusters):
+    page = tmp_path / "audit.html"
+    record = data(explain.audit(model, X, Y[:, None], path=page, max_samples=110, **whole, verbose=0).path)
+    assert (record["data"]["tested"], record["features"]["clusters"]) == (tested, clusters)  # else runs of 100
+    attribution = explain.attribute(model, X, verbose=0).values.mean(axis=0)
+    np.testing.assert_allclose(
+        [one["attribution"] for one in record["attribution"]["features"]], attribution, rtol=1e-4
+    )
+    assert f"The claims are tested on {tested} of the 200, drawn at random" in page.read_text()
+    given = {"groups": whole["groups"]} if "groups" in whole else {}
+    assert explain.verify(page, model, X, Y[:, None], **given, verbose=0) == []
 
 
 @pytest.mark.backend_independent

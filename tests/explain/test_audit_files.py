@@ -18,7 +18,6 @@ from keras import layers
 import kerasfactory
 from kerasfactory import explain
 from kerasfactory.explain._audit import audit as _audit
-from kerasfactory.explain._audit import claims as _audit_claims
 from kerasfactory.explain._audit import file as _file
 from kerasfactory.explain._audit import page as _page
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
@@ -52,15 +51,6 @@ def calibration():
         {"outcome": outcomes, "bound": ["lower", "upper"]},
         attributes | {"own_skill": None, "method": "attention", "level": 0.05, "seed": 0},
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    """The adversary, whose way is tested elsewhere, goes a short one."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(_audit_claims.attention_controls, steps=3)
-        patch.setattr(_audit_claims, "attention_controls", quick)
-        yield
 
 
 @pytest.fixture(scope="module")

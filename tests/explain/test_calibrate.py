@@ -172,7 +172,7 @@ def test_blocks_that_are_too_short_for_a_series_are_found_out():
     x, y = smoothed(rng, (1600, 3), 0.97), smoothed(rng, 1600, 0.97)
     train = exact_trainer(3)
     wrong = {
-        block: calibrate(train, x, y, n=6, block=block)["count"]
+        block: calibrate(train, x, y, n=10, block=block)["count"]
         .sel(outcome=["permuted: a feature supported", "permuted: a feature needed, not claimed"])
         .sum()
         for block in (1, 40)

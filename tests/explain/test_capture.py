@@ -865,3 +865,15 @@ def test_a_model_that_may_call_more_layers_for_other_data_runs_to_its_end():
             pytest.raises(RuntimeError, match="In batch 2 the model called other attention layers than in the first"),
         ):
             explain.capture(one, SEQUENCE[:6], batch_size=4, verbose=0)
+
+
+@pytest.mark.backend_independent
+def test_a_layer_whose_class_has_no_module_is_in_the_way_of_nothing():
+    known = {}  # without a `__name__`, so that classes have no module
+    program = "import keras\nclass Same(keras.layers.Layer):\n    def call(self, x):\n        return x"
+    exec(program, known)
+    inputs = keras.Input((4, 8))
+    tokens = known["Same"]()(inputs)
+    model = keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens))
+    assert known["Same"].call.__module__ is None
+    assert list(explain.attribute(model, np.ones((2, 4, 8)), verbose=0).dims) == ["sample", "feature"]

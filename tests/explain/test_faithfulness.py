@@ -97,7 +97,14 @@ def test_the_marginal_value_comes_from_the_background_and_from_one_row():
 
 
 @pytest.mark.parametrize(
-    ("which", "said"), [({"task": "classification"}, "predicted class"), ({"target": 2}, 2), ({"y": "labels"}, "y")]
+    ("which", "said"),
+    [
+        ({"task": "classification"}, "predicted class"),
+        ({"task": "classification", "target": 2}, 2),
+        ({"y": "labels"}, "y"),
+        ({"task": "regression", "target": 2}, 2),
+        ({"target": 2}, 2),
+    ],
 )
 def test_the_output_that_is_meant(which, said):
     kernel = RNG.normal(size=(8, 3))
@@ -105,10 +112,12 @@ def test_the_output_that_is_meant(which, said):
     which = {"y": labels} if "y" in which else which
     classes = {"predicted class": model.predict(X, verbose=0).argmax(axis=1), 2: np.full(40, 2), "y": labels}[said]
     result = explain.faithfulness(model, X, X, removal="mask", fractions=[0.25], draws=2, verbose=0, **which)
-    change = (kernel[:, classes].T * X * largest(X, 2)).sum(axis=1)
+    signed = (kernel[:, classes].T * X * largest(X, 2)).sum(axis=1)
+    is_class = "y" in which or which.get("task") == "classification"  # which goes up where it is recognized
+    change = signed if is_class else np.abs(signed)
     np.testing.assert_allclose(result["comprehensiveness"][:, 0], change, atol=1e-4)
-    assert (change < 0).any()
-    assert (result.attrs["target"], result.attrs["change"]) == (said, "signed")
+    assert (signed < 0).any()
+    assert (result.attrs["target"], result.attrs["change"]) == (said, "signed" if is_class else "absolute")
 
 
 def test_positions_with_channels_and_tokens():
@@ -165,7 +174,8 @@ def test_sufficiency_and_the_opposite_directions_have_tests_of_their_own():
 def test_both_nulls_come_from_the_same_relabelings_samples_and_rows():
     x = RNG.normal(size=(600, 8)).astype("float32")
     kernel = RNG.normal(size=(8, 2))
-    result = explain.faithfulness(linear(kernel), x, x, target=1, removal="mask", draws=9, verbose=0)
+    which = {"task": "classification", "target": 1}
+    result = explain.faithfulness(linear(kernel), x, x, **which, removal="mask", draws=9, verbose=0)
     # In a linear model, what the first features add and what the others add make up the output.
     sums = result["null"] + result["null_sufficiency"]
     observed = result.attrs["observed"] + result.attrs["observed_sufficiency"]
@@ -271,6 +281,20 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
 
 
 @pytest.mark.backend_independent
+def test_more_samples_are_taken_only_where_few_leave_it_open_which_costs_p_values_a_draw_each():
+    x = np.random.default_rng(0).normal(size=(600, 12)).astype("float32")
+    weights = np.r_[4.0, 3.0, 2.0, 1.0, np.zeros(8)]
+    for attribution in (np.abs(weights * x), np.random.default_rng(1).random(x.shape)):
+        result = explain.faithfulness(linear(weights), x, attribution, draws=199, verbose=0)
+        steps = [50, 150, 500].index(result.attrs["null_samples"])
+        at_least = int((result["null"] >= result.attrs["observed"]).sum())
+        assert result["p_value"] == pytest.approx((1 + steps + at_least) / 200)
+        at_most = int((result["null_sufficiency"] <= result.attrs["observed_sufficiency"]).sum())
+        assert result["p_value_sufficiency"] == pytest.approx((1 + steps + at_most) / 200)
+        assert (steps, at_least) == (0, 0) if attribution[0, 4] == 0 else steps == 2
+
+
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,10 +311,10 @@ def test_the_seed_decides_and_samples_for_the_null_are_limited():
         ({"background": X * np.nan}, 'features removed by "marginal"'),
         ({"x": X[:, :1], "attribution": X[:, :1], "model": linear([1])}, "one feature: there is nothing to rank"),
         ({"x": X[:1], "attribution": X[:1]}, "holds one sample.*Give a `background`"),
-        ({"x": [[1, 2]]}, "`x` must be an array with the features along axis 1"),
+        ({"x": [[1, 2]]}, "`x` must be an array, or a dictionary or list of arrays"),
         ({"x": X[0]}, "`x` must be an array of numbers"),
         ({"removal": "marginl"}, "Did you mean 'marginal'"),
-        ({"removal": 3}, "must be one of 'marginal', 'mean', 'mask'. Received: removal=3"),
+        ({"removal": 3}, "must be one of 'marginal', 'mean', 'blur', 'mask'. Received: removal=3"),
         ({"removal": "mask", "background": X}, "`background` is not used"),
         ({"removal": "mean", "x": X.astype(int)}, "as token ids are"),
         ({"background": X[:, :5]}, r"samples like those of `x`. Received: background of shape \(40, 5\)"),
@@ -354,7 +378,8 @@ def in_view(values, view, **attributes):
 def test_padding_is_not_ranked_not_removed_and_not_counted(monkeypatch):
     words, view = RNG.normal(size=9), PADDED != 0
     model, attribution = bag_of_words(words), RNG.random(PADDED.shape)
-    given = {"removal": "mask", "target": 0, "fractions": [0.1, 0.5, 0.9, 1], "draws": 20, "verbose": 0}
+    which = {"task": "classification", "target": 0}
+    given = {**which, "removal": "mask", "fractions": [0.1, 0.5, 0.9, 1], "draws": 20, "verbose": 0}
     result = explain.faithfulness(model, PADDED, attribution, **given)
     counts = [[1, 3, 5, 6], [1, 1, 1, 2], [1, 3, 4, 5], [1, 2, 2, 3]]  # of 6, 2, 5 and 3 words
     assert result["removed"].dims == ("sample", "fraction")
@@ -571,5 +596,5 @@ def test_the_patches_of_a_picture_are_features_if_a_mask_says_so_and_rows_of_pix
         model, x, attribution[:, :6], **settings | {"feature_mask": np.where(mask > 5, -1, mask)}
     )
     np.testing.assert_allclose(kept["aopc_comprehensiveness"], expected, rtol=0.15)
-    with pytest.raises(ValueError, match=r"shape of one sample, \(16, 16, 1\).*Received: shape \(16, 16\)"):
-        explain.faithfulness(model, x, attribution, feature_mask=mask[..., 0], verbose=0)
+    with pytest.raises(ValueError, match=r"shape of one sample, \(16, 16, 1\).*Received: shape \(16,\), dtype float64"):
+        explain.faithfulness(model, x, attribution, feature_mask=patch / 2, verbose=0)

@@ -33,10 +33,6 @@ class Written(layers.Layer):
         return shape
 
 
-def operations():
-    return [*_backend.operations_of_keras(), *_backend.operations()]
-
-
 def split(x):
     return ops.reshape(x, (-1, 5, HEADS, 8 // HEADS))
 
@@ -242,7 +238,7 @@ def test_gates_and_class_probabilities_are_no_attention():
 
 
 def test_functions_of_keras_are_as_before_whatever_happens():
-    before = [vars(place).get(name) for _, place, name, _ in operations()]
+    before = [vars(place).get(name) for _, place, name, _ in _backend.all_operations()]
 
     class Fails(layers.Layer):
         def call(self, x):
@@ -256,7 +252,7 @@ def test_functions_of_keras_are_as_before_whatever_happens():
     with pytest.raises(ArithmeticError, match="broken"):
         explain.capture(model, X, verbose=0)
     explain.capture(model_of("fused"), X, verbose=0)
-    assert [vars(place).get(name) for _, place, name, _ in operations()] == before
+    assert [vars(place).get(name) for _, place, name, _ in _backend.all_operations()] == before
 
 
 def test_other_threads_pass_through():

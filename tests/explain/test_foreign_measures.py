@@ -292,10 +292,10 @@ def test_a_layer_that_is_called_twice_is_edited_in_each_call():
 
 def test_keys_that_no_query_attends_to_are_out_of_view():
     np.testing.assert_array_equal(
-        keys_in_view(tabular("hides_two_keys"), X, None), np.tile([True, True, False, False], (48, 1))
+        keys_in_view(tabular("hides_two_keys"), X, X.shape[1], None), np.tile([True, True, False, False], (48, 1))
     )
-    assert keys_in_view(tabular("fused"), X, None).all()
-    assert keys_in_view(tabular(), X, None).all()
+    assert keys_in_view(tabular("fused"), X, X.shape[1], None).all()
+    assert keys_in_view(tabular(), X, X.shape[1], None).all()
 
 
 class Around(layers.Layer):

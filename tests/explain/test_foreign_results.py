@@ -39,10 +39,6 @@ class Attends(layers.Layer):
         return shape
 
 
-def operations():
-    return [*_backend.operations_of_keras(), *_backend.operations()]
-
-
 def sink(query, key, value):
     logits = ops.einsum("bqhd,bkhd->bhqk", query, key)
     logits = ops.concatenate([logits, 0.5 * ops.ones_like(logits[..., :1])], axis=-1)
@@ -556,14 +552,14 @@ def test_functions_of_keras_come_back_after_an_error_in_a_summary():
     def fails():
         raise ArithmeticError("broken")
 
-    before = [vars(place).get(name) for _, place, name, _ in operations()]
+    before = [vars(place).get(name) for _, place, name, _ in _backend.all_operations()]
     inputs = keras.Input((LENGTH, HEADS * SIZE))
     model = keras.Model(inputs, Attends(fused)(Attends(fused)(inputs)))
     model.layers[-1].before = fails
     for function in (explain.summarize, explain.capture, explain.recomposition_error):
         with pytest.raises(ArithmeticError, match="broken"):
             function(model, X, verbose=0)
-    assert [vars(place).get(name) for _, place, name, _ in operations()] == before
+    assert [vars(place).get(name) for _, place, name, _ in _backend.all_operations()] == before
 
 
 def test_two_softmaxes_that_are_taken_first_and_contracted_later():
@@ -574,7 +570,7 @@ def test_two_softmaxes_that_are_taken_first_and_contracted_later():
 
 def test_a_soft_cap_of_the_logits_is_applied(monkeypatch):
     """Only JAX on a TPU takes it: here a function that takes it stands in the place of Keras' own."""
-    module = next(place for _, place, name, _ in operations() if name == "dot_product_attention")
+    module = next(place for _, place, name, _ in _backend.all_operations() if name == "dot_product_attention")
 
     def capped(query, key, value, attn_logits_soft_cap, mask):
         logits = ops.einsum("bqhd,bkhd->bhqk", query, key) / 2

@@ -1,6 +1,8 @@
 """A DataFrame means the same to every function: its numbers go in, its columns and its index come out."""
 
+import decimal
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib import pyplot as plt
+from sklearn.impute import SimpleImputer
 
 from kerasfactory import explain, plot
 from kerasfactory.explain import _controls
@@ -164,18 +167,148 @@ def test_which_names_are_used():
         keys(on_table(class_token=True), TABLE, feature_names=NAMES)
 
 
-def test_all_kinds_of_numbers_are_numbers():
-    table = TABLE.assign(pulse=TABLE["pulse"] > 0).astype({"age": "Float64"})
-    assert table.to_numpy().dtype == object
+NUMBERS = {
+    "bool": lambda pulse: pulse > 0,
+    "boolean": lambda pulse: (pulse > 0).astype("boolean"),
+    "Int64": lambda pulse: (pulse * 9).astype("int").astype("Int64"),
+    "Float64": lambda pulse: pulse.astype("Float64"),
+    "uint8": lambda pulse: (pulse > 0).astype("uint8"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_all_kinds_of_numbers_are_numbers(kind):
+    table = TABLE.assign(pulse=NUMBERS[kind](TABLE["pulse"]))
     same = explain.capture(on_table(), table.astype("float64").to_numpy(), verbose=0)["attention"]
-    np.testing.assert_array_equal(explain.capture(on_table(), table, verbose=0)["attention"], same)
-    explain.faithfulness(on_table(), table, np.abs(TABLE), draws=5, verbose=0)
+    np.testing.assert_allclose(explain.capture(on_table(), table, verbose=0)["attention"], same, atol=1e-6)
+
+
+def test_a_table_of_truth_values_and_a_nullable_one_run_through():
+    for table in (TABLE > 0, TABLE.convert_dtypes(), TABLE.assign(pulse=TABLE["pulse"] > 0).astype({"age": "Float64"})):
+        explain.faithfulness(on_table(), table, np.abs(TABLE), draws=5, verbose=0)
+
+
+def refusal(table, verb="capture", model=None):
+    with pytest.raises(ValueError, match="row") as caught:
+        VERBS[verb](on_table() if model is None else model, table)
+    return str(caught.value)
+
+
+BAD_COLUMNS = {
+    "str": (["low", "high"], "'low'", lambda pulse: pulse.map({"low": 0, "high": 1})),
+    "string": (pd.array(["low", "high"], "string"), "'low'", lambda pulse: pulse.map({"low": 0, "high": 1})),
+    "category": (pd.Categorical(["low", "high"]), "'low'", lambda pulse: pulse.cat.codes),
+    "date": (pd.to_datetime(["2024-05-01", "2024-05-04"]), "2024-05-01", lambda pulse: (pulse - pulse.iloc[0]).dt.days),
+    "NaT": (pd.to_datetime([None, "2024-05-04"]), "2024-05-04", lambda pulse: pulse.dt.day.fillna(0)),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_COLUMNS)
+def test_a_column_without_numbers_is_named_with_its_row_and_the_way_out_works(kind):
+    values, shown, encoded = BAD_COLUMNS[kind]
+    rows = pd.Index([f"patient {row}" for row in range(SAMPLES)])
+    table = table_of(rows).assign(pulse=pd.Series(values).take([0, 1] * (SAMPLES // 2)).set_axis(rows))
+    message = refusal(table)
+    assert message.startswith("Column 'pulse' (")
+    assert shown in message.partition("'patient ")[0]
+    assert f"in row 'patient {int(kind == 'NaT')}', which is no number. Encode" in message
+    VERBS["capture"](on_table(), table.assign(pulse=encoded(table["pulse"])))
+
+
+def test_further_columns_without_numbers_are_named():
+    assert "hold none either: 'pulse', 7. Encode" in refusal(TABLE.astype("str").map("at {}".format))
+
+
+MISSING = {
+    "NaN": [1.0, np.nan],
+    "NA": pd.array([1, None], "Int64"),
+    "None": pd.array([True, None], "boolean"),
+    "pyarrow": pd.array([0.5, None], "Float64"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_missing_value_is_named_with_its_column_and_row_and_the_ways_out_work(kind):
+    rows = pd.Index([f"patient {row}" for row in range(SAMPLES)])
+    table = table_of(rows).assign(pulse=pd.Series(MISSING[kind]).take([0, 1] * (SAMPLES // 2)).set_axis(rows))
+    message = refusal(table)
+    assert message.startswith(
+        "Values are missing in 20 of 40 rows, in 'pulse': the first in column 'pulse', row 'patient 1'. Fill them"
+    )
+    assert VERBS["capture"](on_table(), table.dropna()).sizes["sample"] == SAMPLES // 2
+    filled = (
+        SimpleImputer(add_indicator=True)
+        .set_output(transform="pandas")
+        .fit_transform(table.astype("float64").set_axis(NAMES, axis=1))
+    )
+    assert VERBS["capture"](on_table(), filled.iloc[:, :3]).sizes["sample"] == SAMPLES
+    with pytest.warns(UserWarning, match="NaN in 20 of 40"):
+        VERBS["capture"](on_table(), table.to_numpy("float64", na_value=np.nan))
+
+
+@pytest.mark.parametrize("numbers", [[1.5, 2], ["0.12", "3"], [decimal.Decimal("1.5"), 2], pd.Categorical([1, 2])])
+def test_numbers_of_other_types_are_named_and_become_numbers_as_said(numbers):
+    column = pd.Series(numbers, dtype=None if isinstance(numbers, pd.Categorical) else object)
+    table = TABLE.assign(pulse=column.take([0, 1] * (SAMPLES // 2)).set_axis(TABLE.index))
+    with pytest.raises(ValueError, match=r"Column 'pulse' holds numbers of the type.*`x.astype\(\{'pulse': float\}\)`"):
+        VERBS["capture"](on_table(), table)
+    VERBS["capture"](on_table(), table.astype({"pulse": float}))
+
+
+def test_an_array_of_objects_is_refused_and_becomes_one_of_numbers_as_said():
+    objects = TABLE.to_numpy(object)
+    for verb in ("capture", "attribute"):
+        with pytest.raises(ValueError, match=r"is an array of Python's objects, such as .*`x.astype\('float64'\)`"):
+            VERBS[verb](on_table(), objects)
+    VERBS["capture"](on_table(), objects.astype("float64"))
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "audit"])
+def test_missing_numbers_of_an_array_are_named_by_every_function(verb):
+    x = TABLE.to_numpy().copy()
+    x[3, 1] = np.nan
+    audit = {"audit": lambda model, x: explain.audit(model, x, Y, verbose=0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, UserWarning), match=r"NaN.* 1 of 40|1 of 40 samples have NaN"):
+            (VERBS | audit)[verb](on_table(), x)
+
+
+@functools.cache
+def with_categories():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    tokens = FeatureTokenizer(4, feature_names=["age", "pulse", "sex"], cardinalities={"sex": 3})(inputs)
+    attended = keras.layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens)
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
+    model.compile(loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_category_that_the_model_does_not_know_is_named(verb):
+    rows = pd.Index([f"patient {row}" for row in range(SAMPLES)])
+    table = table_of(rows, ["age", "pulse", "sex"]).assign(sex=[0, 1, 2, 0] * 10)
+    table.iloc[5, 2] = 3
+    message = refusal(table, verb, with_categories())
+    assert message.startswith(
+        "Column 'sex' has 3 categories in the model's `FeatureTokenizer`, the integers from 0 to 2."
+    )
+    assert "Received 3 in row 'patient 5', and such values in 1 of 40 rows. Leave these rows out." in message
+    if verb == "capture":
+        assert "in row 5" in refusal(table.to_numpy(), verb, with_categories())
+        assert "Received 0.5 in row 'patient 0'" in refusal(table.assign(sex=0.5), verb, with_categories())
+        VERBS[verb](with_categories(), table[table["sex"] < 3])
 
 
 @pytest.mark.parametrize(
     ("names", "table", "message"),
     [
-        (None, TABLE.assign(age="old"), r"These do not: \['age'\]. Encode them"),
+        (
+            None,
+            TABLE.assign(age="old"),
+            r"'age' \(str\) holds 'old' in row 'patient 0', which is no number. Encode",
+        ),
         (None, table_of(columns=["1", 1, 2]), r"Rename them.*more than once: \['1'\]"),
         (("pulse", "age", "7"), TABLE, r"another order.*into this order: \['pulse', 'age', '7'\]"),
         (None, TABLE[:0], "`x` is empty"),

@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 from kerasfactory import explain
+from kerasfactory.explain._engine.tokens import TokenScaler, integral
 from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttention
 
 RNG = np.random.default_rng(4)
@@ -106,6 +107,19 @@ class ClassToken(layers.Layer):
 
     def call(self, tokens):
         return ops.concatenate([ops.repeat(self.token, ops.shape(tokens)[0], axis=0), tokens], axis=1)
+
+
+def test_what_padding_would_get_does_not_ask_for_more_nodes():
+    in_view, calls = np.array([[True, True, False]]), []
+
+    def gradient(batch, scale, weights):
+        calls.append(scale)
+        return ops.ones_like(scale)
+
+    scaler = TokenScaler(lambda batch, scale: ops.sum(ops.convert_to_tensor(scale), axis=1), gradient)
+    found = integral(scaler, (), in_view, ops.sum)
+    np.testing.assert_allclose(found.values, [[1, 1, 0]], rtol=1e-6)
+    assert len(calls) == 32
 
 
 def test_a_class_token_is_no_feature():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -119,6 +120,18 @@ def test_heatmap_draws_on_given_axes_with_a_given_scale_and_leaves_the_rest_alon
     assert plt.get_fignums() == [figure.number]
 
 
+def test_a_map_of_one_text_has_its_words_as_names():
+    words = [["not", "bad", "not"], ["too", "long", ""]]
+    tokens = {f"{dim}_token": (("sample", dim), words) for dim in ("query", "key")}
+    scores = scores_of(3, samples=2).assign_coords(tokens)
+    for number in (0, 1):
+        ax = plot.heatmap(scores[number])
+        assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == words[number]
+    assert plot.heatmap(scores).get_xlabel() == "key (looked at), position"
+    assert len(plot.model({"a": scores[0]}).axes) == 3
+    np.testing.assert_allclose(drawn(plot.model({"a": scores[0]}).axes[0]), scores[0, 0])
+
+
 def test_many_named_tokens_show_those_that_receive_most():
     names = [f"a feature with the long name {number}" for number in range(100)]
     scores = scores_of(100, names)
@@ -231,6 +244,8 @@ WRONG_SCORES = {
 @pytest.mark.parametrize("wrong", WRONG_SCORES)
 def test_scores_that_cannot_be_drawn_are_refused(draw, wrong):
     change, message = WRONG_SCORES[wrong]
+    if (draw, wrong) == (plot.interactive, "several layers"):
+        change, message = lambda s: {}, "must not be empty"  # it draws several
     with pytest.raises(ValueError, match=f"(?s){message}"):
         draw(change(scores_of(3)))
 
@@ -271,7 +286,7 @@ def test_features_are_ranked_with_bootstrap_intervals():
     )
     np.testing.assert_allclose(low, scipy.confidence_interval.low[order], atol=0.004)
     np.testing.assert_allclose(high, scipy.confidence_interval.high[order], atol=0.004)
-    assert ax.get_xlabel() == "attribution, mean over 50 samples, with its 90% interval"
+    assert ax.get_xlabel() == "attribution, mean over 50 samples,\nwith its 90% interval"
 
 
 def test_an_error_level_of_5_percent_draws_the_95_percent_interval():
@@ -520,6 +535,38 @@ def test_the_interactive_map_has_sliders_for_what_there_is_to_slide():
     assert '"samples":["0","1"],' in plot.interactive(scores_of(3), samples=2)
 
 
+def test_the_interactive_map_of_several_layers_holds_them_all_on_one_scale():
+    scores = {"first": scores_of(3, NAMES, seed=1), "<second>": scores_of(5, heads=3, seed=2)}
+    fragment = plot.interactive(scores)
+    data = json.JSONDecoder().raw_decode(fragment.partition("const data = ")[2])[0]
+    assert [layer["name"] for layer in data["layers"]] == list(scores)
+    assert [layer["heads"] for layer in data["layers"]] == [["0", "1"], ["0", "1", "2"]]
+    for layer, values in zip(data["layers"], scores.values(), strict=True):
+        weights = np.array(layer["weights"]).reshape(values.shape) / 1000
+        order = [NAMES.index(name) for name in layer["keys"]] if values.sizes["key"] == 3 else slice(None)
+        np.testing.assert_allclose(weights, values.values[:, :, order][..., order], atol=6e-4)
+    assert data["end"] == pytest.approx(max(float(values.max()) for values in scores.values()), abs=1e-5)
+    assert re.findall(r'name="(\w+)" min="0" max="(\d)"', fragment) == [("layer", "1"), ("sample", "2"), ("head", "2")]
+    assert 'class="overview"' in fragment
+    assert 'class="overview"' not in plot.interactive({"first": scores["first"]})
+    assert "uniform: 0.2 to 0.33" in fragment
+    with pytest.raises(ValueError, match=r"same samples.*layer\[:2\].*\[3, 3, 2\]"):
+        plot.interactive(scores | {"third": scores["first"][:2]})
+    with pytest.raises(ValueError, match=r"Layer 'third'.*must not be negative"):
+        plot.interactive(scores | {"third": scores["first"] - 0.5})
+
+
+def test_the_interactive_map_says_what_uniform_attention_would_be():
+    assert "uniform: 0.33<" in plot.interactive(scores_of(3))
+    assert "uniform" not in plot.interactive(scores_of(3) / 2)
+
+
+def test_html_is_what_a_notebook_shows():
+    fragment = plot.interactive(scores_of(3))
+    assert type(fragment._repr_html_()) is str
+    assert fragment._repr_html_() == fragment
+
+
 def test_the_interactive_map_cannot_be_broken_by_a_name():
     evil = ["</script><script>alert(1)</script>", "`capture`", '"><img src=x>']
     scores = scores_of(3, evil)
@@ -537,9 +584,10 @@ def test_the_interactive_map_says_names_as_they_are():
     fragment.encode("ascii", "strict")
     data = json.JSONDecoder().raw_decode(fragment.partition("const data = ")[2])[0]
     shown = [*HOSTILE.values(), LONG, ""]
-    assert sorted(data["queries"]) == sorted(data["keys"]) == sorted(shown)
-    assert sorted(text for _, text in data["keyTicks"]) == sorted([*HOSTILE.values(), "xxxxxxxxxxxx…xxxxxxxxxxx", ""])
-    assert r"<p>$a$ &lt;i&gt;\u202eb&lt;/i&gt; &amp; \ud800</p>" in fragment
+    (layer,) = data["layers"]
+    assert sorted(layer["queries"]) == sorted(layer["keys"]) == sorted(shown)
+    assert sorted(text for _, text in layer["keyTicks"]) == sorted([*HOSTILE.values(), "xxxxxxxxxxxx…xxxxxxxxxxx", ""])
+    assert r'<p class="title">$a$ &lt;i&gt;\u202eb&lt;/i&gt; &amp; \ud800</p>' in fragment
 
 
 # What people call features, layers and heads, and each as it has to be drawn.
@@ -567,6 +615,22 @@ NAMED = {
     "methods": lambda names: plot.features(dict.fromkeys(names, attribution_of([1.0]))).figure,
     "layers in training": lambda names: plot.training(dict.fromkeys(names, history_of())),
     "heads in training": lambda names: plot.training(history_of(heads=14).assign_coords(head=names)),
+    "layers of a model": lambda names: plot.model(dict.fromkeys(names, scores_of(2, heads=1))),
+    "pictures": lambda names: plot.image(
+        xr.DataArray(np.ones((14, 4)), {"sample": names}, ["sample", "feature"]), np.ones((14, 2, 2)), samples=14
+    ),
+    "words": lambda names: (
+        plot.text(
+            attribution_of(np.ones(14)).assign_coords(feature=names), ax=plt.figure(figsize=(9, 9)).gca(), samples=1
+        ).figure
+    ),
+    "titles of sentences": lambda names: (
+        plot.text(
+            xr.DataArray(np.ones((14, 1)), {"sample": names, "feature": ["word"]}, ["sample", "feature"]),
+            ax=plt.figure(figsize=(9, 9)).gca(),
+            samples=14,
+        ).figure
+    ),
     "layers with statistics": lambda names: plot.head_statistics(dict.fromkeys(names, statistics_of())),
 }
 AROUND = {"claims": ("", " (refuted)"), "heads of maps": ("head ", ""), "heads in training": ("head ", "")}

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import scipy
 import xarray as xr
-from keras import ops
+from keras import ops, tree
 
 import kerasfactory
 from kerasfactory import _backend
 from kerasfactory._arguments import checked_level, checked_names, checked_seed, generator, positive_integer
 from kerasfactory._text import visible
 from kerasfactory.explain._attribution import attribute
-from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, measured_skill
+from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, keys_of, measured_skill
 from kerasfactory.explain._audit.file import (
     ABSOLUTE,
     differences,
@@ -36,14 +36,26 @@ from kerasfactory.explain._audit.file import (
 from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
-from kerasfactory.explain._engine.data import in_arrays, progress_bar
+from kerasfactory.explain._engine.data import (
+    check_no_texts,
+    input_arrays,
+    like_samples_of,
+    named_inputs,
+    progress_bar,
+    samples_in,
+    shape_of,
+)
 from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
 from kerasfactory.explain._engine.store import digest_of
+from kerasfactory.explain._engine.tables import check_aligned, check_table, in_arrays
+from kerasfactory.explain._engine.texts import Words, differ_by_sample
+from kerasfactory.explain._engine.view import ids_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
+_RUN = 100  # samples that are drawn together
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
 
 
@@ -56,15 +68,17 @@ def audit(
     method: str = "attention",
     task: str | None = None,
     target: int | str | tuple[int | str, ...] | None = None,
+    query: int | str | None = None,
     layers: str | Sequence[str] | None = None,
     models: Sequence[keras.Model] = (),
     calibration: xr.Dataset | None = None,
-    feature_names: Sequence[str] | None = None,
+    feature_names: Sequence[str] | Sequence[Sequence[str]] | np.ndarray | Callable[[int], str] | None = None,
     feature_mask: Any = None,
     special_tokens: Sequence[int | str] | None = None,
     background: Any = None,
     groups: Any = None,
     block: int | None = None,
+    max_samples: int = 20_000,
     tolerance: float = 0.02,
     level: float = 0.05,
     statement: dict[str, str] | None = None,
@@ -98,7 +112,8 @@ def audit(
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
-      a table, `y` and a compiled loss. Positions of a text are no columns of a table.
+      `y`, a compiled loss and samples of at most 256 numbers, or a table. Nothing is claimed about positions of texts,
+      which hold another word in each; where a model reads a text beside other inputs, its features are undetermined.
 
     With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
     model without skill has nothing to lose, so nothing is refuted about its features.
@@ -131,6 +146,7 @@ def audit(
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
         x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature),
             (sample, position, channel) or token ids, (sample, position). Or a DataFrame, with a name for each column.
+            With `feature_mask`, arrays of any shape, or a dictionary or list of them for a model with several inputs.
         y: Labels, one for each sample, in the form that the model's loss takes. Without them, and without a loss of
             single samples to compute, claims about single features are undetermined.
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
@@ -139,25 +155,33 @@ def audit(
         task: What the outputs mean: `"classification"`, `"multilabel"` or `"regression"`. The compiled loss says so if
             it is one of Keras and this is not given. Nothing is guessed from values.
         target: Which of several outputs is meant, as for `attribute` and `faithfulness`.
+        query: The position or name of one query, as for `attribute`: that of a class token, if the model decides by it.
         layers: Names of the layers, as for `capture`.
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
             page shows it. `verify` compares it with the one that it is given, and does not make it again.
-        feature_names: Names of the features, as for `capture`.
-        feature_mask: Which columns are removed and claimed together, as for `feature_claims`.
-        special_tokens: Token ids or names of what is no feature, as for `attribute`.
+        feature_names: Names of the features, as for `capture`. Of the words of texts only those in `special_tokens` are
+            used: the file has their ids, and holds no words, which would be data.
+        feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
+            claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
+            groups of the columns of a table.
+        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Those that stand for
+            nothing in `x`, such as a class token of the model's own, have no claim.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
+        max_samples: How many samples the claims are tested on, at most. Of more, some are drawn: whole groups or
+            blocks that fit, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
+            attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
         level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5. A test draws as many times as there
             are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
-        batch_size: Samples in a batch.
+        batch_size: Samples in a batch, as for `capture`.
         verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
             `capture`.
         seed: Of all that is drawn.
@@ -211,15 +235,20 @@ def audit(
     """
     files = None if path is None else _writable(path)
     checked_level(level)
+    if differ_by_sample(feature_names):  # the file holds no data, and names positions by their numbers
+        words, feature_names = Words(x, feature_names), None
+        special_tokens = None if special_tokens is None else ids_of(special_tokens, x, words)
     settings = {
         "method": method,
         "task": checked_task(task),
         "target": target,
+        "query": query,
         "layers": [layers] if isinstance(layers, str) else layers and list(layers),
         "feature_names": None if feature_names is None else checked_names(feature_names),
-        "feature_mask": None if feature_mask is None else np.asarray(feature_mask).tolist(),
+        "feature_mask": None if feature_mask is None else _as_lists(feature_mask),
         "special_tokens": None if special_tokens is None else list(special_tokens),
         "block": None if block is None else positive_integer("block", block),
+        "max_samples": positive_integer("max_samples", max_samples),
         "tolerance": float(tolerance),
         "level": float(level),
         "batch_size": None if batch_size is None else positive_integer("batch_size", batch_size),
@@ -317,6 +346,7 @@ def verify(
     """
     given = _given(calibration, statement)
     columns = given_labels(x, None).columns
+    check_aligned(x=x, y=y, groups=groups)
     x, y, background = _checked(x, y, background)
     record, findings = intact(files_of(path), Path(path))
     if not findings:
@@ -330,9 +360,9 @@ def verify(
 def _compared(
     record: dict[str, Any],
     model: Any,
-    x: np.ndarray,
+    x: Any,
     y: np.ndarray | None,
-    background: np.ndarray | None,
+    background: Any,
     groups: Any,
     models: Any,
     given: dict[str, Any],
@@ -341,10 +371,11 @@ def _compared(
 ) -> list[str]:
     """What is made again differs in, and what was not made again."""
     data, settings = record["data"], record["settings"]
-    if list(x.shape[1:]) != data["shape"][1:]:
+    shape, before = (_of_sample(of) for of in (plain(shape_of(x)), data["shape"]))
+    if shape != before:
         return [
-            f"The data are not those of the audit: a sample has shape {list(x.shape[1:])}, and had "
-            f"{data['shape'][1:]}. Nothing else was checked."
+            f"The data are not those of the audit: a sample has shape {shape}, and had {before}. Nothing else was "
+            "checked."
         ]
     needed = {"background": background, "groups": groups}
     if missing := [name for name, value in needed.items() if data[name] and value is None]:
@@ -374,6 +405,17 @@ def _compared(
     now["claims"] = _with_unchecked(now["claims"], record["claims"], unchecked)
     judge(now["claims"], settings["level"])
     return differences(record, now, max(ABSOLUTE, rounding_of(model))) + findings
+
+
+def _of_sample(shape: Any) -> Any:
+    return {name: of_input[1:] for name, of_input in shape.items()} if isinstance(shape, dict) else shape[1:]
+
+
+def _as_lists(feature_mask: Any) -> Any:
+    if isinstance(feature_mask, dict):
+        return {str(key): np.asarray(mask).tolist() for key, mask in feature_mask.items()}
+    is_list = isinstance(feature_mask, list | tuple)
+    return [np.asarray(mask).tolist() for mask in feature_mask] if is_list else np.asarray(feature_mask).tolist()
 
 
 def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -452,36 +494,42 @@ def _record(
     verbose: Any,
 ) -> dict[str, Any]:
     """What an audit says, as JSON; its claims are still to be judged together."""
+    check_table(model, x, background)
+    check_aligned(x=x, y=y, groups=groups)
     table, (x, y, background) = x, _checked(x, y, background)
-    clusters = clusters_of(len(x), groups, settings["block"])
+    clusters = clusters_of(samples_in(x), groups, settings["block"])
+    tested = _tested(clusters, groups is None and settings["block"] is None, settings)
     settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
     progress = progress_bar(2 + len(TESTS), verbose, "part")
-    keys = ("method", "task", "target", "layers", "feature_names", "special_tokens", "seed")
+    names = ("method", "task", "target", "query", "layers", "feature_names", "special_tokens", "seed")
+    chosen = {name: settings[name] for name in names}
     labeled = table if isinstance(table, pd.DataFrame) else x
-    attribution = attribute(model, labeled, batch_size=batch_size, verbose=0, **{key: settings[key] for key in keys})
+    attribution = attribute(model, labeled, batch_size=batch_size, verbose=0, **chosen)
     if labeled is table and "feature" in attribution.coords:  # so that an array is enough to verify it
         settings = settings | {"feature_names": [str(name) for name in attribution["feature"].values]}
+    keys = keys_of(attribution, x, settings["feature_mask"])
     # Before anything that takes long: labels may not fit.
     skill, no_loss = measured_skill(model, x, y, clusters, settings, batch_size)
-    rows = (model, x, y, background, groups, models, digests, attribution, settings, batch_size)
+    rows = (model, x, y, background, groups, models, digests, attribution, keys, settings, batch_size)
     planned = Subject(*rows, draws=_DRAWS, unusable_loss=no_loss, untestable="not tested")
     progress.add(1)
     captured, claims = exact_capture(planned)
     progress.add(1)
 
     count = sum(len(test(planned)[1]) for test in TESTS.values())
-    independent = int(clusters.max()) + 1
+    independent = len(np.unique(clusters[tested]))
     few = (
         ""
         if independent >= count
         else f"{independent} {_what_counts(groups, settings)} are fewer than the {count} claims."
     )
     subject = planned._replace(draws=_DRAWS if few else _draws_for(count, settings["level"]), untestable=few)
+    of_tests = subject.of(tested, clusters) if len(tested) < samples_in(x) else subject
     measured = {}
     for name, test in TESTS.items():
-        measured[name], tested = test(subject)
-        claims += tested
+        measured[name], found = test(of_tests)
+        claims += found
         progress.add(1)
     return {
         "schema": SCHEMA,
@@ -489,12 +537,13 @@ def _record(
         "model": _model_facts(model),
         "data": {
             "x": hashed(x),
-            "shape": list(x.shape),
-            "dtype": str(x.dtype),
+            "shape": shape_of(x),
+            "dtype": ", ".join(str(array.dtype) for array in named_inputs(x).values()),
             "feature_names": subject.features,
             "labels": None if y is None else hashed(y),
             "background": None if background is None else hashed(background),
             "groups": None if groups is None else hashed(clusters),
+            "tested": len(tested),
         },
         "environment": _environment(),
         "capture": captured,
@@ -503,6 +552,25 @@ def _record(
         **measured,
         "claims": claims,
     }
+
+
+def _tested(clusters: np.ndarray, are_single: bool, settings: dict[str, Any]) -> np.ndarray:
+    """The numbers of the samples that claims are tested on: all, or those of some clusters, or runs, that fit."""
+    most = settings["max_samples"]
+    if len(clusters) <= most:
+        return np.arange(len(clusters))
+    together = np.arange(len(clusters)) // min(_RUN, most) if are_single else clusters
+    sizes, kept, total = np.bincount(together), list[int](), 0
+    for drawn in generator(settings["seed"], "audit samples").permutation(len(sizes)):
+        if total + sizes[drawn] <= most:
+            kept.append(drawn)
+            total += sizes[drawn]
+    if not kept:
+        raise ValueError(
+            f"`max_samples` must be at least the size of the smallest group or block, {sizes.min()}, which stays "
+            f"together. Received: max_samples={most}"
+        )
+    return np.flatnonzero(np.isin(together, kept))
 
 
 def _draws_for(count: int, level: float) -> int:
@@ -520,21 +588,14 @@ def _what_counts(groups: Any, settings: dict[str, Any]) -> str:
     return "samples" if groups is None and settings["block"] is None else "groups of samples"
 
 
-def _checked(x: Any, y: Any, background: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    x = _array("x", x)
-    if x.ndim < 2:
-        raise ValueError(f"`x` must have its features along axis 1. Received an array of shape {x.shape}")
+def _checked(x: Any, y: Any, background: Any) -> tuple[Any, np.ndarray | None, Any]:
+    x = _inputs("x", x)
     if background is not None:
-        background = _array("background", background)
-        if background.shape[1:] != x.shape[1:]:
-            raise ValueError(
-                f"A sample of `background` must have the shape of one of `x`, {x.shape[1:]}. Received: "
-                f"{background.shape[1:]}"
-            )
+        background = like_samples_of(x, "background", _inputs("background", background))
     if y is not None:
         y = _array("y", y)
-        if len(y) != len(x):
-            raise ValueError(f"`y` must hold one label for each sample in `x`, {len(x)}. Received: {len(y)}")
+        if len(y) != samples_in(x):
+            raise ValueError(f"`y` must hold one label for each sample in `x`, {samples_in(x)}. Received: {len(y)}")
     return x, y, background
 
 
@@ -555,7 +616,19 @@ def _checked_models(model: Any, models: Any) -> list[str]:
     return digests[1:]
 
 
+def _inputs(name: str, given: Any) -> Any:
+    """One array with the features along axis 1, or a dictionary or list of arrays."""
+    if isinstance(given, dict | list | tuple):
+        return tree.map_structure(lambda array: _finite(name, array), input_arrays(name, given))
+    array = _array(name, given)
+    if array.ndim < 2:
+        raise ValueError(f"`{name}` must have its features along axis 1. Received an array of shape {array.shape}")
+    return array
+
+
 def _array(name: str, given: Any) -> np.ndarray:
+    if name != "y":
+        check_no_texts(name, given)
     if not hasattr(given, "__array__") and not (name == "y" and isinstance(given, list | tuple)):
         raise ValueError(
             f"`{name}` must be an array with the samples along axis 0. Received: {name} of type {type(given).__name__}"
@@ -566,6 +639,10 @@ def _array(name: str, given: Any) -> np.ndarray:
             f"`{name}` must hold numbers, and at least one sample. Received an array of shape {array.shape} and dtype "
             f"{array.dtype}"
         )
+    return _finite(name, array)
+
+
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if len(bad):
         raise ValueError(
@@ -576,7 +653,7 @@ def _array(name: str, given: Any) -> np.ndarray:
 
 
 def _attribution_facts(subject: Subject, clusters: np.ndarray) -> dict[str, Any]:
-    values = subject.attribution.values.T.astype("float64")
+    values = subject.attribution.values[:, subject.keys.kept].T.astype("float64")
     rng = generator(subject.settings["seed"], "audit")
     intervals, _ = mean_interval(values, clusters, subject.settings["level"], rng)
     return {

@@ -19,6 +19,8 @@ from kerasfactory.explain._capture import capture, recomposition_error
 from kerasfactory.explain._claims import feature_claims
 from kerasfactory.explain._controls import attention_controls
 from kerasfactory.explain._engine.attention import reads_tokens
+from kerasfactory.explain._engine.data import named_inputs, rows_of
+from kerasfactory.explain._engine.features import features_of, match
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import (
     NoSpreadError,
@@ -35,21 +37,51 @@ from kerasfactory.explain._sanity import parameter_randomization, seed_agreement
 
 _EXACT = 1e-4  # the largest error of an exact capture, relative; in half precision it is that of its rounding
 
+_OF_ATTRIBUTE = ("method", "task", "target", "query", "feature_names", "special_tokens")
+
 Claim = dict[str, Any]
 Result = tuple[dict[str, Any] | None, list[Claim]]  # what was measured, as JSON, and the claims that it decides
+
+
+class Keys(NamedTuple):
+    """Which of the keys of an attribution are features of the data."""
+
+    kept: np.ndarray  # (feature,)
+    mask: Any  # the `feature_mask` that says which entries they are; nothing if these are those of axis 1
+    unclear: str  # why there is no telling, or ""
+
+
+def keys_of(attribution: xr.DataArray, x: Any, feature_mask: Any) -> Keys:
+    """Raises a `ValueError` for a `feature_mask` that does not fit `x`."""
+    reason = ""
+    counts = {} if feature_mask is None else {"mask": features_of(x, feature_mask).total}
+    if feature_mask is None or np.ndim(x) == 2:  # the keys may be columns that the mask puts together
+        try:
+            counts["axis"] = features_of(x, None).total
+        except ValueError as error:
+            reason = str(error)
+    for source, count in counts.items():
+        try:
+            kept = match(attribution, x, (count,), None).kept
+        except ValueError as error:
+            reason = reason or str(error)
+        else:
+            return Keys(kept, feature_mask if source == "mask" else None, "")
+    return Keys(np.arange(attribution.sizes["feature"]), None, reason)
 
 
 class Subject(NamedTuple):
     """What is audited, and with which settings."""
 
     model: keras.Model
-    x: np.ndarray  # (sample, feature, ...)
+    x: Any  # an array (sample, feature, ...), or a dictionary or list of arrays
     y: np.ndarray | None  # (sample, ...)
-    background: np.ndarray | None  # (row, feature, ...)
+    background: Any  # like `x`, or nothing
     groups: np.ndarray | None  # (sample,): labels of what belongs together
     models: Sequence[keras.Model]  # from other seeds
     digests: list[str]  # of their weights
-    attribution: xr.DataArray  # (sample, feature)
+    attribution: xr.DataArray  # (sample, feature), to all keys
+    keys: "Keys"
     settings: dict[str, Any]  # those of the record
     batch_size: int | None  # that it runs with
     draws: int  # of the nulls
@@ -59,13 +91,7 @@ class Subject(NamedTuple):
     @property
     def features(self) -> list[str]:
         names = self.attribution.coords.get("feature", range(self.attribution.sizes["feature"]))
-        return [str(name) for name in np.asarray(names)]
-
-    @property
-    def mask_of_keys(self) -> Any:
-        """The `feature_mask`, if the keys of the attention are its features and not the columns."""
-        mask = self.settings["feature_mask"]
-        return mask if mask is not None and np.max(mask) + 1 == len(self.features) else None
+        return [str(name) for name in np.asarray(names)[self.keys.kept]]
 
     @property
     def clusters(self) -> dict[str, Any]:
@@ -77,6 +103,17 @@ class Subject(NamedTuple):
 
     def chosen(self, *names: str) -> dict[str, Any]:
         return {name: self.settings[name] for name in names}
+
+    def of(self, rows: np.ndarray, clusters: np.ndarray) -> "Subject":
+        """The same with some of the samples."""
+        are_grouped = self.groups is not None or self.settings["block"] is not None
+        return self._replace(
+            x=rows_of(self.x, rows),
+            y=None if self.y is None else self.y[rows],
+            attribution=self.attribution.isel(sample=rows),
+            groups=clusters[rows] if are_grouped else None,
+            settings=self.settings | {"block": None},
+        )
 
 
 def _claim(
@@ -108,7 +145,7 @@ def _claim(
 def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        scores = capture(subject.model, subject.x[: subject.batch_size or 32], **subject.running)
+        scores = capture(subject.model, rows_of(subject.x, slice(subject.batch_size or 32)), **subject.running)
     errors = recomposition_error(subject.model, subject.x, **subject.running)
     found: dict[str, Any] = {
         "tolerance": max(_EXACT, rounding_of(subject.model)),
@@ -156,7 +193,7 @@ def _attention(subject: Subject) -> Result:
     labels = None if no_loss else subject.y
     try:
         result = attention_controls(
-            subject.model, subject.x, labels, batch_size=subject.batch_size, verbose=0, **settings
+            subject.model, subject.x, labels, steps=0, batch_size=subject.batch_size, verbose=0, **settings
         )
     except NoSpreadError as error:
         return untested(str(error))
@@ -181,7 +218,7 @@ def _attention(subject: Subject) -> Result:
             claims.append(
                 _claim(f"attention-{name}", sentences[name], statistic, reason, verdict, *found, p_opposite=opposite)
             )
-    measured = {key: result.attrs[key] for key in ("change", "tolerance", "smallest_share", "draws", "steps")}
+    measured = {key: result.attrs[key] for key in ("change", "tolerance", "smallest_share", "draws")}
     measured |= {"samples": result.sizes["sample"], "controls": controls, "loss": None}
     if no_loss:
         claims.append(_claim("attention-loss", worse, statistics["loss"], no_loss))
@@ -243,11 +280,11 @@ def _ranking(subject: Subject) -> Result:
         draws=subject.draws,
         batch_size=subject.batch_size,
         verbose=0,
-        feature_mask=subject.mask_of_keys,
+        feature_mask=subject.keys.mask,
         **subject.chosen("task", "target", "special_tokens", "level", "seed"),
         **subject.clusters,
     )
-    first, others = _removed(result, subject.attribution)
+    first, others = _removed(result, subject.attribution.coords["in_view"].values[:, subject.keys.kept])
     tests, claims = [], []
     for name, suffix, removed in (("comprehensiveness", "", first), ("sufficiency", "_sufficiency", others)):
         found: dict[str, Any] = {
@@ -262,7 +299,8 @@ def _ranking(subject: Subject) -> Result:
             "p_opposite": result[f"p_opposite{suffix}"].item(),
         }
         tests.append(found)
-        worse = round((1 - found["p_value"]) * (1 + subject.draws))
+        sign = 1 if name == "comprehensiveness" else -1
+        worse = int((sign * result[f"null{suffix}"].values < sign * found["observed"]).sum())
         reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
         numbers = (found["aopc"], found["p_value"], found["interval"])
         verdict = _against_chance(found, subject)
@@ -272,11 +310,11 @@ def _ranking(subject: Subject) -> Result:
     return {**{key: result.attrs[key] for key in keys}, "tests": tests}, claims
 
 
-def _removed(result: xr.Dataset, attribution: xr.DataArray) -> tuple[np.ndarray, ...]:
+def _removed(result: xr.Dataset, in_view: np.ndarray) -> tuple[np.ndarray, ...]:
     """How many features were removed, first and instead the others, (fraction,): means where samples differ."""
     ranked = result["comprehensiveness"].notnull().all("fraction")
     first = result["removed"].where(ranked).mean("sample") if "sample" in result["removed"].dims else result["removed"]
-    others = attribution.coords["in_view"].values[ranked.values].sum(axis=1).mean() - first
+    others = in_view[ranked.values].sum(axis=1).mean() - first
     rounded = [counts.values.round(1) for counts in (first, others)]
     whole = all((counts == np.floor(counts)).all() for counts in rounded)
     return tuple(counts.astype(int) if whole else counts for counts in rounded)
@@ -290,7 +328,7 @@ def _randomization(subject: Subject) -> Result:
     )
     if subject.untestable:
         return None, [_claim("randomization", sentence, statistic, subject.untestable)]
-    settings = subject.chosen("method", "task", "target", "layers", "special_tokens", "level", "seed")
+    settings = subject.chosen(*_OF_ATTRIBUTE, "layers", "level", "seed")
     result = parameter_randomization(subject.model, subject.x, verbose=0, **settings)
     found: dict[str, Any] = {
         **{key: result.attrs[key] for key in ("tolerance", "draws", "samples")},
@@ -318,12 +356,15 @@ def _seeds(subject: Subject) -> Result:
     sentence = "Models trained alike from other seeds rank the same features first, more than by chance."
     statistic = "overlap of what is ranked first"
     given = "" if subject.models else "No models from other seeds were given, `models=[...]`."
+    if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
+        given = "A position of a text holds another word in each: which positions come first says nothing of words."
     if untestable := subject.untestable or _one_feature(subject) or given:
         return None, [_claim("seeds", sentence, statistic, untestable)]
-    settings = subject.chosen("method", "task", "target", "feature_names", "special_tokens", "seed")
+    settings = subject.chosen(*_OF_ATTRIBUTE, "seed")
     others = [attribute(other, subject.x, **settings, **subject.running) for other in subject.models]
     result = seed_agreement([subject.attribution, *others], draws=subject.draws, **subject.chosen("level", "seed"))
-    statistics = zip(subject.features, result["mean"].values, result["spread"].values, strict=True)
+    of_keys = (result[name].values[subject.keys.kept] for name in ("mean", "spread"))
+    statistics = zip(subject.features, *of_keys, strict=True)
     found: dict[str, Any] = {
         "models": subject.digests,
         **{key: result.attrs[key] for key in ("top_k", "draws", "chance")},
@@ -353,9 +394,11 @@ def _features(subject: Subject) -> Result:
         claim = _claim(f"feature/{name}", sentence, statistic, reason, *found)
         return {**claim, "feature": name, "is_made": is_made}
 
+    if not isinstance(subject.x, dict | list) and reads_tokens(subject.model, subject.x):
+        return None, []  # a position holds another word in each text
     if untestable := _no_features(subject):
         return None, [claim(feature, untestable) for feature in subject.features]
-    settings = {**subject.chosen("feature_mask", "level", "seed"), **subject.clusters, "batch_size": subject.batch_size}
+    settings = {**subject.chosen("feature_mask", "special_tokens", "level", "seed"), **subject.clusters}
     with warnings.catch_warnings():  # the page tells of copies
         warnings.filterwarnings("ignore", message=".* samples are exact copies of others")
         result = feature_claims(
@@ -364,6 +407,7 @@ def _features(subject: Subject) -> Result:
             subject.y,
             subject.attribution,
             background=subject.background,
+            batch_size=subject.batch_size,
             verbose=0,
             **settings,
         )
@@ -382,10 +426,11 @@ def _features(subject: Subject) -> Result:
 
 def _no_features(subject: Subject) -> str:
     """Why no single feature can be tested, if so."""
-    if subject.x.ndim != 2:
-        return "Claims about single features are tested for tables, (sample, feature), alone."
-    if reads_tokens(subject.model, subject.x):
-        return "A position of a text is no column of a table: its token cannot be drawn from those of other texts."
+    if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
+        return (
+            "A position of a text is no column of a table: its token cannot be drawn from those of other texts, and "
+            "nothing else can be drawn given a text."
+        )
     if subject.settings["target"] is not None and subject.y is not None and subject.y[0].size > 1:
         return (
             "The loss is that of all outputs, and `target` asks for one: audit a model of that output, with its labels."
@@ -447,18 +492,12 @@ def _one_feature(subject: Subject) -> str:
 
 def _no_ranking(subject: Subject) -> str:
     """Why no feature can be removed, if so."""
-    keys, entries = len(subject.features), subject.x.shape[1]
-    unclear = (
-        f"The attribution is to {keys} keys, and `x` has the shape {subject.x.shape}: there is no telling which "
-        "entries to remove. Say it with `feature_mask`."
-    )
-    fits = subject.mask_of_keys is not None or (keys == entries and subject.x.ndim <= 3)
-    return subject.untestable or _one_feature(subject) or ("" if fits else unclear)
+    return subject.untestable or _one_feature(subject) or subject.keys.unclear
 
 
 def measured_skill(
     model: keras.Model,
-    x: np.ndarray,
+    x: Any,
     y: np.ndarray | None,
     clusters: np.ndarray,
     settings: dict[str, Any],

@@ -15,6 +15,7 @@ import numpy as np
 import kerasfactory
 from kerasfactory.explain._audit.page import data_of, page, with_data
 from kerasfactory.explain._audit.schema import NAME, SCHEMA, problem_of_record
+from kerasfactory.explain._engine.data import named_inputs
 
 _MOST_BYTES, _MOST_NESTED = 32 * 2**20, 12  # of a file
 # How far numbers that are computed again may lie from those that were written, in the unit of what they are.
@@ -28,7 +29,15 @@ class _NoAuditError(ValueError):
     """Nothing says that a file was ever an audit."""
 
 
-def hashed(array: np.ndarray) -> str:
+def hashed(x: Any) -> str:
+    """Of an array, or of several with their names."""
+    inputs = named_inputs(x)
+    if "" in inputs:
+        return _hash_of_array(inputs[""])
+    return hash_of_json({name: _hash_of_array(array) for name, array in inputs.items()})
+
+
+def _hash_of_array(array: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape} {array.dtype} ".encode() + array.tobytes()).hexdigest()
 
 

@@ -174,6 +174,12 @@ def _skill(skill: dict[str, Any] | None) -> str:
     return said
 
 
+_OF_MASK = (
+    "A feature is what `feature_mask` says: all its entries are removed together, and entries of no feature stay. The "
+    "keys of the attention are the features in their order."
+)
+
+
 def _assumptions(record: dict[str, Any]) -> str:
     """What the verdicts assume, beside them."""
     settings, level, features = record["settings"], record["settings"]["level"], record["features"] or {}
@@ -187,11 +193,19 @@ def _assumptions(record: dict[str, Any]) -> str:
         )
     if copies := features.get("copies"):
         independent += f" {copies} samples are exact copies of others."
+    shape, tested = record["data"]["shape"], record["data"]["tested"]
+    samples = (next(iter(shape.values())) if isinstance(shape, dict) else shape)[0]
+    if tested < samples:
+        independent += (
+            f" The claims are tested on {tested:,} of the {samples:,}, drawn at random; how exact that is, the "
+            "intervals say. The attribution and the skill are those of all."
+        )
     assumed = [
         "The model was not trained on these samples. If it was, no verdict holds, and this file cannot show it.",
         independent,
         "A value that is drawn for a feature could have come about with the sample's other values. Where a classifier "
         "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
+        *([_OF_MASK] if settings["feature_mask"] is not None else []),
         "What is removed from a ranking gets values from other samples, without regard to those that stay.",
         f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: "
         "p-values are adjusted for all claims together (Focused Benjamini–Hochberg). "
@@ -208,11 +222,24 @@ def _features(record: dict[str, Any]) -> str:
     ranked = sorted(zip(found, bars, strict=True), key=lambda pair: -pair[0]["attribution"])
     alone = {one["feature"] for one in found}
     together = [claim for claim in claims.values() if claim["feature"] is not None and claim["feature"] not in alone]
+    is_tested = any(claim["feature"] is not None for claim in claims.values())
     rows = []
     for one, bar in ranked:
-        tested = claims.get(f"feature/{one['feature']}")
         shown = _cell(_number(one["attribution"]), "", _interval(one["interval"]))
-        rows.append([_cell(one["feature"], "long"), *_tested(tested)[:1], bar, shown, *_tested(tested)[1:]])
+        verdict, *numbers = _tested(claims.get(f"feature/{one['feature']}"))
+        row = [verdict, bar, shown, *numbers] if is_tested else [bar, shown]
+        rows.append([_cell(one["feature"], "long"), *row])
+    if not is_tested:
+        return _section(
+            "Features",
+            f"What “{record['attribution']['method']}” says of each position, the mean over the samples. Nothing is "
+            "claimed about positions: each holds another word in each text.",
+            _table(
+                "The mean attribution to each position, with its interval",
+                ["Position", "Attribution, drawn", "Attribution"],
+                rows,
+            ),
+        )
     heads = ["Feature", "Verdict", "Attribution, drawn", "Attribution", "Loss without it", "p"]
     parts = [_table("The mean attribution to each feature, the test of each, and their intervals", heads, rows)]
     if together:
@@ -241,11 +268,9 @@ def _tested(claim: dict[str, Any] | None) -> list[str]:
 def _controls(record: dict[str, Any]) -> str:
     title = "Does attention matter?"
     note = (
-        "The model runs with other attention than its own: the same for all keys (uniform), its own weights dealt "
-        "out at random (permuted), and weights as far from its own as can be found without changing the output "
-        "by more than a tolerance (adversarial). That other weights give the same output does not refute "
-        "attention; that none are found proves nothing. Whether the output changes is one question; whether the model "
-        "does worse is another, and needs labels."
+        "The model runs with other attention than its own: the same for all keys (uniform), and its own weights dealt "
+        "out at random (permuted). Whether the output changes is one question; whether the model does worse is "
+        "another, and needs labels."
     )
     controls, claims = record["controls"], _by_id(record)
     if controls is None:

@@ -57,9 +57,17 @@ def _is_target(value: Any) -> bool:
 
 
 def _is_mask(value: Any, axes: int = 8) -> bool:
+    if type(value) is dict:
+        return axes == 8 and bool(value) and all(_is_text(name) and _is_mask(value[name], axes - 1) for name in value)
     if type(value) is list and axes:
         return bool(value) and all(_is_mask(entry, axes - 1) for entry in value)
     return _is_index(value) and axes < 8
+
+
+def _is_shape(value: Any, inputs: bool = True) -> bool:
+    if type(value) is dict:
+        return inputs and bool(value) and all(_is_text(name) and _is_shape(value[name], False) for name in value)
+    return type(value) is list and bool(value) and all(_COUNT.fits(size) for size in value)
 
 
 def _is_statement(value: Any) -> bool:
@@ -91,11 +99,13 @@ SETTINGS = {
     "method": _TEXT,
     "task": _Maybe(_TEXT),
     "target": _Maybe(_Kind("an integer, a text, or a list of these", _is_target)),
+    "query": _Maybe(_INDEX_OR_TEXT),
     "layers": _Maybe([_TEXT]),
     "feature_names": _Maybe([_TEXT]),
-    "feature_mask": _Maybe(_Kind("integers, in lists as deep as a sample", _is_mask)),
+    "feature_mask": _Maybe(_Kind("integers, in lists as deep as a sample, for one input or each", _is_mask)),
     "special_tokens": _Maybe([_INDEX_OR_TEXT]),
     "block": _Maybe(_SIZE),
+    "max_samples": _SIZE,
     "tolerance": _above_0(_LARGEST),
     "level": _above_0(0.5),
     "batch_size": _Maybe(_SIZE),
@@ -170,12 +180,13 @@ RECORD = {
     },
     "data": {
         "x": _HASH,
-        "shape": [_COUNT],
+        "shape": _Kind("the shape of `x`, or those of its inputs", _is_shape),
         "dtype": _TEXT,
         "feature_names": [_TEXT],
         "labels": _Maybe(_HASH),
         "background": _Maybe(_HASH),
         "groups": _Maybe(_HASH),
+        "tested": _SIZE,
     },
     "environment": dict.fromkeys(("kerasfactory", "python", "keras", "backend", "numpy", "scipy", "xarray"), _TEXT),
     "capture": {
@@ -188,7 +199,7 @@ RECORD = {
     },
     "attribution": {
         "method": _TEXT,
-        "query": _TEXT,
+        "query": _INDEX_OR_TEXT,
         "target": _INDEX_OR_TEXT,
         "features": [{"feature": _TEXT, "attribution": _ANY, "interval": _INTERVAL}],
     },
@@ -207,7 +218,6 @@ RECORD = {
             "tolerance": _above_0(_LARGEST),
             "smallest_share": _SHARE,
             "draws": _COUNT,
-            "steps": _COUNT,
             "samples": _COUNT,
             "controls": [_CONTROL],
             "loss": _Maybe(_LOSS),

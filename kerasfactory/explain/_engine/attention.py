@@ -167,6 +167,8 @@ def find_attention(model: Any) -> dict[str, Any]:
 
 def reads_tokens(model: Any, x: np.ndarray) -> bool:
     """Whether the columns of `x`, (sample, column), are token ids: integers that one embedding reads everywhere."""
+    if x.ndim != 2:
+        return False
     embeddings = [layer for layer in all_layers(model) if isinstance(layer, keras.layers.Embedding)]
     is_whole = x.dtype.kind in "iu" or bool((x == np.floor(x)).all())
     return is_whole and 0 < len(embeddings) < x.shape[1] and x.max() < max(one.input_dim for one in embeddings)
@@ -270,9 +272,8 @@ def output_projection(layer: Any) -> Any:
 
 def is_keras_method(*methods: Callable) -> bool:
     """Whether these methods of an attention layer are Keras' own, or this package's, which do the same."""
-    return all(
-        method.__module__.startswith(("keras.src.layers.attention.", "kerasfactory.layers.")) for method in methods
-    )
+    own = ("keras.src.layers.attention.", "kerasfactory.layers.")
+    return all((method.__module__ or "").startswith(own) for method in methods)  # code run by `exec` may have no module
 
 
 def explicit_scores(layer: Any, compute_attention: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -459,7 +460,7 @@ def _mask_in_parts(layer: Any, compute_mask: Callable, args: tuple, kwargs: dict
     tensors = [mask for mask in given.values() if mask is not None]
     if len(query.shape) > 3 or not has_values(*filter(ops.is_tensor, [query, value, *tensors])):
         return None
-    of_keras = compute_mask.__module__.startswith("keras.")
+    of_keras = (compute_mask.__module__ or "").startswith("keras.")
     if of_keras and explicit is not None and len(explicit.shape) == 4 and len(tensors) > 1:
         return None  # Keras sets samples against heads then
     return mask_in_parts(**given, use_causal_mask=causal, window=window_of(layer))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
+from threadpoolctl import threadpool_limits
 
 LEVELS = 20  # a column of at most so many distinct values takes another row's value, and nothing between them
 _CELL = 25  # rows that are alike given the other columns, among which values or residuals are exchanged
@@ -22,6 +23,7 @@ _RIDGES = np.logspace(-10, 0, 11)
 _ATOM = 0.05  # of the rows: a value as frequent as that must come about again
 _PREFERENCE = 0.9  # normal scores must do better than the columns' own units by that much
 _SAME_SPREAD = 0.95  # of the variance of residuals' sizes: what leaves more unexplained is no finding
+_TERMS_AT_ONCE = 2**22  # numbers: 32 MiB
 _SELECTION = 2000  # rows on which a regression is chosen; all rows fit the one that is
 _CHECKED = 1000  # pairs of a true and a drawn value by which the two may be told apart
 _UNEXPLAINED = 0.02  # of the variance of a column: with less left, the others determine it
@@ -100,12 +102,9 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
                     best, smallest = (in_scores, design, ridge, target), error @ error
     assert best is not None  # each of the linear terms spends at most half a degree of freedom at the largest ridge
     in_scores, design, ridge, target = best
-    terms = design(rows)
-    center = terms.mean(axis=0)
-    weights, leverage = _solved(terms - center, target - target.mean(), ridge)
-    fitted = target.mean() + (terms - center) @ weights
+    center, weights, fitted, leverage = _solved(design, rows, target, ridge, with_leverage=not rows_are_data)
     residuals = target - fitted
-    if not rows_are_data:
+    if leverage is not None:
         residuals = residuals / np.maximum(1 - leverage, 1e-9)
         fitted = target - residuals
     total = column if is_graded else to_scores(column)
@@ -127,8 +126,7 @@ def _leaning(rows: np.ndarray, transforms: Sequence[Callable | None], target: np
     result = np.zeros(rows.shape[1])
     varies = np.flatnonzero(rows.std(axis=0) > 0)
     if len(varies):
-        terms = next(_designs(rows, transforms))(rows)
-        result[varies] = np.abs(_solved(terms, target - target.mean(), 1e-8)[0])
+        result[varies] = np.abs(_solved(next(_designs(rows, transforms)), rows, target, 1e-8)[1])
     return result
 
 
@@ -149,8 +147,8 @@ def _scale(rows: np.ndarray, residuals: np.ndarray) -> Callable:
                 best, smallest = (terms, ridge), left_out @ left_out
     if best is None:
         return _same_spread
-    terms, center = best[0], best[0](rows).mean(axis=0)
-    weights, _ = _solved(terms(rows) - center, size - size.mean(), best[1])
+    terms, ridge = best
+    center, weights, _, _ = _solved(terms, rows, size, ridge)
     least, most = np.quantile(size, [0.1, 1])
     return lambda given: np.clip(size.mean() + (terms(given) - center) @ weights, least, most)
 
@@ -224,13 +222,41 @@ def _ridge_fits(terms: np.ndarray, target: np.ndarray) -> Iterator[tuple[float, 
             yield share, (target - fitted) / np.maximum(1 - leverage, 1e-9)
 
 
-def _solved(terms: np.ndarray, target: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of centered terms, with a penalty as in `_ridge_fits`, and the leverage of each row."""
-    values, vectors = np.linalg.eigh(terms.T @ terms)
+def _solved(
+    design: Callable, rows: np.ndarray, target: np.ndarray, share: float, with_leverage: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Centers and weights of terms, penalized as in `_ridge_fits`, the fitted values, and the leverage of each row.
+
+    The terms are made for some rows at a time.
+    """
+    count = design(rows[:1]).shape[1]
+    step = max(1, _TERMS_AT_ONCE // count)
+    parts = [slice(start, start + step) for start in range(0, len(rows), step)]
+    kept = design(rows) if len(parts) == 1 else None
+
+    def terms(part):
+        return design(rows[part]) if kept is None else kept
+
+    center = sum(terms(part).sum(axis=0) for part in parts) / len(rows)
+    moments, products = np.zeros((count, count)), np.zeros(count)
+    for part in parts:
+        centered = terms(part) - center
+        moments += centered.T @ centered
+        products += centered.T @ (target[part] - target.mean())
+    values, vectors = np.linalg.eigh(moments)
     values = np.maximum(values, 0)
     ridge = share * (values[-1] if len(values) and values[-1] > 0 else 1.0)
-    leverage = 1 / len(terms) + ((terms @ vectors) ** 2) @ (1 / (values + ridge))
-    return vectors @ ((vectors.T @ (terms.T @ target)) / (values + ridge)), leverage
+    weights = vectors @ ((vectors.T @ products) / (values + ridge))
+    fitted = np.concatenate([target.mean() + (terms(part) - center) @ weights for part in parts])
+    if not with_leverage:
+        return center, weights, fitted, None
+    scaled = vectors / np.sqrt(values + ridge)
+    leverage = [(((terms(part) - center) @ scaled) ** 2).sum(axis=1) for part in parts]
+    return center, weights, fitted, 1 / len(rows) + np.concatenate(leverage)
+
+
+# Two threads of BLAS take several times the time of one for matrices of some hundred columns.
+_one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 class Sampler(NamedTuple):
@@ -243,6 +269,7 @@ class Sampler(NamedTuple):
     draws: int
     rng: np.random.Generator
 
+    @_one_thread
     def drawn(self, columns: Sequence[int]) -> Draws:
         """Draws of the columns, one after the other: each given those outside and those drawn before."""
         values = np.repeat(self.x[None].astype("float64"), self.draws, axis=0)

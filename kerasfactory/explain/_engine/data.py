@@ -1,19 +1,20 @@
 """What a model takes: arrays and batches, checked, cut and counted."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
-import xarray as xr
 from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory._arguments import positive_integer
+from kerasfactory.explain._engine.tables import in_arrays
 
-_POSITIONS = 2**14  # in a batch, if the number of its samples is not given
+# In a batch, if the number of its samples is not given: see `batch_size_of`.
+_SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**13, 2**22
+_UNKNOWN = 32  # where the data do not say how many positions a sample has in the model
 
 
 def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
@@ -25,28 +26,13 @@ def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any
     return keras.utils.Progbar(expected, verbose=verbose, unit_name=unit)
 
 
-def in_arrays(x: Any) -> Any:
-    """The same with an array in place of a DataFrame. NumPy makes objects of one with several kinds of numbers."""
-    if not isinstance(x, pd.DataFrame):
-        return x
-    array = x.to_numpy()
-    is_number = [pd.api.types.is_numeric_dtype(dtype) for dtype in x.dtypes]
-    if array.dtype != object or not any(is_number):
-        return array
-    others = [column for column, numeric in zip(x.columns, is_number, strict=True) if not numeric]
-    if others:
-        raise ValueError(
-            f"The columns of `x` must hold numbers. These do not: {others}. Encode them as for the training of the "
-            f"model, or leave them out. Received a DataFrame with the dtypes: {x.dtypes.astype(str).unique().tolist()}"
-        )
-    return x.to_numpy("float64", na_value=np.nan)
-
-
 def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | None]:
     """The batches that `model.predict` would make of `x`, each as a tuple `(inputs,)`, and how many, if known."""
     _backend.check_process()
     x = in_arrays(x)
-    if isinstance(x, dict | list | tuple) or hasattr(x, "__array__"):
+    if are_arrays(x):
+        if isinstance(x, list | tuple):
+            check_no_texts("x", x)
         arrays = tree.map_structure(lambda array: array if hasattr(array, "shape") else np.asarray(array), x)
         shapes = [tuple(array.shape) for array in tree.flatten(arrays)]
         if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
@@ -54,7 +40,8 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
                 "`x` must be an array, or a dictionary or list of arrays, with the samples along the first axis, as "
                 f"many in each. Received arrays of shapes: {shapes}"
             )
-        samples, step = shapes[0][0], positive_integer("batch_size", 32 if batch_size is None else batch_size)
+        samples = shapes[0][0]
+        step = positive_integer("batch_size", batch_size_of(arrays) if batch_size is None else batch_size)
         parts = [slice(start, start + step) for start in range(0, samples, step)]
 
         def batch(part):
@@ -86,13 +73,56 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
     return map(as_inputs, batches), expected
 
 
-def batch_size_of(x: Any, most: int) -> int | None:
-    """So that what a model holds of a batch does not grow with the length of its samples. `None` for no arrays."""
-    if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
-        return None
-    shapes = [np.shape(array) for array in tree.flatten(x)]
-    positions = max((math.prod(shape[1:-1]) if len(shape) > 2 else shape[-1] for shape in shapes if shape), default=1)
-    return min(most, max(1, _POSITIONS // max(1, positions)))
+def batch_size_of(x: Any) -> int | None:
+    """How many samples go into a batch if that is not given, so that it is fast and its scores fit into memory.
+
+    The positions of a sample are the columns of a table or the length of a sequence, and the most of several inputs.
+    Each pair of them is a score. A model makes fewer positions of a picture, and more of a string.
+    """
+    if not are_arrays(x):
+        return None  # it makes its own batches
+    arrays = [array if hasattr(array, "dtype") else np.asarray(array) for array in tree.flatten(x)]
+    if any(len(array.shape) > 3 or _holds_strings(array) for array in arrays):
+        return _UNKNOWN
+    positions = max((array.shape[1] for array in arrays if len(array.shape) > 1), default=1) or 1
+    return max(1, min(_SAMPLES, _POSITIONS // positions, _PAIRS // positions**2))
+
+
+def _holds_strings(array: Any) -> bool:
+    return getattr(array.dtype, "kind", "") in tuple("OSTU") or "string" in str(array.dtype)
+
+
+def are_arrays(x: Any) -> bool:
+    """Whether `x` holds all samples at once, and not batches of them."""
+    return isinstance(x, dict | list | tuple) or hasattr(x, "__array__")
+
+
+def token_ids(x: Any, keys: int | None = None) -> tuple[np.ndarray | None, str]:
+    """The one array of integers (sample, key) in `x`, if there is one, and what `x` holds, in words.
+
+    Of dictionaries as KerasHub makes them, it is `token_ids`.
+    """
+    if isinstance(x, dict) and "token_ids" in x:
+        x = x["token_ids"]
+    given = tree.flatten(x) if are_arrays(x) else []
+    arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
+    shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
+    ids = [array for array in arrays if array.dtype.kind in "iu" and array.ndim == 2 and keys in (None, array.shape[1])]
+    return ids[0] if len(ids) == 1 else None, ", ".join(shapes) or type(x).__name__
+
+
+def check_no_texts(name: str, given: Any) -> None:
+    """Raises an error that names the way out if an array or a list holds strings."""
+    kind = str(getattr(given, "dtype", "")).lower()
+    entries = np.asarray(given).flat[:1] if kind == "object" else given if isinstance(given, list | tuple) else ()
+    if kind[:2] in ("<u", "|s") or "str" in kind or any(isinstance(entry, str | bytes) for entry in entries):
+        raise ValueError(
+            f"`{name}` holds strings. Explain the part of the model behind its `keras.layers.TextVectorization`, on "
+            "the ids of the words: with `vectorize = model.get_layer(NAME)`, this is "
+            "`keras.Model(vectorize.output, model.outputs)`, compiled as the model is, and its `x` is "
+            "`keras.ops.convert_to_numpy(vectorize(texts))`. The words are "
+            "`feature_names=vectorize.get_vocabulary().__getitem__`."
+        )
 
 
 def as_inputs(batch: Any) -> tuple:
@@ -119,17 +149,18 @@ def chosen_samples(samples: int, limit: int, rng: np.random.Generator) -> np.nda
 
 def sampled(x: Any, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
     """The numbers of all samples of the arrays `x`, or of some, and these samples. A DataFrame remains one."""
-    if not isinstance(x, dict | list | tuple) and not hasattr(x, "__array__"):
+    if not are_arrays(x):
         raise ValueError(
             f"`x` must be an array, or a dictionary or list of arrays. Received: x of type {type(x).__name__}"
         )
     chosen = chosen_samples(len(tree.flatten(x)[0]), limit, rng)
     if isinstance(x, pd.DataFrame):
         return chosen, x.iloc[chosen]
-    return chosen, tree.map_structure(lambda array: np.asarray(array)[chosen], x)
+    return chosen, rows_of(x, chosen)
 
 
 def feature_array(name: str, given: Any) -> np.ndarray:
+    check_no_texts(name, given)
     if not hasattr(given, "__array__") and not ops.is_tensor(given):
         raise ValueError(
             f"`{name}` must be an array with the features along axis 1. Received: {name} of type {type(given).__name__}"
@@ -143,6 +174,70 @@ def feature_array(name: str, given: Any) -> np.ndarray:
     return array
 
 
+def input_arrays(name: str, given: Any) -> Any:
+    """What a model takes, as arrays of numbers: one, (sample, feature, ...), or a dictionary or list of them."""
+    if not isinstance(given, dict | list | tuple):
+        return feature_array(name, given)
+    parts = given if isinstance(given, dict) else dict(enumerate(given))
+    arrays = {key: _input_array(name, f"{name}[{key!r}]", part) for key, part in parts.items()}
+    if len({len(array) for array in arrays.values()}) != 1:
+        shapes = ", ".join(f"{key!r}: {array.shape}" for key, array in arrays.items())
+        raise ValueError(
+            f"The inputs in `{name}` must hold as many samples each, along their first axis. Received: {shapes}"
+        )
+    return arrays if isinstance(given, dict) else list(arrays.values())
+
+
+def _input_array(name: str, part: str, given: Any) -> np.ndarray:
+    check_no_texts(part, given)
+    if not hasattr(given, "__array__") and not ops.is_tensor(given):
+        raise ValueError(
+            f"`{name}` must be an array, or a dictionary or list of arrays, one for each input of the model. Received: "
+            f"{part} of type {type(given).__name__}"
+        )
+    array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(in_arrays(given))
+    if array.ndim == 0 or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"`{part}` must be an array of numbers, (sample, ...). Received: shape {array.shape}, dtype {array.dtype}"
+        )
+    return array
+
+
+def samples_in(x: Any) -> int:
+    """Of arrays: one, or a dictionary or list of them."""
+    return len(tree.flatten(x)[0])
+
+
+def rows_of(x: Any, rows: Any) -> Any:
+    """Some samples of arrays: one, or a dictionary or list of them."""
+    return tree.map_structure(lambda array: np.asarray(array)[rows], x)
+
+
+def named_inputs(x: Any) -> dict[str, np.ndarray]:
+    """The arrays by their names, in one order; that of a single array is empty."""
+    if isinstance(x, dict):
+        return {str(key): x[key] for key in sorted(x, key=str)}
+    return {str(key): array for key, array in enumerate(x)} if isinstance(x, list | tuple) else {"": x}
+
+
+def shape_of(x: Any) -> Any:
+    """The shape of an array, or those of several by their names."""
+    shapes = {name: tuple(array.shape) for name, array in named_inputs(x).items()}
+    return shapes.get("", shapes)
+
+
+def like_samples_of(x: Any, name: str, given: Any) -> Any:
+    """Other samples for the same model, as arrays."""
+    rows = input_arrays(name, given)
+    shapes, own = ({key: array.shape[1:] for key, array in named_inputs(arrays).items()} for arrays in (rows, x))
+    if shapes != own:
+        raise ValueError(
+            f"`{name}` must hold samples like those of `x`. Received: {name} of shape {shape_of(rows)}, x of shape "
+            f"{shape_of(x)}"
+        )
+    return rows
+
+
 def check_rows_finite(values: np.ndarray, name: str) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
@@ -150,33 +245,3 @@ def check_rows_finite(values: np.ndarray, name: str) -> None:
             f"{name} is NaN or infinite in {len(bad)} of {len(values)} samples, the first of them number {bad[0]}. "
             "Leave them out, or find out why."
         )
-
-
-def checked_feature_mask(feature_mask: Any, x: np.ndarray) -> np.ndarray:
-    """The number of the feature that each entry of a sample belongs to, from 0, or -1: in the shape of a sample."""
-    mask = np.asarray(feature_mask)
-    numbers = np.unique(mask[mask >= 0]) if mask.dtype.kind in "iu" else np.array([])
-    if mask.shape != x.shape[1:] or not len(numbers) or numbers[-1] != len(numbers) - 1:
-        raise ValueError(
-            f"`feature_mask` must have the shape of one sample, {x.shape[1:]}, and hold integers: the number of the "
-            "feature that an entry belongs to, from 0 without a gap, or -1 for what is never removed. Received: shape "
-            f"{mask.shape}, dtype {mask.dtype}, numbers {numbers[:10].tolist()}"
-        )
-    return mask
-
-
-def checked_attribution(attribution: Any, x: np.ndarray) -> np.ndarray:
-    """The numbers of an attribution (sample, feature) of the samples `x`, as float64."""
-    if isinstance(attribution, xr.DataArray) and set(attribution.dims) == {"sample", "feature"}:
-        attribution = attribution.transpose("sample", "feature")
-    values = np.asarray(attribution)
-    if values.shape != x.shape[:2]:
-        raise ValueError(
-            f"`attribution` must have a number for each sample and feature, {x.shape[:2]} as in `x`; "
-            "`numpy.broadcast_to(values, x.shape[:2])` makes it of one number for each feature. Received: "
-            f"attribution of shape {values.shape}, x of shape {x.shape}"
-        )
-    if values.shape[1] < 2:
-        raise ValueError("`x` has one feature: there is nothing to rank. Give at least 2.")
-    check_rows_finite(values, "`attribution`")
-    return values.astype("float64")

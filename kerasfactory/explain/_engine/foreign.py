@@ -284,7 +284,7 @@ def _in_front_of_operations(notes: _Notes, modules: set[str]) -> Iterator[None]:
     others = [sys.modules[name] for name in modules - {"builtins"} if name in sys.modules and name[:6] != "keras."]
     before = []
     try:
-        for kind, home, its_name, read in (*_backend.operations_of_keras(), *_backend.operations()):
+        for kind, home, its_name, read in _backend.all_operations():
             original = getattr(home, its_name)
             watched = in_front_of(original, getattr(notes, kind), read)
             imported = [(place, name) for place in others for name, value in vars(place).items() if value is original]

@@ -10,6 +10,7 @@ import xarray as xr
 from kerasfactory._arguments import checked_names
 from kerasfactory.explain._engine.attention import all_layers, attention_axes
 from kerasfactory.explain._engine.observe import Batch, Found
+from kerasfactory.explain._engine.texts import Words, differ_by_sample
 from kerasfactory.layers import FeatureTokenizer
 
 _Labeled = TypeVar("_Labeled", xr.DataArray, xr.Dataset)
@@ -18,23 +19,41 @@ _Labeled = TypeVar("_Labeled", xr.DataArray, xr.Dataset)
 class Given(NamedTuple):
     """What the user calls the features."""
 
+    x: Any  # the data, to be used in place of the argument `x`: the words of batches are found on the way
     names: list[str] | None  # the argument `feature_names`, an error if they fit no axis
+    words: Words | None  # the same, if they differ by sample
     columns: list[str] | None  # those of a DataFrame, which a model may put together to other features
+
+    @property
+    def length(self) -> int | None:
+        """The number of names, or of words in a sample; `None` if the user gave none."""
+        if self.words is not None:
+            return self.words.length
+        return None if self.names is None else len(self.names)
+
+    def on(self, result: _Labeled) -> _Labeled:
+        """The result with the words of each sample, if there are any."""
+        return result if self.words is None else self.words.on(result)
 
 
 def given_labels(x: Any, feature_names: Any) -> Given:
     """What `feature_names` and `x` say, if it is a DataFrame."""
-    names = None if feature_names is None else checked_names(feature_names)
+    names = words = None
+    if differ_by_sample(feature_names):
+        words = Words(x, feature_names)
+        x = words.x
+    elif feature_names is not None:
+        names = checked_names(feature_names)
     if not isinstance(x, pd.DataFrame):
-        return Given(names, None)
+        return Given(x, names, words, None)
     columns = [str(column) for column in x.columns]
     repeated = sorted({column for column in columns if columns.count(column) > 1})
-    if repeated and names is None:
+    if repeated and names is None and words is None:
         raise ValueError(
             "The columns of `x` are the names of its features, and must differ from each other. Rename them, or give "
             f"`feature_names`. Received more than once: {repeated}"
         )
-    return Given(names, columns if names or repeated else checked_names(columns))
+    return Given(x, names, words, columns if names or repeated else checked_names(columns))
 
 
 def with_rows_of(x: Any, result: _Labeled) -> _Labeled:
@@ -53,11 +72,17 @@ def with_rows_of(x: Any, result: _Labeled) -> _Labeled:
     return result.assign_coords(sample=rows.rename("sample"))
 
 
+def warn_of_padding(given: Given, batch: Batch) -> None:
+    """Says so if there are words for padding, and a layer without a mask."""
+    if given.words is not None and any(call.masks == "none" for call in batch.found.values()):
+        given.words.warn_of_padding(True)
+
+
 def labels_of(
     model: Any, batch: Batch, name: str, shape: tuple[int, ...], given: Given, folded: bool
 ) -> dict[str, Any]:
     """What makes a labeled array of scores: names of the axes, coordinates of all but the first, attributes."""
-    possible = [given.names] if given.names else [given.columns, _tokenizer_names(model, batch, given.columns)]
+    possible = [given.names] if given.names else [given.columns, _tokenizer_names(model, batch)]
     call = batch.found[name]
     dims = ["sequence" if folded else "sample", *axis_names(call.layer, len(shape))]
     coordinates: dict[str, Any] = {"head": np.arange(shape[dims.index("head")])}
@@ -69,16 +94,10 @@ def labels_of(
     return {"coords": coordinates, "dims": dims, "attrs": attributes}
 
 
-def _tokenizer_names(model: Any, batch: Batch, columns: list[str] | None) -> list[str] | None:
-    """What the model's own tokenizer calls its features, which are the columns, or else called otherwise."""
+def _tokenizer_names(model: Any, batch: Batch) -> list[str] | None:
+    """What the model's own tokenizer calls its features."""
     tokenizers = [layer for layer in all_layers(model) if isinstance(layer, FeatureTokenizer)]
-    names = tokenizers[0].feature_names if len(tokenizers) == 1 and batch.inputs == 1 else None
-    if names is not None and columns is not None and names != columns and sorted(names) == sorted(columns):
-        raise ValueError(
-            "The columns of `x` have the names of the model's features, in another order: the model would take one for "
-            f"the other. Put them into this order: {names}. Received the columns: {columns}"
-        )
-    return names
+    return tokenizers[0].feature_names if len(tokenizers) == 1 and batch.inputs == 1 else None
 
 
 def attributes_of(call: Found) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def sink_of(scores: np.ndarray) -> np.ndarray:
     return np.clip(1 - scores.sum(axis=-1), 0, 1)
 
 
-def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] | None) -> None:
+def check_axes(name: str, layer: Any, shape: tuple[int, ...], given: Given) -> None:
     """Raises an error if scores of this shape have other axes than the layer's, or not as many keys as names."""
     dims = axis_names(layer, len(shape))
     if len(dims) != len(shape) - 1:
@@ -119,11 +138,14 @@ def check_axes(name: str, layer: Any, shape: tuple[int, ...], names: list[str] |
             f"`_compute_attention` returned scores of shape {shape}. Leave it out with `layers=[...]`."
         )
     keys = [size for dim, size in zip(dims, shape[1:], strict=True) if dim.startswith("key")]
-    if names is not None and len(names) not in keys:
+    if given.length is not None and given.length not in keys:
+        received = (
+            f"{given.length} words for each sample" if given.names is None else f"{given.length} names: {given.names}"
+        )
         raise ValueError(
             f"`feature_names` must hold one name for each key. Layer {name!r} attends over "
             f"{' x '.join(map(str, keys))} keys. Give as many names, or choose other layers with `layers=[...]`. "
-            f"Received {len(names)} names: {names}"
+            f"Received {received}"
         )
 
 

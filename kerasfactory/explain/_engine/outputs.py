@@ -12,7 +12,7 @@ from keras import ops, tree
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import unchanged
-from kerasfactory.explain._engine.data import batch_size_of, batches_of, size_of
+from kerasfactory.explain._engine.data import batches_of, size_of
 from kerasfactory.explain._engine.observe import build_model, compile_options, kept, state_of
 
 _TASKS = ("classification", "multilabel", "regression")
@@ -88,7 +88,7 @@ def predictions(model: Any, x: Any, batch_size: int | None = None, target: Any =
 def _predicted(model: Any, x: Any, batch_size: int | None, target: Any) -> tuple[np.ndarray, Asked]:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r} of type {type(model).__name__}")
-    batches, _ = batches_of(x, batch_size_of(x, 1024) if batch_size is None else batch_size)
+    batches, _ = batches_of(x, batch_size)
     first = next(batches, None)
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
@@ -445,7 +445,7 @@ def loss_values(loss: Any, targets: Any, outputs: Any) -> np.ndarray:
 def check_labels(loss: Any, labels: np.ndarray, outputs: np.ndarray) -> None:
     """Raises a `ValueError` if a loss of Keras does not take the labels (sample, label): it gives numbers for any."""
     function: Any = getattr(compiled_loss(loss, labels, outputs), "fn", None)
-    if not getattr(function, "__module__", "").startswith("keras"):
+    if not (getattr(function, "__module__", None) or "").startswith("keras"):
         return
     name, width, number_of_outputs = function.__name__, labels.shape[1], outputs.shape[1]
     is_sparse = "sparse" in name

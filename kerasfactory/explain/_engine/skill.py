@@ -25,7 +25,7 @@ def skill_of(
     found = {"loss": float(own.mean()), "base_loss": float(base.mean())}
     if not found["base_loss"] > 0:
         return {**found, "largest_share": np.nan, "skill": np.nan, "skill_interval": [np.nan, np.nan]}
-    found["largest_share"] = float(np.bincount(clusters, base).max() / base.sum())
+    found["largest_share"] = min(1.0, float(np.bincount(clusters, base).max() / base.sum()))
     ratio = found["loss"] / found["base_loss"]
     # By the delta method, the spread of a ratio of means is that of the mean of these.
     interval, _ = mean_interval(ratio + (own - ratio * base) / found["base_loss"], clusters, level, rng)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from kerasfactory._arguments import positive_integer
 
@@ -12,6 +12,8 @@ _RESAMPLES = 1999
 _NORMAL_FROM = 2000  # clusters: with more, the studentized mean is normal to the precision of its resampling
 _ORDERED = 0.001  # the error level at which samples are found to depend on those before them
 _WEIGHTS = 2**20  # of resamples, at once
+_STEPS = 60  # of Newton's method, at most; some ten are enough
+_CENTER = 1e-4  # standard errors from the mean within which half of all sums lie below
 
 
 def clusters_of(samples: int, groups: Any, block: int | None) -> np.ndarray:
@@ -37,7 +39,8 @@ def clusters_of(samples: int, groups: Any, block: int | None) -> np.ndarray:
             f"`groups` must hold one label for each of the {samples} samples of `x`, such as the patient it is from. "
             f"Received: groups of shape {labels.shape}"
         )
-    return np.unique(labels, return_inverse=True)[1]
+    _, first, number = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]  # in the order of their first samples, whatever the labels are
 
 
 def mean_interval(
@@ -88,6 +91,45 @@ def _studentized(deviations: np.ndarray, sizes: np.ndarray, rng: np.random.Gener
     return np.concatenate(parts)
 
 
+def sum_at_most_zero(values: np.ndarray) -> float:
+    r"""The chance that a sum is at most 0 to which each term adds one of its values, all alike: (value, term).
+
+    It is the saddlepoint approximation: with the cumulant generating function \(K\) of the sum, \(K'(t) = 0\),
+    \(w = \operatorname{sgn}(t) \sqrt{-2 K(t)}\) and \(u = t \sqrt{K''(t)}\), it is \(\Phi(w + \log(u / w) / w)\)
+    (Barndorff-Nielsen 1986, https://doi.org/10.1093/biomet/73.2.307; Robinson 1982,
+    https://doi.org/10.1111/j.2517-6161.1982.tb01191.x, for permutations).
+    """
+
+    def cumulants(t):
+        logits = t * values
+        largest = logits.max(axis=0)
+        weights = np.exp(logits - largest)
+        total = weights.sum(axis=0)
+        weights /= total
+        mean = (weights * values).sum(axis=0)
+        variance = (weights * values**2).sum() - (mean**2).sum()
+        return (np.log(total / len(values)) + largest).sum(), mean.sum(), max(variance, 0.0)
+
+    tilt, low, high = 0.0, -np.inf, np.inf
+    log_mean, mean, variance = cumulants(tilt)
+    unit = 1 / np.sqrt(variance)
+    for _ in range(_STEPS):
+        low, high = (low, tilt) if mean > 0 else (tilt, high)
+        step = -mean / variance if variance > 0 else np.nan
+        if not low < tilt + step < high:  # halfway to the bound, or on, if there is none yet
+            step = (low + high) / 2 - tilt if np.isfinite(low + high) else np.sign(-mean) * (abs(tilt) + unit)
+        if abs(step) < 1e-9 * unit:
+            break
+        tilt += step
+        log_mean, mean, variance = cumulants(tilt)
+    root, scaled = np.sign(tilt) * np.sqrt(max(-2 * log_mean, 0.0)), tilt * np.sqrt(variance)
+    if abs(root) < _CENTER:
+        return 0.5
+    if not scaled:  # there is no sum below: all terms have their smallest values
+        return float(np.exp(log_mean))
+    return float(special.ndtr(root + np.log(scaled / root) / root))
+
+
 def bootstrap_interval(
     values: np.ndarray,
     statistic: Callable,
@@ -131,6 +173,15 @@ def focused_bh(p_values: np.ndarray, in_focus: np.ndarray) -> np.ndarray:
     focus = focus[np.argsort(p_values[focus], kind="stable")]
     bounds = len(p_values) * p_values[focus] / np.arange(1, len(focus) + 1)
     adjusted[focus] = np.minimum(np.minimum.accumulate(bounds[::-1])[::-1], 1)
+    return adjusted
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted so that the chance of any false rejection is kept, whatever their dependence (Holm 1979)."""
+    order = np.argsort(p_values)
+    steps = np.arange(len(order), 0, -1) * p_values[order]
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted
 
 

@@ -177,7 +177,7 @@ class Store:
         self.x, self.batch_size = self, None  # for `observe`
         self._model = model
         self._made_by = {"function": function, **arguments}
-        self._batch_size = None if batch_size_of(x, 1) is None else batch_size or 32  # of arrays
+        self._batch_size = None if batch_size_of(x) is None else batch_size or batch_size_of(x)  # of arrays
         # What the record will say of batches that were given and are not yet appended.
         self._drawn: collections.deque[dict[str, Any]] = collections.deque()
         self._waiting: list[dict[str, xr.Dataset]] = []

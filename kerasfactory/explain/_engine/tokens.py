@@ -133,8 +133,9 @@ def integral(scaler: TokenScaler, batch: tuple, in_view: np.ndarray, chosen: Cal
         for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
             scale = np.where(in_view, node, 1).astype("float32")
             finer += share * _backend.as_numpy(scaler.gradient(batch, scale, weights)).astype("float64")
+        finer = np.where(in_view, finer, 0)
         result = np.where(coarse[:, None] | (number == _STEPS[0]), finer, result)
-    return Integral(np.where(in_view, result, 0), change)
+    return Integral(result, change)
 
 
 def missed(integral: Integral) -> np.ndarray:

@@ -7,14 +7,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from kerasfactory import _backend
 from kerasfactory.explain._engine.attention import Call, attention_axes
-from kerasfactory.explain._engine.data import batch_size_of
+from kerasfactory.explain._engine.data import samples_in, token_ids
 from kerasfactory.explain._engine.observe import Found, observe
+from kerasfactory.explain._engine.texts import Words
 
-_SAMPLES = 256  # at most, in a batch
+_NAMED = 20  # features, at most, in an error
 
 
 def reached(scores: np.ndarray, masks: str) -> np.ndarray:
@@ -33,22 +34,22 @@ def masks_of(found: Mapping[str, Found]) -> str:
     return ", ".join(masks) or "none"
 
 
-def keys_in_view(model: keras.Model, x: np.ndarray, batch_size: int | None) -> np.ndarray:
-    """The positions of axis 1 that any query attends to in any layer, (sample, position).
+def keys_in_view(model: keras.Model, x: Any, keys: int, batch_size: int | None) -> np.ndarray:
+    """The keys that any query attends to in any layer, (sample, key), of arrays `x`.
 
     All are in view if the model has no attention over as many keys, or if it cannot be read, or has no mask.
     """
-    everything = np.ones(x.shape[:2], bool)
+    everything = np.ones((samples_in(x), keys), bool)
     views = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about what cannot be read
-        seen = observe(model, x, None, batch_size or batch_size_of(x, _SAMPLES), 0, _reached_keys, only_scores=True)
+        seen = observe(model, x, None, batch_size, 0, _reached_keys, only_scores=True)
         try:
             for batch in seen:
                 found = {
                     name: call
                     for name, call in batch.found.items()
-                    if tuple(batch.measured[name].shape) == (batch.size, x.shape[1])
+                    if tuple(batch.measured[name].shape) == (batch.size, keys)
                 }
                 if not found or any(call.masks == "none" for call in found.values()):
                     return everything
@@ -73,29 +74,40 @@ def carried_view(attribution: Any) -> np.ndarray | None:
     return coordinate.transpose("sample", "feature").values.astype(bool)
 
 
-def view_of(attribution: Any, model: keras.Model, x: np.ndarray, special_tokens: Any, batch_size: Any) -> np.ndarray:
-    """Which positions of `x` are in view, (sample, feature): as the attribution says, else as the model's masks do."""
+def view_of(
+    attribution: Any, model: keras.Model, x: Any, keys: int, special_tokens: Any, batch_size: int | None
+) -> np.ndarray:
+    """Which keys are in view, (sample, key): as the attribution says, else as the masks of the model do."""
     in_view = carried_view(attribution)
-    in_view = keys_in_view(model, x, batch_size) if in_view is None else in_view
-    return in_view & ~special_keys(special_tokens, x, x.shape[1], _names(attribution))
+    in_view = keys_in_view(model, x, keys, batch_size) if in_view is None else in_view
+    return in_view & ~special_keys(special_tokens, x, keys, names_of(attribution))
 
 
 def background_view(
-    attribution: Any, model: keras.Model, background: np.ndarray, special_tokens: Any, batch_size: Any
+    attribution: Any, model: keras.Model, background: Any, keys: int, special_tokens: Any, batch_size: int | None
 ) -> np.ndarray:
     """`view_of` for samples that the attribution is not about."""
     attributes = getattr(attribution, "attrs", {})
     if special_tokens is None:
         special_tokens = attributes.get("special_tokens")
-    special = special_keys(special_tokens, background, background.shape[1], _names(attribution))
+    names = names_of(attribution)
+    if names is not None and names.ndim == 2 and any(isinstance(token, str) for token in special_tokens or ()):
+        raise ValueError(
+            "`special_tokens` names words of `x`; those of `background` are not known. Give the ids of these tokens to "
+            f"`attribute`, as in `special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    special = special_keys(special_tokens, background, keys, names)
     if attributes.get("masks") == "none":
-        return np.broadcast_to(~special, background.shape[:2])
-    return keys_in_view(model, background, batch_size) & ~special
+        return np.broadcast_to(~special, (samples_in(background), keys))
+    return keys_in_view(model, background, keys, batch_size) & ~special
 
 
-def _names(attribution: Any) -> list[str] | None:
+def names_of(attribution: Any) -> np.ndarray | None:
+    """Names of features, (feature,), or words, (sample, feature)."""
     coordinates = getattr(attribution, "coords", {})
-    return [str(name) for name in coordinates["feature"].values] if "feature" in coordinates else None
+    if "feature_token" in coordinates:
+        return coordinates["feature_token"].transpose("sample", "feature").values
+    return coordinates["feature"].values if "feature" in coordinates else None
 
 
 def relabeling(permutation: np.ndarray, in_view: np.ndarray) -> np.ndarray:
@@ -136,6 +148,20 @@ def relabeled_rankings(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Ge
         yield np.argsort(np.argsort(np.where(in_view, complete[:, labels], np.inf), axis=1), axis=1)
 
 
+def reworded_rankings(
+    ranks: np.ndarray, in_view: np.ndarray, words: np.ndarray, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Without end, rankings by word that know nothing: all words, (sample, key), get each other's mean rank."""
+    numbers = np.unique(words[in_view], return_inverse=True)[1]
+    shares = (ranks / np.maximum(in_view.sum(axis=1, keepdims=True), 1))[in_view]
+    mean = np.bincount(numbers, shares) / np.bincount(numbers)
+    place = np.zeros(words.shape, int)
+    place[in_view] = numbers
+    while True:
+        values = np.where(in_view, rng.permutation(mean)[place], np.inf)
+        yield np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
+
+
 def _completed(ranks: np.ndarray, in_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Numbers that order all keys of each sample, (sample, key): those in view as `ranks` does.
 
@@ -171,31 +197,55 @@ def _cycles(permutation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return np.array(order), np.array(first), np.array(last)
 
 
-def special_keys(special_tokens: Any, x: Any, keys: int, names: Sequence[str] | None) -> np.ndarray:
+def special_keys(special_tokens: Any, x: Any, keys: int, names: Any) -> np.ndarray:
     """Where keys stand for no feature: (sample, key), or (1, key) if it is the same in all samples.
 
-    `special_tokens` are ids, to be found in `x`, or names of features.
+    `special_tokens` are ids, to be found in `x`, or `names` of features, (key,), or words, (sample, key).
     """
-    if special_tokens is None:
+    named = named_keys(special_tokens, names, keys)
+    ids = [token for token in _checked_tokens(special_tokens) if not isinstance(token, str)]
+    return named | np.isin(_token_ids(x, keys), ids) if ids else named
+
+
+def named_keys(special_tokens: Any, names: Any, keys: int) -> np.ndarray:
+    """`special_keys` of those among the `special_tokens` that are names."""
+    tokens = [token for token in _checked_tokens(special_tokens) if isinstance(token, str)]
+    if not tokens:
         return np.zeros((1, keys), bool)
-    tokens = _checked_tokens(special_tokens)
-    ids = [token for token in tokens if not isinstance(token, str)]
-    known = [] if names is None else [str(name) for name in names]
+    names = np.empty((1, 0), object) if names is None else np.atleast_2d(np.asarray(names, object))
+    known = list(dict.fromkeys(map(str, names.flat)))
+    of_features = len(names) < 2  # a word need not occur in these texts
     for token in tokens:
-        if isinstance(token, str) and token not in known:
+        if token not in known and of_features:
             near = difflib.get_close_matches(token, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             there_are = (
-                f"There are: {', '.join(known)}."
+                f"There are: {', '.join(known[:_NAMED])}{', …' if len(known) > _NAMED else ''}"
                 if known
                 else "They have no names: give `feature_names` to `attribute`."
             )
             raise ValueError(f"`special_tokens` names no feature: {token!r}. {hint}{there_are}")
-    named = np.isin(known, tokens)[np.newaxis] if known else np.zeros((1, keys), bool)
-    return named | np.isin(_token_ids(x, keys), ids) if ids else named
+    return np.isin(names, tokens)
+
+
+def ids_of(special_tokens: Any, x: Any, words: Words) -> list[int]:
+    """The ids of `special_tokens`, of which some are words, (sample, key)."""
+    ids, received = token_ids(x)
+    if ids is None:
+        raise ValueError(f"The words in `special_tokens` need one array of token ids as `x`. Received x: {received}")
+    special = special_keys(special_tokens, x, words.length, words.of_samples())
+    found = np.unique(ids[special])
+    if (np.isin(ids, found) != special).any():
+        raise ValueError(
+            "Words in `special_tokens` must have ids that no other words have. Give the ids themselves, as in "
+            f"`special_tokens=[0, 2]`. Received: special_tokens={special_tokens!r}"
+        )
+    return found.tolist()
 
 
 def _checked_tokens(special_tokens: Any) -> list[int | str]:
+    if special_tokens is None:
+        return []
     is_list = isinstance(special_tokens, Sequence | np.ndarray) and not isinstance(special_tokens, str)
     tokens = list(special_tokens) if is_list else []
     if not tokens or not all(isinstance(token, int | np.integer | str) for token in tokens):
@@ -207,15 +257,12 @@ def _checked_tokens(special_tokens: Any) -> list[int | str]:
 
 
 def _token_ids(x: Any, keys: int) -> np.ndarray:
-    """The one array of ids in `x`, if it holds one for each key."""
-    given = tree.flatten(x) if isinstance(x, dict | list | tuple) or hasattr(x, "__array__") else []
-    arrays = [_backend.as_numpy(array) if ops.is_tensor(array) else np.asarray(array) for array in given]
-    if len(arrays) == 1 and arrays[0].dtype.kind in "iu" and arrays[0].shape[1:] == (keys,):
-        return arrays[0]
-    shapes = [f"{array.dtype} of shape {array.shape}" for array in arrays]
+    """The one array of ids in `x` that holds one for each key."""
+    ids, received = token_ids(x, keys)
+    if ids is not None:
+        return ids
     raise ValueError(
-        f"Token ids in `special_tokens` are looked up in `x`: it must be one array of integers, (sample, {keys}), an "
-        "id for each key that the layers attend to. Convert `x` with `x.astype(int)` if it holds ids as floats; else "
-        "give names of features, with `feature_names`. "
-        f"Received x: {', '.join(shapes) or type(x).__name__}"
+        f"Token ids in `special_tokens` are looked up in `x`: it must be, or hold, one array of integers, (sample, "
+        f"{keys}), an id for each key that the layers attend to. Convert it with `x.astype(int)` if it holds ids as "
+        f"floats; else give names of features, with `feature_names`. Received x: {received}"
     )
