@@ -53,12 +53,13 @@ keras-versions: summary .venv/ready ## what another Keras can change, on the old
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py
 
-bench: .venv/ready ## measure the layer, capture and summarize beside their peers, which models are read, how often verdicts are right, and which reading is; some hours
+bench: .venv/ready ## measure the layer, capture, summarize and audits beside their peers, which models are read, how often verdicts are right, and which reading is; some hours
 	$(UV) --require-hashes --no-deps --target .venv/peers -r requirements-bench.txt
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/summary.py
+	$(BIN)/python benchmarks/verbs.py
 	$(BIN)/python benchmarks/claims.py
 	$(BIN)/python benchmarks/readings.py
 

@@ -1,7 +1,9 @@
 """What an audit costs: writes verbs.json, which a page of the site shows.
 
-CPU seconds of `explain.audit`, beside those of `sklearn.inspection.permutation_importance` with 5 repeats and of the
-fewest predictions that either takes, and the peak memory above the data. Each size has a process of its own.
+CPU seconds of `explain.audit`, its first call and the second, beside those of comparable jobs: the permutation
+importance of scikit-learn with 5 repeats, on as many samples as the audit tests; on PyTorch also Captum's, and the SHAP
+values of all samples by permutation. For scale, the time of one prediction for all of these samples. And the peak
+memory above the data. Each size has a process of its own.
 """
 
 import importlib.metadata
@@ -15,9 +17,12 @@ import time
 from pathlib import Path
 
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-SIZES = [(500, 10), (2_000, 20), (10_000, 30), (200_000, 20)]
+SIZES = [(500, 10), (2_000, 20), (10_000, 30), (200_000, 20), (1_000_000, 30)]
 REPEATS = 5
+TESTED = 20_000  # samples, at most, as the audit does
+SHAPS = 10_000  # samples times features, at most: 2 * features + 1 predictions of each sample on each of 10 others
 BATCH = 1024  # at which `predict` is fastest
+BACKEND = os.environ.get("KERAS_BACKEND")
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
@@ -65,11 +70,36 @@ class Estimator:
 def cpu_seconds(call):
     start = time.process_time()
     call()
-    return time.process_time() - start
+    return round(time.process_time() - start, 3)
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB
+
+
+def of_peers(model, x):
+    """CPU seconds of Captum and SHAP, which run on PyTorch here."""
+    import captum.attr
+    import shap
+    import torch
+
+    estimator = Estimator(model)
+    tensor, permuted = torch.tensor(x), captum.attr.FeaturePermutation(lambda x: model(x, training=False))
+
+    def captum_permutation():
+        with torch.no_grad():
+            for _ in range(REPEATS):
+                for start in range(0, len(x), BATCH):
+                    permuted.attribute(tensor[start : start + BATCH])
+
+    found = {"captum": cpu_seconds(captum_permutation)}
+    if x.size <= SHAPS:
+        explainer = shap.PermutationExplainer(estimator.predict, x[:10], seed=0)
+        found["shap"] = cpu_seconds(lambda: explainer(x, max_evals=2 * x.shape[1] + 1, silent=True))
+    return found
 
 
 def measured(samples, features):
-    """CPU seconds of the first and the second audit, of the importance and of a prediction, and MiB above the data."""
     from sklearn.inspection import permutation_importance
 
     from kerasfactory import explain
@@ -78,13 +108,22 @@ def measured(samples, features):
     x, y = data(samples, features)
     estimator = Estimator(model)
     estimator.predict(x[:BATCH])  # compiled
-    explain.audit(model, x[:200], y[:200], verbose=0)  # what importing takes is not the question
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    audits = [cpu_seconds(lambda: explain.audit(model, x, y, verbose=0)) for _ in range(2)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    options = {"scoring": "neg_mean_squared_error", "n_repeats": REPEATS}
-    importance = cpu_seconds(lambda: permutation_importance(estimator, x, y[:, 0], **options))
-    return {"audit": audits, "importance": importance, "memory": round(peak / 2**10)}
+    explain.audit(trained(features), x[:200], y[:200], verbose=0)  # what importing takes is not the question
+    before = peak_memory()
+    audits = [cpu_seconds(lambda: explain.audit(model, x, y, verbose=0))]
+    memory = peak_memory() - before
+    if samples <= TESTED:
+        audits.append(cpu_seconds(lambda: explain.audit(model, x, y, verbose=0)))
+    x, y = x[:TESTED], y[:TESTED]
+    options = {"scoring": "neg_mean_squared_error", "n_repeats": REPEATS, "random_state": 0}
+    return {
+        "tested": len(x),
+        "audit": audits,
+        "memory": round(memory),
+        "importance": cpu_seconds(lambda: permutation_importance(estimator, x, y[:, 0], **options)),
+        "prediction": cpu_seconds(lambda: estimator.predict(x)),
+        **(of_peers(model, x) if BACKEND == "torch" else {}),
+    }
 
 
 def main():
@@ -102,7 +141,7 @@ def main():
                 {"backend": name, "samples": size[0], "features": size[1], **json.loads(child.stdout.splitlines()[-1])}
             )
             print(json.dumps(rows[-1]))
-    packages = ("keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn")
+    packages = ("keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "captum", "shap")
     versions = {name: importlib.metadata.version(name) for name in packages}
     result = {"rows": rows, "versions": versions, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")

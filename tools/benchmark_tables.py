@@ -521,6 +521,27 @@ def _read(row):
     return "; ".join(word if len(words) == 1 else f"{word} on {' and '.join(runs)}" for word, runs in words.items())
 
 
+def _verbs(result):
+    """What an audit costs beside comparable jobs."""
+    rows = []
+    for row in result["rows"]:
+        first, second = row["audit"][0], row["audit"][-1]
+        sizes = f"{row['samples']:,}&nbsp;×&nbsp;{row['features']}"
+        rows.append(
+            [
+                row["backend"],
+                sizes if row["samples"] == row["tested"] else f"{sizes}<br><small>tested on {row['tested']:,}</small>",
+                f"{first:.1f}" if len(row["audit"]) == 1 else f"{first:.1f}, {second:.1f}",
+                f"**{first / row['importance']:.2f}**",
+                f"{first / row['prediction']:.0f}",
+                *(f"{first / row[peer]:.2f}" if peer in row else "" for peer in ("captum", "shap")),
+                f"{row['memory']} MiB",
+            ]
+        )
+    header = ["backend", "samples × features", "CPU seconds, first and second call", "÷ permutation importance"]
+    return _rows([*header, "÷ one prediction", "÷ Captum", "÷ SHAP", "peak memory above the data"], *rows)
+
+
 TABLES = {
     "backbones.json": _backbones,
     "backbones.json caption": _backbones_caption,
@@ -534,6 +555,7 @@ TABLES = {
     "capture.json": _capture,
     "capture.json foreign": _capture_foreign,
     "summary.json": _summary,
+    "verbs.json": _verbs,
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
     "claims.json kinds": _claims_kinds,

@@ -38,6 +38,7 @@ is_usable = _chosen.is_usable
 on_cpu = _chosen.on_cpu
 operations = _chosen.operations
 outside_traces = _chosen.outside_traces
+padded_size = _chosen.padded_size
 predict_step = _chosen.predict_step
 value_of = _chosen.value_of
 weak_reference = _chosen.weak_reference

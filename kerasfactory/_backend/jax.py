@@ -177,6 +177,15 @@ def outside_traces():
     return jax.ensure_compile_time_eval()
 
 
+def padded_size(samples, full):
+    """How many samples to run a compiled function with, which is compiled for each number of them.
+
+    As many as are in a full batch, if there has been one, and otherwise at most a quarter more than there are.
+    """
+    step = 2 ** max(0, samples.bit_length() - 3)
+    return max(samples, full or -(-samples // step) * step)
+
+
 def predict_step(model, state, data):
     """What `model.predict` does with a batch, on the values in `state` instead of the variables.
 

@@ -159,6 +159,11 @@ def outside_traces():
     return contextlib.nullcontext() if tf.executing_eagerly() else tf.init_scope()
 
 
+def padded_size(samples, full):
+    """How many samples to run a compiled function with: one graph serves all numbers of them."""
+    return samples
+
+
 def predict_step(model, state, data):
     """What `model.predict` does with a batch, on the values in `state` instead of the variables.
 

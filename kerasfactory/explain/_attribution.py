@@ -614,11 +614,7 @@ def _gradients(
     seen = next(observe(model, iter([first] if first else []), layers, None, 0, float_scores))
     for name in seen.measured:
         _mean_of_heads(seen, name)  # raises where a key is not a feature
-    edit = editor(model, first, layers)
-
-    def chosen(outputs, more):
-        return ops.sum(asked_output(model, tree.map_structure(as_float, outputs), task, target))
-
+    edit, chosen = editor(model, first, layers), (_asked_sum, task, target)
     done, has_gradient, has_scores = 0, False, False
     for data in itertools.chain([first], batches):
         deltas = {name: np.zeros((size_of(data), *shape), "float32") for name, shape in edit.shapes.items()}
@@ -700,6 +696,10 @@ def _completeness_error(completeness: list[tuple[float, float]]) -> float:
             "passes no gradient on. Compare with another method before you use the ranking."
         )
     return error
+
+
+def _asked_sum(model: Any, outputs: Any, more: Any, task: str | None, target: Any) -> Any:
+    return ops.sum(asked_output(model, tree.map_structure(as_float, outputs), task, target))
 
 
 def _added(name: str, scores: Any, given: Any) -> Any:

@@ -1,6 +1,6 @@
 """Whether attention matters: a model's outputs when it attends to something else."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -23,7 +23,6 @@ from kerasfactory.explain._engine.edit import Editor, editor
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import (
-    Asked,
     NoSpreadError,
     Outputs,
     check_labels,
@@ -321,15 +320,15 @@ def _loss_and_labels(model: Any, found: Outputs, y: Any, samples: int) -> tuple[
 
 
 class _Runs(NamedTuple):
-    """What is the same for all batches: an editor keeps what it compiles, and so do the functions."""
+    """What is the same for all batches."""
 
     model: Any
     layers: Any
     edit: Editor
     x: Any  # the samples
-    part: Asked  # of the outputs
-    change: Callable  # of outputs and scores of the own ones: (sample,)
-    penalty: Callable  # of outputs, and weights (sample,) with own scores: what the adversary pays for changes
+    meaning: Outputs  # without values, so that it has a hash
+    rounding: float  # of outputs
+    scale: Any  # a tensor (column,): the unit of a change
     own_scores: np.ndarray  # of the outputs, on a linear scale: (sample, column)
     unit: str  # of a change
     loss: Any
@@ -350,13 +349,9 @@ class _Runs(NamedTuple):
 def _runs(
     model: Any, x: Any, found: Outputs, layers: Any, tolerance: float, loss: Any, labels: np.ndarray | None
 ) -> _Runs:
-    rounding, part = rounding_of(model), found.part
-    columns = slice(None) if part.column is None else slice(part.column, part.column + 1)
-
-    def scores_of(values):
-        return on_linear_scale(found, ops.cast(values, "float32"), rounding)[:, columns]
-
-    own_scores = _backend.as_numpy(scores_of(ops.convert_to_tensor(found.values, "float32"))).astype("float64")
+    rounding, meaning = rounding_of(model), found._replace(values=None)  # type: ignore[arg-type]
+    values = ops.convert_to_tensor(found.values, "float32")
+    own_scores = _backend.as_numpy(_asked_scores(values, meaning, rounding)).astype("float64")
     spread = spread_of(own_scores)
     # A change of an output that varies no more than this would be rounding.
     varies = tolerance * spread > rounding / 10 * np.abs(own_scores).max(axis=0)
@@ -366,19 +361,29 @@ def _runs(
             "samples, or other ones."
         )
     scale = ops.convert_to_tensor(np.where(varies, spread, np.inf), "float32")
-
-    def change(outputs, own_scores):
-        return ops.max(ops.abs(scores_of(matrix(outputs, part)) - own_scores) / scale, axis=-1)
-
-    def penalty(outputs, weights_and_own_scores):
-        weights, own_scores = weights_and_own_scores
-        return ops.sum(weights * ops.maximum(change(outputs, own_scores) - tolerance, 0))
-
     is_logit = found.probabilities or found.task in ("classification", "multilabel")
     unit = f"relative to the spread of the {'logits' if is_logit else 'output'}"
-    # One editor for all batches: it keeps what it compiles.
     edit = editor(model, next(batches_of(tree.map_structure(lambda array: array[:2], x), 2)[0]), layers)
-    return _Runs(model, layers, edit, x, part, change, penalty, own_scores, unit, loss, labels)
+    return _Runs(model, layers, edit, x, meaning, rounding, scale, own_scores, unit, loss, labels)
+
+
+def _asked_scores(values: Any, meaning: Outputs, rounding: float) -> Any:
+    """Of outputs (sample, output), those that are asked about, on a linear scale: (sample, column)."""
+    column = meaning.part.column
+    columns = slice(None) if column is None else slice(column, column + 1)
+    return on_linear_scale(meaning, ops.cast(values, "float32"), rounding)[:, columns]
+
+
+def _change(outputs: Any, own_scores: Any, scale: Any, meaning: Outputs, rounding: float) -> Any:
+    """By how much outputs differ from those with the model's own scores: (sample,)."""
+    scores = _asked_scores(matrix(outputs, meaning.part), meaning, rounding)
+    return ops.max(ops.abs(scores - own_scores) / scale, axis=-1)
+
+
+def _penalty(model: Any, outputs: Any, more: Any, tolerance: float, meaning: Outputs, rounding: float) -> Any:
+    """What the adversary pays for changes."""
+    weights, own_scores, scale = more
+    return ops.sum(weights * ops.maximum(_change(outputs, own_scores, scale, meaning, rounding) - tolerance, 0))
 
 
 def _captured(model: Any, x: Any, layers: Any, batch_size: int | None) -> dict[str, xr.DataArray]:
@@ -407,8 +412,9 @@ class _Batch(NamedTuple):
         return self.runs.edit.predict(self.inputs, _replaced, scores)
 
     def compared(self, outputs: Any, scores: dict[str, np.ndarray]) -> np.ndarray:
-        change = _backend.as_numpy(self.runs.change(outputs, self.own_scores))
-        return np.stack([change, _distance(self.own, scores)])
+        runs = self.runs
+        change = _change(outputs, self.own_scores, runs.scale, runs.meaning, runs.rounding)
+        return np.stack([_backend.as_numpy(change), _distance(self.own, scores)])
 
     def sums(self, name: str) -> np.ndarray:
         """Those of the rows, over the keys: 1, less what goes to an attention sink, or 0 without a key in view."""
@@ -423,7 +429,7 @@ class _Batch(NamedTuple):
     def losses(self) -> np.ndarray:
         """With the model's own scores and with uniform ones: (2, sample)."""
         uniform = self.uniform()
-        outputs = [output_at(self.predict(scores), self.runs.part) for scores in (self.own, uniform)]
+        outputs = [output_at(self.predict(scores), self.runs.meaning.part) for scores in (self.own, uniform)]
         return np.stack([loss_values(self.runs.loss, self.labels, one) for one in outputs])
 
     def controls(self, draws: int, tolerance: float, steps: int) -> np.ndarray:
@@ -462,14 +468,15 @@ class _Batch(NamedTuple):
     def _ascent(self, logits: dict[str, np.ndarray], tolerance: float, steps: int) -> Iterator[np.ndarray]:
         """The runs on a gradient ascent from these logits to larger distances, changes of the output penalized."""
         moments = {name: (np.zeros_like(values), np.zeros_like(values)) for name, values in logits.items()}
+        penalty = _penalty, tolerance, self.runs.meaning, self.runs.rounding
         penalty_weights = np.full(len(self.own_scores), 10.0)
         rows = _attending_rows(self.own)  # over which the distance is a mean
         for step in range(1, steps + 1):
             scores = {}
             for name, values in logits.items():
                 scores[name] = (special.softmax(values, axis=-1) * self.sums(name)).astype("float32")
-            more = penalty_weights.astype("float32"), self.own_scores
-            gradients, outputs, _ = self.runs.edit.gradient(self.inputs, _replaced, scores, self.runs.penalty, more)
+            more = penalty_weights.astype("float32"), self.own_scores, self.runs.scale
+            gradients, outputs, _ = self.runs.edit.gradient(self.inputs, _replaced, scores, penalty, more)
             result = self.compared(outputs, scores)
             yield result
             penalty_weights *= np.where(result[0] > tolerance, 1.3, 0.9)

@@ -298,31 +298,20 @@ def head_importance(
         axes = zip(axis_names(edit.found[name].layer, len(shape) + 1), shape, strict=True)
         ones[name] = np.ones([1, *(size if axis == "head" else 1 for axis, size in axes)], "float32")
 
-    def masked(name, scores, masks):
-        mask = masks[name]
-        if mask.shape[0] not in (None, 1, scores.shape[0]):
-            raise ValueError(
-                f"Layer {name!r} folds another axis into the batch: it attends over {scores.shape[0]} sequences for "
-                f"{mask.shape[0]} samples. Leave it out with `layers=[...]`."
-            )
-        return scores * ops.cast(mask, scores.dtype)
-
-    def total_loss(outputs, targets):
-        return ops.sum(sample_losses(loss, targets, outputs))
-
+    total_loss = (_total_loss, loss)
     gradient, ablation = ({name: np.zeros(mask.size) for name, mask in ones.items()} for _ in range(2))
     sum_of_losses, samples = 0.0, len(tree.flatten(x)[0])
     for inputs, (targets,) in zip(batches, batches_of(y, batch_size)[0], strict=True):
         of_samples = {name: np.repeat(mask, size_of(inputs), axis=0) for name, mask in ones.items()}
-        gradients, _, _ = edit.gradient(inputs, masked, of_samples, total_loss, targets, once=expected == 1)
-        intact = loss_values(loss, targets, edit.predict(inputs, masked, ones))
+        gradients, _, _ = edit.gradient(inputs, _masked, of_samples, total_loss, targets, once=expected == 1)
+        intact = loss_values(loss, targets, edit.predict(inputs, _masked, ones))
         sum_of_losses += intact.sum()
         for name, mask in ones.items():
             slopes = _backend.as_numpy(gradients[name]).reshape(-1, mask.size).astype("float64")
             gradient[name] += np.abs(slopes).sum(axis=0)
             for head in range(mask.size):
                 without = (np.arange(mask.size) != head).astype("float32").reshape(mask.shape)
-                ablated = loss_values(loss, targets, edit.predict(inputs, masked, ones | {name: without}))
+                ablated = loss_values(loss, targets, edit.predict(inputs, _masked, ones | {name: without}))
                 ablation[name][head] += (ablated - intact).sum()
         progress.add(1)
 
@@ -340,6 +329,20 @@ def head_importance(
         )
         for name, found in edit.found.items()
     }
+
+
+def _masked(name: str, scores: Any, masks: Any) -> Any:
+    mask = masks[name]
+    if mask.shape[0] not in (None, 1, scores.shape[0]):
+        raise ValueError(
+            f"Layer {name!r} folds another axis into the batch: it attends over {scores.shape[0]} sequences for "
+            f"{mask.shape[0]} samples. Leave it out with `layers=[...]`."
+        )
+    return scores * ops.cast(mask, scores.dtype)
+
+
+def _total_loss(model: Any, outputs: Any, targets: Any, loss: Any) -> Any:
+    return ops.sum(sample_losses(loss, targets, outputs))
 
 
 def _checked_targets(x: Any, y: Any) -> Any:

@@ -37,6 +37,7 @@ from kerasfactory.explain._audit.report import Audit
 from kerasfactory.explain._audit.schema import CALIBRATION, SCHEMA, SETTINGS, STATEMENT, problem
 from kerasfactory.explain._calibrate import calibration_record
 from kerasfactory.explain._engine.data import (
+    PartOfBar,
     check_no_texts,
     input_arrays,
     like_samples_of,
@@ -55,6 +56,7 @@ from kerasfactory.explain._engine.texts import Words, differ_by_sample
 from kerasfactory.explain._engine.view import ids_of
 
 _DRAWS, _MOST_DRAWS = 200, 100_000
+_PARTS = {"controls": 5, "faithfulness": 40, "randomization": 5, "seeds": 5, "features": 40}  # % of the time, about
 _RUN = 100  # samples that are drawn together
 _LONGEST_FINDING = 4000  # characters: it may hold what a forger wrote
 
@@ -182,7 +184,7 @@ def audit(
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
         batch_size: Samples in a batch, as for `capture`.
-        verbose: 0 for silence, 1 for a progress bar over the parts of the audit, 2 for one line; `"auto"` as for
+        verbose: 0 for silence, 1 for a progress bar with the time left, 2 for one line; `"auto"` as for
             `capture`.
         seed: Of all that is drawn.
 
@@ -501,7 +503,7 @@ def _record(
     tested = _tested(clusters, groups is None and settings["block"] is None, settings)
     settings = settings | {"target": tuple(settings["target"])} if isinstance(settings["target"], list) else settings
     digests = _checked_models(model, models)
-    progress = progress_bar(2 + len(TESTS), verbose, "part")
+    progress = progress_bar(100, verbose, "%")
     names = ("method", "task", "target", "query", "layers", "feature_names", "special_tokens", "seed")
     chosen = {name: settings[name] for name in names}
     labeled = table if isinstance(table, pd.DataFrame) else x
@@ -513,9 +515,7 @@ def _record(
     skill, no_loss = measured_skill(model, x, y, clusters, settings, batch_size)
     rows = (model, x, y, background, groups, models, digests, attribution, keys, settings, batch_size)
     planned = Subject(*rows, draws=_DRAWS, unusable_loss=no_loss, untestable="not tested")
-    progress.add(1)
     captured, claims = exact_capture(planned)
-    progress.add(1)
 
     count = sum(len(test(planned)[1]) for test in TESTS.values())
     independent = len(np.unique(clusters[tested]))
@@ -526,11 +526,14 @@ def _record(
     )
     subject = planned._replace(draws=_DRAWS if few else _draws_for(count, settings["level"]), untestable=few)
     of_tests = subject.of(tested, clusters) if len(tested) < samples_in(x) else subject
-    measured = {}
+    measured, reached = {}, 100 - sum(_PARTS.values())
     for name, test in TESTS.items():
-        measured[name], found = test(of_tests)
+        progress.update(reached)
+        part = PartOfBar(progress, reached, reached + _PARTS[name])
+        measured[name], found = test(of_tests._replace(verbose=part))
         claims += found
-        progress.add(1)
+        reached += _PARTS[name]
+    progress.update(100)
     return {
         "schema": SCHEMA,
         "settings": settings,

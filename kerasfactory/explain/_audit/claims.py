@@ -87,6 +87,7 @@ class Subject(NamedTuple):
     draws: int  # of the nulls
     unusable_loss: str  # why the loss of single samples cannot be computed, or ""
     untestable: str  # why no claim can be tested, or ""
+    verbose: Any = 0  # where what takes long shows its progress
 
     @property
     def features(self) -> list[str]:
@@ -193,7 +194,13 @@ def _attention(subject: Subject) -> Result:
     labels = None if no_loss else subject.y
     try:
         result = attention_controls(
-            subject.model, subject.x, labels, steps=0, batch_size=subject.batch_size, verbose=0, **settings
+            subject.model,
+            subject.x,
+            labels,
+            steps=0,
+            batch_size=subject.batch_size,
+            verbose=subject.verbose,
+            **settings,
         )
     except NoSpreadError as error:
         return untested(str(error))
@@ -279,7 +286,7 @@ def _ranking(subject: Subject) -> Result:
         background=subject.background,
         draws=subject.draws,
         batch_size=subject.batch_size,
-        verbose=0,
+        verbose=subject.verbose,
         feature_mask=subject.keys.mask,
         **subject.chosen("task", "target", "special_tokens", "level", "seed"),
         **subject.clusters,
@@ -408,7 +415,7 @@ def _features(subject: Subject) -> Result:
             subject.attribution,
             background=subject.background,
             batch_size=subject.batch_size,
-            verbose=0,
+            verbose=subject.verbose,
             **settings,
         )
     claims, names = [], set[str]()

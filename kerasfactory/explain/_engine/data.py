@@ -17,8 +17,30 @@ _SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**13, 2**22
 _UNKNOWN = 32  # where the data do not say how many positions a sample has in the model
 
 
+class PartOfBar:
+    """A stretch of a progress bar: what is given it in place of `verbose` shows its own progress there."""
+
+    def __init__(self, bar: Any, start: float, stop: float) -> None:
+        self._bar, self._start, self._stop = bar, start, stop
+        self._expected, self._done, self._reached = 1, 0, start
+
+    def begun(self, expected: int | None) -> "PartOfBar":
+        self._expected = expected or 1
+        return self
+
+    def add(self, number: int) -> None:
+        self.update(self._done + number)
+
+    def update(self, done: int, finalize: bool = False) -> None:
+        reached = self._start + min(done / self._expected, 1) * (self._stop - self._start)
+        self._done, self._reached = done, max(self._reached, reached)  # it may begin again
+        self._bar.update(int(self._reached))
+
+
 def progress_bar(expected: int | None, verbose: Any, unit: str = "batch") -> Any:
-    """Keras', for so many batches, or something else."""
+    """Keras', for so many batches, or something else; or a part of one that has begun."""
+    if isinstance(verbose, PartOfBar):
+        return verbose.begun(expected)
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f'`verbose` must be "auto", 0, 1 or 2. Received: verbose={verbose!r}')
     if verbose == "auto":

@@ -5,9 +5,9 @@ Nothing of the model is changed, as with `observe`.
 
 import contextlib
 import itertools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from keras import ops, tree
 
@@ -15,6 +15,7 @@ from kerasfactory import _backend
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.adapters import adapter_of
 from kerasfactory.explain._engine.attention import (
+    choose_attention,
     differentiate_rightly,
     edit_scores,
     find_attention,
@@ -25,6 +26,7 @@ from kerasfactory.explain._engine.foreign import Sight, watching_operations
 from kerasfactory.explain._engine.observe import (
     Found,
     compile_options,
+    kept,
     observe,
     relative_difference,
     rounding_of,
@@ -39,12 +41,13 @@ class Editor(NamedTuple):
 
     An `edit(name, scores, given)` gets the scores (batch, head, query, key) of a call by the name that `capture` gives
     it, and returns others of the same shape. `given` holds arrays, in dictionaries or lists: what changes from run to
-    run belongs there, for an `edit` may be compiled, once for each function. Where a query may attend to no key, what
-    `edit` gets is what the layer really uses: 0, or the same weight for all keys (see `edit_scores`).
+    run belongs there, for an `edit` is compiled and kept, once for each function. Where a query may attend to no key,
+    what `edit` gets is what the layer really uses: 0, or the same weight for all keys (see `edit_scores`).
 
-    `gradient` returns the gradient of `scalar(outputs, more)` by `given`, in the form of that, the outputs, and the
-    scores before the edit, by name. It may be compiled too, once for each pair of functions: `more` holds arrays, as
-    `given` does, of at least one axis. `once` says that there is but one batch.
+    `gradient` returns the gradient of a scalar by `given`, in the form of that, the outputs, and the scores before the
+    edit, by name. A `scalar` is a function and its settings, `(function, *settings)`, for
+    `function(model, outputs, more, *settings)`: what is compiled is kept for each of them, while the model lives.
+    `more` holds arrays, as `given` does, of at least one axis. `once` says that there is but one batch.
     """
 
     found: dict[str, Found]  # the calls, by the names that `capture` gives them, in the order of `layers`
@@ -62,12 +65,39 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
     first = next(observe(model, iter([batch]), layers, None, 0, float_scores))
     _check_not_adapted(first.found)
     shapes = {name: tuple(scores.shape[1:]) for name, scores in first.measured.items()}
-    names = {(found.name, found.candidate or found.number): name for name, found in first.found.items()}
-    of_keras = {found.name: found.layer for found in first.found.values() if not found.path}
-    foreign = {found.name: found.layer for found in first.found.values() if found.path}
+    called = tuple((name, call.name, call.candidate or call.number, call.path) for name, call in first.found.items())
+    of_calls = {call.name: call.layer for call in first.found.values()}
+    chosen = choose_attention(model, layers)
+    steps = kept(model, (editor, repr(layers), called), chosen, lambda: _steps(model, first.found, of_calls))
+    _check_made_of_scores(model, batch, steps.run)
+
+    def predict(batch, edit, given):
+        return steps.predicting(edit)(state_of(model), (batch, _tensors(given)))
+
+    def gradient(batch, edit, given, scalar, more=(), once=False):
+        data = (batch, _tensors(given), _tensors(more))
+        return steps.differentiating(edit, scalar, once)(state_of(model), data)
+
+    return Editor(first.found, shapes, predict, gradient)
+
+
+class _Steps(NamedTuple):
+    """Functions that do not keep their model, so that they can be kept with it."""
+
+    run: Callable  # from (state, data, edit, given) to the outputs and the scores before the edit, by name
+    predicting: Callable[[Callable], Callable]  # from an edit to a function of (state, data)
+    differentiating: Callable[[Callable, tuple, bool], Callable]
+
+
+def _steps(model: Any, found: dict[str, Found], layers: dict[str, Any]) -> _Steps:
+    names = {(call.name, call.candidate or call.number): name for name, call in found.items()}
+    is_foreign = {call.name: bool(call.path) for call in found.values()}
+    references = {name: weakref.ref(layer) for name, layer in layers.items()}
+    model_reference, options, compiled = weakref.ref(model), compile_options(model), dict[Any, Callable]()
 
     def run(state, data, edit, given):
-        before: dict[str, Any] = {}
+        model, before = model_reference(), dict[str, Any]()
+        of_keras, foreign = ({n: of() for n, of in references.items() if is_foreign[n] is it} for it in (False, True))
 
         def edited(name, scores, weights):
             before[name] = scores
@@ -80,53 +110,61 @@ def editor(model: Any, batch: tuple, layers: Any) -> Editor:
             for layer_name, layer in of_keras.items():
                 _edit_calls(layer, layer_name, names, edited)
             of_sight = _edit_of_sights(of_keras, foreign, names, edited)
-            with (
-                watching_operations(model, WeakKeyDictionary(), edit=of_sight) if foreign else contextlib.nullcontext()
-            ):
+            watching = watching_operations(model, weakref.WeakKeyDictionary(), edit=of_sight)
+            with watching if foreign else contextlib.nullcontext():
                 outputs, _ = _backend.predict_step(model, state, data)
         return outputs, before
 
-    options = compile_options(model)
-    predict_steps: dict[Callable, Callable] = {}
-    gradient_steps: dict[tuple[Callable, Callable], Callable] = {}
-
-    def predict(batch, edit, given):
+    def predicting(edit):
         def step(state, data):
             batch, given = data
             return run(state, batch, edit, given)[0]
 
-        if edit not in predict_steps:
-            predict_steps[edit] = _backend.compiled(step, **options)
-        return predict_steps[edit](state_of(model), (batch, _tensors(given)))
+        if edit not in compiled:
+            compiled[edit] = _backend.compiled(step, **options)
+        return compiled[edit]
 
-    def gradient(batch, edit, given, scalar, more=(), once=False):
+    def differentiating(edit, scalar, once):
+        function, *settings = scalar
+        key = (edit, once, *(part if isinstance(part, Hashable) else id(part) for part in scalar))
+
         def step(state, data):
             batch, given, more = data
 
             def of(given):
                 outputs, scores = run(state, batch, edit, given)
-                return scalar(outputs, more), (outputs, scores)
+                return function(model_reference(), outputs, more, *settings), (outputs, scores)
 
             gradients, (outputs, scores) = _backend.gradient(of, given)
             return gradients, outputs, scores
 
-        data = (batch, _tensors(given), _tensors(more))
-        if (edit, scalar) not in gradient_steps:
-            gradient_steps[edit, scalar] = _backend.compiled(step, **options, runs_once=once)
+        if key not in compiled:
+            compiled[key] = _or_eagerly(step, _backend.compiled(step, **options, runs_once=once))
+        return compiled[key]
+
+    return _Steps(run, predicting, differentiating)
+
+
+def _or_eagerly(step: Callable, compiled: Callable) -> Callable:
+    """The compiled step, until it fails where the step itself does not."""
+    use = compiled
+
+    def run(state, data):
+        nonlocal use
         try:
-            return gradient_steps[edit, scalar](state_of(model), data)
+            return use(state, data)
         except Exception as error:
             # Not everybody's loss can be compiled. And where something is wrong, this is where all shapes are known.
-            gradient_steps[edit, scalar] = _backend.compiled(step, **_EAGERLY)
-            result = gradient_steps[edit, scalar](state_of(model), data)
+            eager = _backend.compiled(step, **_EAGERLY)
+            result = eager(state, data)
+            use = eager
             warn(
                 "The gradients could not be compiled, and are computed eagerly, which takes longer. The cause was "
                 f"{type(error).__name__}: {str(error).strip()[:500]}"
             )
             return result
 
-    _check_made_of_scores(model, batch, run)
-    return Editor(first.found, shapes, predict, gradient)
+    return run
 
 
 def _check_not_adapted(found: dict[str, Found]) -> None:

@@ -6,7 +6,7 @@ forward pass writes into layers is taken out again.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -282,7 +282,7 @@ def _in_order(measured: dict[str, Any], found: dict[str, Found]) -> dict[str, An
 _KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 
 
-def kept(model: Any, key: Any, chosen: dict[str, Any], make: Callable[[], Any]) -> Any:
+def kept(model: Any, key: Any, chosen: Iterable[str], make: Callable[[], Any]) -> Any:
     """What `make` returned for this key, until an attribute of a layer is set or other layers are chosen."""
     with alone():
         kept_of_model, fingerprint = _KEPT.setdefault(model, {}), _fingerprint(chosen, model)
@@ -297,7 +297,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _CHANGED_BY_USE = ("_called", "_parent_path", "_jax_state", "_jax_state_synced", "_latest")
 
 
-def _fingerprint(chosen: dict[str, Any], model: Any) -> list:
+def _fingerprint(chosen: Iterable[str], model: Any) -> list:
     """All that a traced function may have made a constant of: it changes if any attribute of any layer is set."""
     entries: list[Any] = [changes(), *chosen]
     for layer in all_layers(model):

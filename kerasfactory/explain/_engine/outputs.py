@@ -88,7 +88,7 @@ def predictions(model: Any, x: Any, batch_size: int | None = None, target: Any =
 def _predicted(model: Any, x: Any, batch_size: int | None, target: Any) -> tuple[np.ndarray, Asked]:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r} of type {type(model).__name__}")
-    batches, _ = batches_of(x, batch_size)
+    batches, expected = batches_of(x, batch_size)
     first = next(batches, None)
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
@@ -104,16 +104,22 @@ def _predicted(model: Any, x: Any, batch_size: int | None, target: Any) -> tuple
 
         return _backend.compiled(step, **compile_options(model))
 
-    run, state, parts = kept(model, predictions, {}, make), state_of(model), []
+    run, state, parts = kept(model, predictions, (), make), state_of(model), []
+    full = None if expected == 1 else size_of(first)
     for data in itertools.chain([first], batches):
+        samples, padded = size_of(data), _backend.padded_size(size_of(data), full)
+        if padded > samples:
+            rows = np.arange(padded) % samples
+            data = tree.map_structure(lambda array, rows=rows: ops.take(array, rows, axis=0), data)
         outputs, state = run(state, data)
         part = asked(model, outputs, target)
-        parts.append(_backend.as_numpy(matrix(outputs, part)).astype("float64"))
-        if len(parts[-1]) != size_of(data):
+        values = _backend.as_numpy(matrix(outputs, part)).astype("float64")
+        if len(values) != padded:
             raise ValueError(
                 "The model must give one row of outputs for each sample. Received outputs of shape "
-                f"{tuple(output_at(outputs, part).shape)} for {size_of(data)} samples."
+                f"{tuple(output_at(outputs, part).shape)} for {padded} samples."
             )
+        parts.append(values[:samples])
     return np.concatenate(parts), part
 
 

@@ -6,9 +6,9 @@ Nothing of the model is changed, as with `observe`.
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ from kerasfactory.explain._engine.attention import (
 )
 from kerasfactory.explain._engine.data import size_of
 from kerasfactory.explain._engine.foreign import calls_of, is_usable, watching_operations
-from kerasfactory.explain._engine.observe import compile_options, state_of
+from kerasfactory.explain._engine.observe import compile_options, kept, state_of
 from kerasfactory.explain._engine.undo import stand_in
 from kerasfactory.layers import FeatureTokenizer
 
@@ -65,17 +65,39 @@ def token_scaler(model: Any, batch: tuple, layers: Any, keys: int) -> TokenScale
 
     Raises a `ValueError` if there are no such tokens.
     """
-    keys_of_tokens = _tokens_of_keys(model, batch, layers, keys)
+    places = _tokens_of_keys(model, batch, layers, keys)
+    numbers = _numbers_of_layers(model)
+    keys_of_tokens = {(numbers.get(place.layer), place.number): of_tokens for place, of_tokens in places.items()}
+    known = tuple((*place, *of_tokens) for place, of_tokens in keys_of_tokens.items())
+    outputs, gradient = kept(model, (token_scaler, known), (), lambda: _scaling_steps(model, keys_of_tokens))
+    return TokenScaler(
+        lambda batch, scale: outputs(state_of(model), (batch, ops.convert_to_tensor(scale))),
+        lambda batch, scale, weights: gradient(state_of(model), (batch, ops.convert_to_tensor(scale), weights)),
+    )
+
+
+def _numbers_of_layers(model: Any) -> dict[Any, int]:
+    return {layer: number for number, layer in enumerate(all_layers(model))}
+
+
+def _scaling_steps(model: Any, keys_of_tokens: dict[tuple, np.ndarray]) -> tuple[Callable, Callable]:
+    """Functions of `(state, data)` that do not keep the model, so that they can be kept with it.
+
+    The places of tokens have the number of their layer in place of the layer itself.
+    """
+    model_reference = weakref.ref(model)
 
     def run(state, data, scale):
+        model = model_reference()
+        numbers = _numbers_of_layers(model)
         outside = ops.ones_like(scale[:, :1])  # for tokens that become no key
         scales = ops.concatenate([scale, outside], axis=1)
 
         def scaled(place, tokens):
-            if place not in keys_of_tokens:
+            of_tokens = keys_of_tokens.get((numbers.get(place.layer), place.number))
+            if of_tokens is None:
                 return tokens
-            of_tokens = ops.take(scales, keys_of_tokens[place], axis=1)
-            return tokens * ops.cast(of_tokens[:, :, None], tokens.dtype)
+            return tokens * ops.cast(ops.take(scales, of_tokens, axis=1)[:, :, None], tokens.dtype)
 
         with _changing(model, data, scaled) as data:
             for layer in find_attention(model).values():
@@ -96,11 +118,7 @@ def token_scaler(model: Any, batch: tuple, layers: Any, keys: int) -> TokenScale
         return _backend.gradient(weighted, [scale])[0][0]
 
     options = compile_options(model)
-    outputs, gradient = (_backend.compiled(step, **options) for step in (outputs_step, gradient_step))
-    return TokenScaler(
-        lambda batch, scale: outputs(state_of(model), (batch, ops.convert_to_tensor(scale))),
-        lambda batch, scale, weights: gradient(state_of(model), (batch, ops.convert_to_tensor(scale), weights)),
-    )
+    return _backend.compiled(outputs_step, **options), _backend.compiled(gradient_step, **options)
 
 
 def integral(scaler: TokenScaler, batch: tuple, in_view: np.ndarray, chosen: Callable[[Any], Any]) -> Integral:
@@ -215,7 +233,7 @@ def _first_call(model: Any, data: tuple, change: Callable[[_Place, Any], Any], l
         with _changing(model, data, change) as data:
             for name, layer in chosen.items():
                 Watch(layer, calls[name])
-            with watching_operations(model, WeakKeyDictionary()) as sights:
+            with watching_operations(model, weakref.WeakKeyDictionary()) as sights:
                 _backend.predict_step(model, state, data)
             seen = itertools.chain(*calls_of(model, sights, calls, layers).values())
             return min(filter(is_usable, seen), key=lambda call: call.order)
