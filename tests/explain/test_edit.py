@@ -48,7 +48,7 @@ def added(name, scores, given):
     return scores + given[name]
 
 
-def second_output(outputs, more):
+def second_output(model, outputs, more):
     return ops.sum(outputs[:, 1])
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_finite_differences(kind):
     model = two_layers(ATTENTIONS[kind])
     edit = editor(model, batch(), None)
     deltas = {name: np.zeros((3, *shape), "float32") for name, shape in edit.shapes.items()}
-    gradients, outputs, scores = edit.gradient(batch(), added, deltas, second_output)
+    gradients, outputs, scores = edit.gradient(batch(), added, deltas, (second_output,))
     np.testing.assert_allclose(numbers(outputs), model.predict(X, verbose=0), atol=1e-6)
     for name, captured in explain.capture(model, X, verbose=0).items():
         np.testing.assert_allclose(numbers(scores[name]), captured, atol=1e-6)
@@ -111,7 +111,7 @@ def test_only_the_named_layers_are_edited_and_the_model_stays_as_it_was():
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
     edit = editor(model, batch(), "second")
     assert set(edit.shapes) == {"second"}
-    edit.gradient(batch(), scaled_heads, {"second": np.ones(2, "float32")}, second_output)
+    edit.gradient(batch(), scaled_heads, {"second": np.ones(2, "float32")}, (second_output,))
     edit.predict(batch(), scaled_heads, {"second": np.zeros(2, "float32")})
     assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
 
@@ -123,15 +123,15 @@ def test_gradients_are_compiled_once_for_all_sizes_of_batches_and_what_else_chan
     edit = editor(model, batch(), None)
     runs = []
 
-    def weighted(outputs, more):
+    def weighted(model, outputs, more):
         runs.append(outputs)
         return ops.sum(more["weights"] * outputs[:, 1])
 
     for size in (3, 2, 3, 1, 2):
         weights = np.arange(1.0, size + 1, dtype="float32")
         deltas = {name: np.zeros((size, *shape), "float32") for name, shape in edit.shapes.items()}
-        gradients, outputs, _ = edit.gradient(batch(X[:size]), added, deltas, weighted, {"weights": weights})
-        plain, _, _ = edit.gradient(batch(X[:size]), added, deltas, second_output, once=True)
+        gradients, outputs, _ = edit.gradient(batch(X[:size]), added, deltas, (weighted,), {"weights": weights})
+        plain, _, _ = edit.gradient(batch(X[:size]), added, deltas, (second_output,), once=True)
         for name in edit.shapes:
             expected = weights[:, None, None, None] * numbers(plain[name])
             np.testing.assert_allclose(numbers(gradients[name]), expected, rtol=1e-4, atol=1e-6)
@@ -145,7 +145,7 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     edit = editor(model, batch(), None)
     deltas = {name: np.zeros((3, *shape), "float32") for name, shape in edit.shapes.items()}
 
-    def by_values(outputs, more):
+    def by_values(model, outputs, more):
         with warnings.catch_warnings():  # of NumPy to Keras
             warnings.simplefilter("ignore", DeprecationWarning)
             return ops.sum(outputs[:, int(numbers(more)[0])])
@@ -153,8 +153,8 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     compiles = keras.config.backend() != "torch"
     for warns in (compiles, False):  # once
         with pytest.warns(UserWarning, match="eagerly.*The cause was") if warns else contextlib.nullcontext():
-            gradients, _, _ = edit.gradient(batch(), added, deltas, by_values, np.array([1, 0]))
-        expected, _, _ = edit.gradient(batch(), added, deltas, second_output)
+            gradients, _, _ = edit.gradient(batch(), added, deltas, (by_values,), np.array([1, 0]))
+        expected, _, _ = edit.gradient(batch(), added, deltas, (second_output,))
         for name in edit.shapes:
             np.testing.assert_allclose(numbers(gradients[name]), numbers(expected[name]), rtol=1e-4, atol=1e-6)
 
