@@ -115,7 +115,7 @@ def _policy(page: str) -> str:
 
 
 def _file(name: str, page: str) -> str:
-    """A file at the top of the repository: a text without its title and with links that work from this page, or code."""
+    """A file at the top of the repository: code, or a text without its title, whose links work from this page."""
     text = (ROOT / name).read_text().strip()
     if not name.endswith(".md"):
         return f"```yaml\n{text}\n```"
