@@ -7,7 +7,7 @@ import re
 from notebooks import ENVIRONMENT, ROOT
 
 DOTS_PER_INCH = 130  # as in the notebooks
-COLORS = 64  # enough for a figure, and a quarter of the bytes
+COLORS = 255  # enough for a figure, and a fraction of the bytes
 
 
 def draw(page: str) -> None:
