@@ -162,7 +162,8 @@ for number, hour in enumerate(horizons):
 # %% [markdown]
 # Integrated gradients pass the test at each horizon; 0.025 is the smallest p-value that 39 draws can give. Attention
 # passes it 6 and 12 hours ahead. For 1 hour ahead it is not shown to be better than a guess. It is one row for three
-# forecasts, and it gives little to the last hour, which counts most for the first of them.
+# forecasts. In the picture it gives about the uniform share to the last hour, which counts most for the forecast 1 hour
+# ahead.
 #
 # These results are about the model. Whether a forecast has to use these hours is another question.
 #

@@ -168,8 +168,8 @@ print(f"largest mean share of attention: {largest_share:.1f} times the uniform s
 
 # %% [markdown]
 # Integrated gradients and the bag of words share some words for NumPy and SciPy, and *model* for scikit-learn, although
-# they explain different models. Attention shares words with one of them for SciPy and scikit-learn, but not for NumPy.
-# Some of the words belong to templates:
+# they explain different models. Attention shares words with them for SciPy and scikit-learn, but not for NumPy. Some of
+# the words belong to templates:
 
 # %%
 templates = {
