@@ -115,7 +115,8 @@ def _layer_answer(result):
     if peers:
         lines += [
             "",
-            f"`torch.nn.MultiheadAttention`, which returns weights, predicts faster than this layer in {len(peers)} cases: "
+            "`torch.nn.MultiheadAttention`, which returns weights, predicts faster than this layer in "
+            f"{len(peers)} cases: "
             + "; ".join(f"{of} ({theirs:.2f} against {ours:.2f})" for theirs, ours, of in peers)
             + ".",
         ]
