@@ -167,7 +167,7 @@ for there in (jax, torch):
     first = received(there.trained_here).idxmax().item()
     print(f"Most attended, trained on {backend}: {first}, test accuracy {accuracy:.2f}")
 
-# %% tags=["cover"] alt="Two dot plots of the attention that 13 measurements of wine receive. Left, one file on three backends: the three markers of each measurement lie on top of each other. Right, trained anew on each backend: they lie apart."
+# %% tags=["cover"] alt="Two dot plots of the attention that 13 measurements of wine receive. Left, one file on three backends: the three markers of each measurement lie on top of each other. Right, trained again on each backend: they lie apart."
 fig, axes = plt.subplots(
     1, 2, figsize=(9, 4.6), layout="constrained", sharey=True, sharex=True
 )

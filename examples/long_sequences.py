@@ -139,7 +139,7 @@ plt.show()
 # The map shows 32,000 × 32,000 scores in 64 × 64 bins. Each cell is the weight that the queries of one bin give to the
 # keys of another. It shows what one row cannot: no other query looks for the needle.
 
-# %% alt="A map of 32,000 by 32,000 scores in 64 by 64 bins: an even field, without a line at the needle."
+# %% alt="A map of 32,000 by 32,000 scores in 64 by 64 bins: a uniform field, without a line at the needle."
 ax = plot.heatmap(longest, vmax=0.1)
 ax.figure.set_size_inches(5.5, 4.2)
 plt.show()

@@ -79,7 +79,7 @@ print(dict(history.sizes))
 #   1.83: it is 1 for each position but the first, for which the number before is the last, 11 away. A head that looks
 #   at the first number has 5.5, and a uniform head has 3.97.
 
-# %% tags=["cover"] alt="Three charts over 20 epochs with a line for each of four heads: entropy, confidence, distance. All start even. Head 3 leaves first: its entropy falls to 0.15 and its distance rises to 5.4. Head 2 follows, to a distance of about 2. Head 1 stops half way, and head 0 ends where it began."
+# %% tags=["cover"] alt="Three charts over 20 epochs with a line for each of four heads: entropy, confidence, distance. All start uniform. Head 3 leaves first: its entropy falls to 0.15 and its distance rises to 5.4. Head 2 follows, to a distance of about 2. Head 1 stops halfway, and head 0 ends where it began."
 figure = plot.training(monitor.history)
 plt.show()
 
