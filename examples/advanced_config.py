@@ -3,9 +3,10 @@
 #
 # **What do the layer's options change, and do sixteen heads find five relevant features among fifty?**
 #
-# Together they do: averaged over the sixteen heads, the five features that receive most attention are the five that
-# decide. A single head finds four or five of them. The options change the shape of the output and of the scores, and
-# the number of weights; a table below shows how.
+# Sixteen heads together find all five: averaged over the heads, the five features that receive most attention are the
+# five that decide. A single head finds four or five of them.
+#
+# The options change the shape of the output and of the scores, and the number of weights. A table below shows how.
 #
 # The data are simulated, so the answer is known: of fifty features five decide, one for each class. You need to know
 # the [functional recipe](functional.ipynb).

@@ -4,9 +4,8 @@
 # **How do you hand over what a model attends to, so that someone else can check it, and can see whether a number was
 # changed?**
 #
-# One call writes one file. Here it has 17 claims: 9 are supported, 0 refuted, 7 undetermined, and 1 feature is needed,
-# but not claimed. After we changed verdicts in the file, verify named the changed checksum and the 7 entries that
-# differ.
+# One call writes one file of 17 claims: 9 are supported, 0 refuted, 7 undetermined, and 1 feature is needed, but not
+# claimed. After a change of verdicts in the file, the check names the broken checksum and the 7 entries that differ.
 #
 # `explain.audit` says what the model is, what was found, and how each finding came out of its test. `explain.verify`
 # computes all of it again. The credit applications below are simulated, so we know what the audit ought to find.

@@ -3,8 +3,9 @@
 #
 # **You train on one backend and a colleague runs the model on another. Does it still look at the same things?**
 #
-# It does, if both use the same file: scores and predictions agree to 1e-5. If each backend trains the model again from
-# the same seed, the attention that a measurement receives differs by up to 0.02, where the uniform share is 0.08.
+# From the same file, the model looks at the same things: scores and predictions agree to 1e-5. Trained again on each
+# backend, from the same seed, the attention that a measurement receives differs by up to 0.02, where the uniform share
+# is 0.08.
 #
 # We train a model on TensorFlow and save it. JAX and PyTorch then read that file and report what the model attends to.
 # You need to know the [recipe for an existing model](existing_model.ipynb).

@@ -3,9 +3,9 @@
 #
 # **Four readings say which columns a prediction rests on. Do they agree, which of them pass a test, and what is each good for?**
 #
-# SHAP, integrated gradients and the value norm put the same two of ten columns first, and all three pass: the columns
-# that SHAP puts first move the prediction by 50 points, and random columns by 25. Attention is nearly uniform and does
-# not pass, with 27 against 24 points.
+# SHAP, integrated gradients and the value norm agree on the first two of ten columns, and pass a test: the first
+# columns of SHAP move the prediction by 50 points, and random columns by 25. Attention, with 27 against 24, does not
+# pass.
 #
 # In another training run, attention passes. SHAP also gives each column a sign and a unit. It needs about 600
 # predictions for a patient, and attention needs one.

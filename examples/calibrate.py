@@ -3,8 +3,11 @@
 #
 # **On models and data like yours, how often is “supported” wrong, and how often does the test find a feature that matters?**
 #
-# Three models of each kind, as here, show how to count it, and little more: if none of three is wrong, the true share
-# may still be 56 %. The test found the planted feature in at least 2 of 3. Take 20 models or more for an answer.
+# Train your model on labels whose truth is known, and count the verdicts. With three models of each kind, as here, the
+# count says little: if none of three is wrong, the true share may still be 56 %. The planted feature was found in at
+# least 2 of 3.
+#
+# Take 20 models or more for an answer.
 #
 # No one knows the truth about your own data. `explain.calibrate` makes labels whose truth is known, trains your model
 # with them many times, and counts the verdicts. Here it does so for the model of [the tumor recipe](medical.ipynb), on

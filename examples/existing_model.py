@@ -3,9 +3,9 @@
 #
 # **The model is trained and saved, and its code throws the attention scores away. How do you see what it looks at?**
 #
-# One line reads them: explain.capture returns the scores of both attention layers, with named axes, and leaves
-# predictions and weights as they were. The trained model gives 0.7 of its attention to three of 16 patches, and an
-# untrained copy gives them 0.3.
+# One line reads the scores of each attention layer, with named axes, and leaves predictions and weights as they were. A
+# model of handwritten digits gives 0.7 of its attention to three of 16 patches. An untrained copy gives 0.3 to its
+# three.
 #
 # The model is plain Keras: two transformer blocks that read scikit-learn's digits. It uses nothing from this package.
 

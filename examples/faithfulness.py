@@ -4,9 +4,10 @@
 # **Two models solve the same task, and both come with an attention map. Whose map says what the model uses, and how would you
 # find out without knowing the answer?**
 #
-# For one model it is: if the stations with most attention are replaced, its output moves further than with each of 100
-# random maps. For the other it is not: its output depends on its attention, and yet its map is no better than chance.
-# Both are found without knowing the answer.
+# In one model, attention passes: replacing the stations with most attention moves the output further than each of 100
+# random maps does. In the other, the output depends on the attention, and yet its map is no better than chance.
+#
+# The tests find both without knowing the answer.
 #
 # The truth is planted: of eight stations one is marked in each sample, and the target is the reading of that station.
 # So we know what a good model must use. The tests do not know it.

@@ -4,8 +4,9 @@
 # **What does a model look at when it predicts how a patient's diabetes will progress, and are the scores still there
 # after saving and loading?**
 #
-# It looks a little more at triglycerides, with 0.13 of the attention, and at BMI, with 0.12. A uniform share is 0.10,
-# so the map is nearly uniform. The loaded model makes the same predictions, and its scores are read from it by name.
+# The model looks a little more at triglycerides, with 0.13 of the attention, and at BMI, with 0.12, where a uniform
+# share is 0.10. After saving and loading, it makes the same predictions, and its scores are read by the name of the
+# layer.
 #
 # The data are scikit-learn's diabetes set: 442 patients, ten measurements, and the progression of the disease one year
 # later. You need to know Keras' functional API.

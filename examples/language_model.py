@@ -3,8 +3,8 @@
 #
 # **A model from KerasHub chooses a word. Which words does it read to choose it, and is the right one among them?**
 #
-# It reads the right word: in the first layer, a tiny Llama gives it 1.0 of the attention and a tiny BERT 0.9. The verb
-# depends on it: another noun in its place changes the verb in 100 % of 500 sentences, and elsewhere in 0 %.
+# A tiny Llama and a tiny BERT read the right word: in the first layer, it gets 1.0 and 0.9 of the attention. The
+# predicted verb depends on it: another noun in its place changes the verb in 100 % of 500 sentences.
 #
 # The truth is planted: "the ship behind the bell near the bird" is followed by *sails*, the verb of the first noun. So
 # we know which word a model must read. The same lines read a model with real weights, and the last section shows how to

@@ -4,9 +4,9 @@
 # **The matrix of scores would take gigabytes. What can you still know about it, and does a model that works at 64 tokens still
 # look at the right one among 32,000?**
 #
-# A summary of 5 MB instead of a matrix of 4.1 GB has the top keys, the entropy and a small map. The right token is
-# still first among 32,000. But its weight is above 0.7 at 64 tokens and below 0.2 at 32,000, too little to give the
-# right answer.
+# A summary of 5 MB instead of a matrix of 4.1 GB keeps the top keys, the entropy and a small map. The right token is
+# first among 32,000, but its weight falls from above 0.7 at 64 tokens to below 0.2, too little to give the right
+# answer.
 #
 # The truth is planted: in each sequence one token is marked, and the answer is the number that it carries. So we know
 # where attention should be. You need to know the [recipe for an existing model](existing_model.ipynb).

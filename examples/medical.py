@@ -3,9 +3,9 @@
 #
 # **Which measurements does a breast cancer classifier look at, and would another training run name the same ones?**
 #
-# It looks most at radius error, worst concave points and worst area. Another run ranks the 30 measurements much alike:
-# the rank correlation is 0.9. An audit shows that the output depends on those ranked first, but not that the model
-# needs any one of them.
+# The classifier looks most at radius error, worst concave points and worst area, and another training run ranks the 30
+# measurements similarly, with a rank correlation of 0.9. But an audit does not show that the model needs any one of
+# them.
 #
 # The data are scikit-learn's breast cancer set: 569 tumors, 30 named measurements, benign or malignant. A simulated
 # diagnosis with five classes comes first. It shows the order of work: build, train, then read.

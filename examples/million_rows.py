@@ -3,9 +3,10 @@
 #
 # **The scores of a million rows do not fit into memory, and one process takes too long. What now?**
 #
-# Cut them into blocks, and let several processes capture the blocks and write the scores to disk. Here two processes do
-# it with 30,000 rows, at a pace of less than an hour for a million. One process is killed on the way, and the scores
-# still agree to 1e-5 with scores captured in memory.
+# Cut the rows into blocks, and let several processes capture them and write the scores to disk. Here two processes do
+# it with 30,000 rows, at a pace of less than an hour for a million, and a killed process does not change the scores.
+#
+# The scores that we check agree to 1e-5 with scores captured in memory.
 #
 # The rows are simulated, and a Dask cluster distributes the blocks. The recipe needs `pip install ".[store]"
 # "dask[distributed]"` in a clone of the repository. You need to know [`capture`](existing_model.ipynb).

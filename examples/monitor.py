@@ -4,8 +4,8 @@
 # **When does a head begin to do what it does in the end, and does the loss tell?**
 #
 # The loss does not tell: less than 2 % of the variance is left before epoch 10, and the two heads that do the work go
-# on forming in every epoch until the last. In the end, one gives 0.9 of its weight to the first number, and one 0.8 to
-# the number before.
+# on forming until the last epoch. In the end, one gives 0.9 of its weight to the first number, and one 0.8 to the
+# number before.
 #
 # The truth is planted: in each sequence of 12 numbers, every position has to answer with two of them, the one before it
 # and the first one. So we know what heads have to find. You need to know `model.fit` and [what a head

@@ -3,8 +3,10 @@
 #
 # **Your model attends by a layer of your own, or from a paper, that returns no scores. How do you read them without touching it?**
 #
-# explain.capture reads the scores of three such layers and leaves them as they are. To one decimal, the event with most
-# attention is the one that decides in a share of 1.0 of the cases, in each of the three layers.
+# One line reads the scores of three such layers and leaves the layers as they are. In at least 95 % of the cases, the
+# event with most attention is the one that decides, in each of the three layers.
+#
+# The print below says so with 1.0, rounded to one decimal.
 #
 # The truth is planted: a case has eight events, A to H, each with an urgency and an amount. The answer is the amount of
 # the most urgent event. So we know which event decides.

@@ -3,9 +3,9 @@
 #
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**
 #
-# The four heads of the first layer are needed least: the loss rises least if one of them is left out. A cheap estimate
-# ranks the heads similarly, with a rank correlation above 0.6. Removing three heads costs more than 4 points of
-# accuracy, and after five more epochs less than 3.
+# The four heads of the first layer are needed least, and a cheap estimate ranks all eight similarly, with a rank
+# correlation above 0.6. Removing three heads costs more than 4 points of accuracy, and after five more epochs less
+# than 3.
 #
 # Importance is measured by leaving a head out. No heat map can replace that experiment. You need to know the [recipe
 # for an existing model](existing_model.ipynb), which uses the same data, and [how to watch heads form](monitor.ipynb).

@@ -3,8 +3,8 @@
 #
 # **How do I get attention scores out of a Keras layer, and what do they look like for a table?**
 #
-# Call the layer, then read its attention scores: one number for each sample, head, query and key. In the table of 178
-# wines below, the model looks most at proline, flavanoids and alcohol.
+# Call the layer, then read its attention scores: one number for each sample, head, query and key. In a table of 178
+# wines, the model below looks most at proline, flavanoids and alcohol.
 #
 # To run this page in a clone of the repository: `pip install ".[tensorflow,explain,plot]"`.
 

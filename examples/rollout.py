@@ -3,9 +3,9 @@
 #
 # **When a model has several attention layers, which layer's map shows what the answer depends on?**
 #
-# No single layer's map does, if the answer depends on a day that is out of reach of each layer: there both maps have a
-# weight of 0. Rollout, which multiplies the maps, gives that day some weight in 470 of 470 such samples. But in most of
-# them it gives more to another day.
+# If the answer depends on a day that is out of reach of each layer, no single map shows it: both have a weight of 0
+# there. Rollout, which multiplies the maps, gives that day some weight in 470 of 470 such samples, but in most of them
+# more to another day.
 #
 # The truth is planted: in each sample one day is marked, and the answer is the reading of that day. A layer looks at
 # most four days away. So a reading from further back needs both layers: the first carries it part of the way, and the

@@ -4,8 +4,8 @@
 # **A map comes out of one training run. How much of it was learned, and how much of it would another run, from another seed,
 # show again?**
 #
-# Most of it, but not all: of the two features that each of four seeds puts first, a share of 0.67 is the same, and by
-# chance it would be 0.25. Which of two near-copies a model looks at depends on the seed.
+# Most of the map comes again: of the two features that a seed ranks first, 0.67 are shared with another seed, on
+# average, where chance would give 0.25. But which of two near-copies a model looks at depends on the seed.
 #
 # Two checks answer the question, and neither needs labels. They are about maps, not about truth: a map that passes may
 # still be wrong, but a map that fails should not be shown. The credit applications below are simulated, so we know what

@@ -3,8 +3,9 @@
 #
 # **Which measurements of a wine does a classifier look at, and can a plain `Sequential` model show it?**
 #
-# It looks most at flavanoids and proline. They receive 0.17 and 0.14 of the attention, and a uniform share would be
-# 0.08. A Sequential model shows this if each measurement is a token. With the whole row in one token, every score is 1.
+# A wine classifier looks most at flavanoids and proline: they receive 0.17 and 0.14 of the attention, where a uniform
+# share is 0.08. A Sequential model shows this if each measurement is a token. With the whole row in one token, every
+# score is 1.
 #
 # The data are scikit-learn's wine set: 178 Italian wines, 13 chemical measurements each, three growers. You need to
 # know `keras.Sequential`, and nothing about attention.

@@ -3,8 +3,8 @@
 #
 # **A model reads a sentence and a row of numbers. Which of the two does it use, and does its attention tell?**
 #
-# It mostly uses the text: with the text of another function it is right in 0.42 of the cases instead of 0.89, and with
-# the table of another one in 0.85. Attention hardly shows it: 0.64 of its weight is on the text, and uniform weights
+# The model mostly uses the text: with the text of another function, it is right in 0.42 of the cases instead of 0.89,
+# and with the table of another one in 0.85. Attention hardly shows it: it puts 0.64 on the text, and uniform weights
 # would put 0.60 there.
 #
 # The ranking that attention gives the words passes a test, and its ranking of the columns does not.

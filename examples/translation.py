@@ -3,9 +3,11 @@
 #
 # **A model translates. For each word that it writes, which input word does it read, and does the output depend on that word?**
 #
-# It reads the word that it translates: in a share of 1.0 of the cases, to one decimal, the largest weight is on the
-# right English word, and uniform weights would give 0.2. The output depends on that word for digits and tens, and does
-# not for *und* and the end, whatever the map shows.
+# The model reads the word that it translates: in at least 95 % of the cases, the largest weight is on the right English
+# word. Digits and tens depend on that word. *und* and the end do not, although the map shows dark cells for them as
+# well.
+#
+# The print below says so with 1.0, rounded to one decimal. Uniform weights would give 0.2.
 #
 # The truth is planted: English numbers become German ones, which say the last digit before the tens. "two hundred forty
 # seven" is "zwei hundert sieben und vierzig". So we know which word each German word translates, and translating word

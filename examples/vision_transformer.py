@@ -3,9 +3,8 @@
 #
 # **You lay the attention of a vision transformer over its pictures. Are the patches that light up those that decide?**
 #
-# Of two readings, one passes a test. If the patches that rollout ranks first get the pixels of another picture, the
-# logit of the digit falls by 3.1, and with random patches by 1.7. The value norm, with 2.4, is not shown to be better
-# than chance.
+# The patches that rollout ranks first matter: if they get the pixels of another picture, the logit of the digit falls
+# by 3.1, and with random patches by 1.7. The value norm, with 2.4, is not shown to be better than chance.
 #
 # But the mean rollout, one map for all pictures, does as well as the rollout of each picture: the logit falls by 3.2.
 # So this overlay says where digits differ, and not what is special about one picture.

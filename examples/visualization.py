@@ -4,8 +4,9 @@
 # **How do you draw attention scores so that a reader sees what one sample's heads look at, and what does an average hide?**
 #
 # Draw single samples, with all heads on one scale. Here, three of eight heads give more than half of their attention to
-# the day that decides. An average over samples hides this, because that day differs between samples: in one head, the
-# largest score falls from 0.96 in one sample to 0.10 in the average.
+# the day that decides. An average over samples hides it: the largest score of a head falls from 0.96 to 0.10.
+#
+# The average hides it because the day that decides differs between samples.
 #
 # The data are simulated, so the answer is known. Each sample has twelve daily readings. One of them is marked, and the
 # target is the marked reading. The marked day differs between samples. A model that solves the task must look at the
