@@ -140,12 +140,12 @@ print(
 print(calibration.attrs["summary"])
 
 # %% [markdown]
-# ## What the counts say, and what they do not
+# ## What the count says, and what it does not
 #
-# **They say** how often this test is wrong on models that this function trains on these measurements, with their
+# **It says** how often this test is wrong on models that this function trains on these measurements, with their
 # correlations and this number of tumors.
 #
-# **They do not say** whether a verdict on the true labels is among the wrong ones. Nor do they show mistakes in the use
+# **It does not say** whether a verdict on the true labels is among the wrong ones. Nor does it show mistakes in the use
 # of the true labels: tumors of one patient that are treated as independent (pass `groups=`), or a test on rows that
 # your own model was trained on. And a planted measurement acts by itself. Measurements that matter only together may be
 # harder to find.
