@@ -142,8 +142,8 @@ ax = plot.features(received, top_k=15)
 # ## An audit of the first model
 #
 # Two seeds that agree may be wrong together. [An audit](audit.ipynb) tests what the attention map suggests, on the
-# tumors that the model has not seen. We ask at `level=0.1`: of the claims that it supports, one in ten may be wrong.
-# The default is 0.05. With only 143 tumors we accept more false claims, in order to miss fewer true ones.
+# tumors that the model has not seen. At `level=0.1`, one in ten of the claims that it supports may be wrong. At the
+# default level of 0.05, the lines printed below are the same.
 
 # %%
 report = explain.audit(
