@@ -213,8 +213,8 @@ def model(
     $$
 
     A mean hides what samples do not share, so choose one sample, as with `{name: layer.isel(sample=[0]) for name, layer
-    in scores.items()}`. Tokens stand in their order, without names, and more than 64 of them are put into bins, as in
-    `heatmap`. Draw what you find with `heads` or `heatmap`, which name them.
+    in scores.items()}`. Tokens are in their order, without names, and more than 64 of them are put into bins, as in
+    `heatmap`. `heads` and `heatmap` draw the names.
 
     Args:
         scores: A dictionary from the names of layers to scores or summaries, each as for `heads`, as `explain.capture`
