@@ -4,8 +4,13 @@
 # **Two models solve the same task, and both come with an attention map. Whose map says what the model uses, and how would you
 # find out without knowing the answer?**
 #
-# Planted truth: of eight stations one is marked in each sample, and the target is its reading. So we know what a good model
-# must use, and can watch the tests judge. They do not know it.
+# In one model, attention passes: replacing the stations with most attention moves the output further than each of 100
+# random maps does. In the other, the output depends on the attention, and yet its map is no better than chance.
+#
+# The tests find both without knowing the answer.
+#
+# The truth is planted: of eight stations one is marked in each sample, and the target is the reading of that station.
+# So we know what a good model must use. The tests do not know it.
 
 # %%
 import keras
@@ -27,8 +32,8 @@ x_test, y_test, marked_test = x[4000:], y[4000:], marked[4000:]
 # %% [markdown]
 # ## Two models, one attention layer each
 #
-# The first makes a token of each station and attends to the tokens. The second lets a dense layer see the whole row
-# before it makes tokens, as a recurrent layer in front of attention does. From there on they are the same.
+# The first makes a token of each station, and attends to the tokens. In the second, a dense layer sees the whole row
+# before there are tokens, as a recurrent layer before attention would. The rest of the two models is the same.
 
 
 # %%
@@ -59,7 +64,8 @@ for name, model in models.items():
 # %% [markdown]
 # ## The maps
 #
-# Both models are good. What does their attention look at? One row is one sample; the ring is the marked station.
+# Both models explain more than 95 % of the variance. What does their attention look at? Each row is one sample, and the
+# ring is the marked station.
 
 # %% alt="Two heat maps of attention, twelve samples by eight stations. Left, a token for each station: in each row the ringed cell is dark and all others are pale. Right, mixed before attention: all cells are nearly the same pale blue, and the rings are nowhere special."
 attention = {
@@ -83,17 +89,19 @@ fig.colorbar(image, ax=axes, label="attention")
 plt.show()
 
 # %% [markdown]
-# A reader of the right map would say: *this model weighs all stations alike.* That would be wrong, for it predicts the reading of a
-# single one. But without the planted truth, who would know? Three tests do not need it.
+# From the map on the right, a reader would conclude: *this model weighs all stations alike.* That would be wrong,
+# because the model predicts the reading of a single station. Without the planted truth no one would notice. Three tests
+# do not need that truth.
 #
 # ## Test 1: Does attention matter at all?
 #
-# Run the model with other scores than its own. *Uniform*: every station gets the same weight. *Permuted*: the weights
-# are dealt out at random. If the output stays, attention was not what decided. And *adversarial* (Jain & Wallace
-# 2019): look for scores as far from the model's own as possible that keep the output within 2% of its spread.
+# We run the model with scores that are not its own. *Uniform*: every station gets the same weight. *Permuted*: the
+# weights are assigned at random. If the output stays the same, attention did not decide. *Adversarial* (Jain & Wallace
+# 2019): we look for scores as far from the model's own as possible that keep the output within 2 % of its spread.
 #
-# Two questions are different. Does the output change? That is the `share` of rows that change by more than 2% of the spread, with a test
-# that it is above 2%. Does the model do worse? That is the increase of the loss, and it needs the labels.
+# There are two questions. Does the output change? The answer is the `share` of rows that change by more than 2 % of the
+# spread, with a test that this share is above 2 %. Does the model do worse? The answer is the increase of the loss, and
+# it needs the labels.
 
 # %%
 controls = {
@@ -144,18 +152,20 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# The outputs of both models depend on where they attend, and both do worse with uniform scores. How much they
-# change tells the models apart: a typical output of the first moves far, and one of the second moves little.
+# The outputs of both models depend on where they attend, and both do worse with uniform scores. The models differ in
+# how much they change: half of the outputs move by more than 0.3 of the spread in the first, and by less in the second.
 #
-# **The adversary does not tell them apart.** It finds other scores for many samples of both. No wonder: a mixture of two stations that do not
-# matter can make the same number as the one that does. That other scores *would have* made this output does not mean that the
-# model did not use its own (Wiegreffe & Pinter 2019). Had we stopped at the adversary, we would have thrown away the good map.
+# **The adversary does not tell them apart.** It finds other scores for more than a quarter of the samples of both. The
+# reason is simple: a mixture of two stations that do not matter can give the same number as the station that does. If
+# other scores *would have* given this output, that does not mean that the model did not use its own (Wiegreffe & Pinter
+# 2019). By the adversary alone, we would have thrown away the good map.
 #
 # ## Test 2: Does the map point at what the model uses?
 #
-# [`explain.faithfulness`](../api/explain.md) gives the stations with the most attention the values of another sample, and measures
-# how far the output moves: *comprehensiveness*. Removing any station moves an output somewhat. So the same is done with
-# 100 maps that know nothing: the same map with its stations relabeled at random. Only a map that beats those counts as evidence.
+# [`explain.faithfulness`](../api/explain.md) gives the stations with the most attention the values of another sample,
+# and measures how far the output moves: *comprehensiveness*. Removing any station moves the output somewhat. So the
+# same is done with 100 maps that know nothing, which are the same map with its stations relabeled at random. Only a map
+# that beats those counts as evidence.
 
 # %%
 results = {
@@ -192,7 +202,8 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# Is the second model one that nobody could explain? Give the test the planted truth, a map that is 1 at the marked station:
+# Can the second model be explained by stations at all? We give the test the planted truth, a map that is 1 at the
+# marked station:
 
 # %%
 truth = np.eye(8)[marked_test]
@@ -204,12 +215,12 @@ for name, model in models.items():
     )
 
 # %% [markdown]
-# It is. Both models use the marked station. Only the first one's attention says so.
+# It can. Both models use the marked station, and only the attention of the first one says so.
 #
 # ## Test 3: Another way to remove a station
 #
-# What a removed station is replaced with is a choice, and a result that depends on it is a weak one. Above it was the value of another
-# sample, which brings another sample's mark along. Now it is the mean:
+# What replaces a removed station is a choice, and a result that depends on this choice is a weak one. In test 2 it was
+# the value of another sample, which brings along the mark of that sample. Now it is the mean:
 
 # %%
 for name, model in models.items():
@@ -221,13 +232,17 @@ for name, model in models.items():
 # %% [markdown]
 # ## Judgement
 #
-# **It says**, for the model with a token for each station: yes, attention is an explanation here. Without its scores the output
-# is another one, and the stations that they point at are those whose removal moves it. For the model that mixes first: no. Its output
-# depends on its attention a little, and yet the stations that its map points at are no better than any. So "the output changes without its
-# attention" does not make a map an explanation. Both could be told without the
-# truth. That an adversary finds other scores could be told of both models, and decides nothing.
+# **It says** that attention is an explanation in the model with a token for each station. With other scores its output
+# changes, and removing the stations that the scores point at moves the output. In the model that mixes first, attention
+# is no explanation. Its output depends on its attention a little, and yet its map is not shown to be better than random
+# maps. So it is not enough that the output changes without the attention. The tests found both without the planted
+# truth. The adversary found other scores for both models, which decides nothing.
 #
-# **It does not say** that a map that fails is of no use anywhere, nor that one that passes is complete: the tests speak of these
-# samples, this way of removal and this output. With two copies of a feature, removing either moves nothing, and a
-# faithful map fails. And "no better than chance" is not "wrong": with fewer
-# samples or features even a good map may not be told from chance.
+# **It does not say** that a map that fails is of no use anywhere, nor that a map that passes is complete. The tests are
+# about these samples, this way of removal and this output. If a feature has a copy, removing one of the two may move
+# nothing, and a faithful map can fail. And "no better than chance" is not "wrong": with fewer samples or features, a
+# good map may look no better than chance.
+#
+# **Use your own data:** replace the models in `models`, `x_test` and `y_test`. The calls of `explain.attribute`,
+# `explain.attention_controls` and `explain.faithfulness` stay as they are. Leave out the lines with `marked_test`,
+# which are for data whose answer is known.

@@ -3,9 +3,12 @@
 #
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**
 #
-# Importance is measured by leaving a head out: no heat map can replace that experiment. You need to know the
-# [recipe for an existing model](existing_model.ipynb), whose data these are, and
-# [how to watch heads form](monitor.ipynb).
+# The four heads of the first layer are needed least, and a cheap estimate ranks all eight similarly, with a rank
+# correlation above 0.6. Removing three heads costs more than 4 points of accuracy, and after five more epochs less
+# than 3.
+#
+# Importance is measured by leaving a head out. No heat map can replace that experiment. You need to know the [recipe
+# for an existing model](existing_model.ipynb), which uses the same data, and [how to watch heads form](monitor.ipynb).
 
 # %%
 import keras
@@ -21,8 +24,9 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Three parts of the data
 #
-# 1797 handwritten digits as 16 patches each. The model is trained on one part. Heads are chosen on a second, which it has not seen.
-# What the choice costs is measured on a third, which took no part in it.
+# The data are 1,797 handwritten digits of 16 patches each. The model is trained on the first part, of 997. Heads are
+# chosen on the second part, of 400, which the model has not seen. What the choice costs is measured on the third part,
+# the other 400, which had no influence on it.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -74,9 +78,10 @@ print(
 # %% [markdown]
 # ## An estimate and the experiment
 #
-# [`explain.head_importance`](../api/explain.md) puts a mask on each head. `ablation` is how much the loss rises with the mask at 0.
-# `gradient` is the estimate of Michel et al. 2019
-# ([*Are Sixteen Heads Really Better than One?*](https://arxiv.org/abs/1905.10650)): how fast the loss changes where the mask begins to fall from 1, for all heads from one backward pass.
+# [`explain.head_importance`](../api/explain.md) puts a mask on each head. `ablation` is how much the loss rises with
+# the mask at 0. `gradient` is an estimate by Michel et al. 2019 ([*Are Sixteen Heads Really Better than
+# One?*](https://arxiv.org/abs/1905.10650)): how fast the loss changes at a mask of 1. One backward pass gives it for
+# all heads.
 
 # %% tags=["cover"] alt="Scatter plot of eight heads: the gradient estimate across, the true rise of the loss up. The four heads of the second layer are far above the four of the first, which are at 0.1 or below; the estimates of the two layers overlap."
 importance = explain.head_importance(
@@ -125,13 +130,14 @@ print(
 )
 
 # %% [markdown]
-# The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a
-# mask of 0 is far from where the gradient was taken.
+# The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, and the
+# estimates do not: head 0 of the first layer has a larger estimate than head 2 of the second. Nor does the estimate say
+# how much is lost: a mask of 0 is far from the mask of 1 at which the gradient was taken.
 #
-# ## Ablation is what it says
+# ## Check the ablation
 #
-# A head's output goes through its own slice of the output kernel. With that slice at 0, the model is the one with the mask at
-# 0, so the loss must rise by the same amount:
+# The output of a head goes through its own slice of the output kernel. A slice of zeros does the same as a mask of 0,
+# so the loss must rise by the same amount:
 
 
 # %%
@@ -171,7 +177,8 @@ print(
 # %% [markdown]
 # ## What it costs
 #
-# Heads go one after another, in an order that the second part of the data gave. The accuracy is that on the third.
+# We remove one head after another, in an order that comes from the second part of the data. The picture shows the
+# accuracy on the third part.
 
 # %% alt="Three curves of accuracy against the number of heads removed, from 0 to 8, beginning at 0.95. Most important first falls at once, to chance after four heads. The two that begin with the least important lie on each other and fall slowly, to 0.7 after four and to 0.3 after seven."
 orders = {
@@ -223,12 +230,13 @@ print(
 )
 
 # %% [markdown]
-# One at a time is not all at once. Any one head of the first layer costs little, because the other three are there. The whole
-# layer costs much more than four times a little.
+# In the picture, the two curves that begin with the least important heads are nearly the same. Removing heads one at a
+# time is not removing them together. Each head of the first layer alone costs little, because the other three are
+# there. Without all four, the loss rises more than twice as much as the four single rises added up.
 #
 # ## Prune
 #
-# A slice of zeros is still multiplied. To save the work, the heads have to go: a smaller model, made of the slices of those that
+# A slice of zeros is still multiplied. To save that work, we build a smaller model from the slices of the heads that
 # stay.
 
 
@@ -261,7 +269,8 @@ print(
 )
 
 # %% [markdown]
-# The heads that stay were trained in company. A few epochs more let them take over:
+# The heads that stay were trained together with those that are gone. After a few more epochs, they take over part of
+# the work. (The model with all heads gets no such epochs, so longer training may be part of the gain.)
 
 # %%
 cut = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
@@ -274,10 +283,14 @@ print(f"After five more epochs: less than 3 points lost: {accuracy - retrained <
 # %% [markdown]
 # ## What importance says, and what it does not
 #
-# **It says** how much this model, as it is, loses on new data without a head; and the smaller model proves it, for its outputs are
-# the same. Heads removed by the estimate cost about as much as heads removed by the experiment; that is one
-# model of eight heads, so let the experiment decide.
+# **It says** how much this model, as it is, loses on new data without a head. The smaller model confirms it, because
+# its outputs are the same. In the picture, heads removed by the estimate cost about as much as heads removed by the
+# experiment. This is one model of eight heads, so let the experiment decide.
 #
-# **It does not say** what a head is for, nor that the task needs it: after a few epochs the others do its work. It does not add up,
-# either: heads that can go one by one may be needed together. And 400 digits leave an accuracy uncertain by about two points
-# (95%), so that differences of that size, as for the first head here, may be none.
+# **It does not say** what a head is for, nor that the task needs it: after a few epochs, the other heads do much of its
+# work. Single importances do not add up, either: heads that can go one by one may be needed together. And with 400
+# digits, an accuracy is uncertain by about two points (95 %). So a difference of that size, as for the first head here,
+# may be due to chance.
+#
+# **Use your own data:** replace `model`, `x_choose`, `y_choose`, `x_test` and `y_test`. `explain.head_importance` stays
+# as it is. `transformer`, `without` and `prune` rebuild this model: write the same for yours.

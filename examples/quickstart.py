@@ -3,7 +3,10 @@
 #
 # **How do I get attention scores out of a Keras layer, and what do they look like for a table?**
 #
-# In a clone of the repository: `pip install ".[tensorflow,explain,plot]"`.
+# Call the layer, then read its attention scores: one number for each sample, head, query and key. In a table of 178
+# wines, the model below looks most at proline, flavanoids and alcohol.
+#
+# To run this page in a clone of the repository: `pip install ".[tensorflow,explain,plot]"`.
 
 # %%
 import keras
@@ -13,7 +16,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Call the layer, read the scores
 #
-# `d_model` is the size of each head. The output is as wide as the query. Key and value default to the query.
+# `d_model` is the size of each head. The output has the width of the query. If you leave out key and value, the layer
+# takes the query for both.
 
 # %%
 from kerasfactory.layers import InterpretableMultiHeadAttention
@@ -35,8 +39,8 @@ print(
 # %% [markdown]
 # ## A table: one token per column
 #
-# Attention compares tokens. `FeatureTokenizer` makes one of each column, so that a score is about two columns. Here
-# are 178 wines with 13 measurements each; the model tells the three growers apart.
+# Attention compares tokens. `FeatureTokenizer` makes one token of each column, so that a score is about two columns.
+# The table has 178 wines with 13 measurements each. The model learns which of three growers made a wine.
 
 # %% tags=["program"]
 import keras
@@ -55,9 +59,9 @@ model(scale(wine.data))
 print(attention.attention_scores.shape)  # (wine, head, query, key)
 
 # %% [markdown]
-# `fit` and `predict` run compiled and keep their tensors to themselves. The call `model(...)` is not compiled, and
-# its scores are there to read. [`explain.capture`](../api/explain.md) reads the scores of any model and names their
-# axes, and [`plot.heatmap`](../api/plot.md) draws their mean over the wines. The line on the color bar marks the
+# `fit` and `predict` run compiled, and the tensors inside them cannot be read afterward. The call `model(...)` is not
+# compiled, so its scores can be read. [`explain.capture`](../api/explain.md) reads the scores of any model and names
+# their axes, and [`plot.heatmap`](../api/plot.md) draws their mean over the wines. The line on the color bar marks the
 # uniform share, which is 1/13.
 
 # %% tags=["cover"] alt="Heat map of attention between the 13 measurements of a wine. The columns of proline and flavanoids are darker than most."
@@ -73,7 +77,12 @@ print("Looked at most:", ", ".join(received.sortby(-received).key.values[:3]))
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** which columns the other columns' tokens take their content from, in this trained model.
+# **It says** which columns the tokens of the other columns take their content from, in this trained model, averaged
+# over the wines that it was trained on.
 #
-# **It does not say** why, nor that another run would give the same map. The [Sequential recipe](sequential.ipynb) does
-# this with held-out wines; the [medical recipe](medical.ipynb) measures how far such a ranking can be trusted.
+# **It does not say** why, nor that another training run would give the same map. The [Sequential
+# recipe](sequential.ipynb) draws such a map for wines that the model has not seen. The [medical recipe](medical.ipynb)
+# measures how far such a ranking can be trusted.
+#
+# **Use your own data:** replace `wine.data`, `wine.target` and `wine.feature_names` by your columns, your labels and
+# your names, and the 3 in `Dense(3, "softmax")` by the number of your classes.

@@ -27,12 +27,11 @@ _ATTENTION_ARGUMENTS = tuple(
 class InterpretableMultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention that lets you read its attention scores.
 
-    The layer wraps a `keras.layers.MultiHeadAttention` (the attribute `mha`) and gives the outputs that it gives
-    when it returns scores, in the fastest way that the backend has. What is added is `attention_scores`: the
-    weights of the latest call, in a form that fits the moment. After an eager call they are a tensor; in a
-    functional or `Sequential` model, trained or reloaded, they are a `KerasTensor` from which
-    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores. They are computed when
-    they are read, and cost nothing before.
+    The layer wraps a `keras.layers.MultiHeadAttention` (the attribute `mha`) and gives the outputs that Keras' layer
+    gives when it returns scores. It adds `attention_scores`, the weights of the latest call. After an eager call they
+    are a tensor. In a functional or `Sequential` model, trained or reloaded, they are a `KerasTensor`, from which
+    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores. They are computed when you
+    read them.
 
     A query whose keys are all masked gets zeros before the output projection. In half precision the scores are
     computed in `float32` and then rounded.
@@ -48,8 +47,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
     [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), sections 3.2.1 and 3.2.2).
 
     Args:
-        d_model: Size of **each head** for query and key, and for value unless `value_dim` is given. A
-            positive integer. It is not the width of the model: the output is as wide as the query.
+        d_model: Size of **each head** for query and key, and for value unless `value_dim` is given. A positive integer.
+            It is not the width of the model: the output has the width of the query.
         n_head: Number of heads. A positive integer. It need not divide anything.
         dropout_rate: Share of attention scores dropped in training, in `[0, 1)`. The scores you read are
             taken before dropout.
@@ -61,8 +60,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
 
     Call arguments:
         - `query`: Tensor of shape `(batch, query, features)`.
-        - `key`: Tensor of shape `(batch, key, features)`. The query if not given. Mind the order: Keras' layer
-          takes `(query, value, key)`.
+        - `key`: Tensor of shape `(batch, key, features)`. The query if not given. Note the order: Keras' layer takes
+          `(query, value, key)`.
         - `value`: Tensor of shape `(batch, key, features)`. The key if not given.
         - `query_mask`, `key_mask`, `value_mask`, `attention_mask`, `use_causal_mask`, `training`,
           `return_attention_scores`: as in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the
@@ -278,10 +277,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
         | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
-        Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves, and so does a model that is
-        rematerialized as a whole on JAX: the latest call that was not compiled decides. It is the latest
-        of all threads: where several call the layer, each has its own scores with `return_attention_scores=True`.
-        What `explain` does is no call.
+        Compiled calls (`fit`, `predict`, `evaluate`) do not count, nor does a model that is rematerialized as a whole
+        on JAX: you get the scores of the latest call that was not compiled. It is the latest call of all threads. If
+        several threads call the layer, each gets its own scores with `return_attention_scores=True`. Calls by `explain`
+        do not count.
 
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`
