@@ -80,10 +80,8 @@ for claim in report.claims[report.claims["feature"].isna()].itertuples():
 
 # %%
 skill = report.record["skill"]
-print(
-    f"Skill above 0.4: {skill['skill'] > 0.4}, and its interval above 0: "
-    f"{skill['skill_interval'][0] > 0}"
-)
+low, high = skill["skill_interval"]
+print(f"Skill: {skill['skill']:.2f} ({low:.2f} to {high:.2f})")
 
 # %% [markdown]
 # This is the page, as you would hand it over. It says what the verdicts assume. The first assumption is that the model
@@ -107,10 +105,9 @@ truth = (
 )
 for name in names:
     found = report.features.loc[name]
-    above = "above the mean" if found["attribution"] > 1 / 8 else "below the mean"
     print(
-        f"{name:9} planted: {truth[name]:8} attention: {above}   verdict: "
-        f"{found['verdict']}"
+        f"{name:9} planted: {truth[name]:8} attention: {found['attribution']:.2f} "
+        f"(mean 0.12)   verdict: {found['verdict']}"
     )
 for name in report.features.index.difference(names):
     print(f"together, {name}: {report.features.loc[name, 'verdict']}")

@@ -3,9 +3,9 @@
 #
 # **On models and data like yours, how often is “supported” wrong, and how often does the test find a feature that matters?**
 #
-# Train your model on labels whose truth is known, and count the verdicts. With three models of each kind, as here, the
-# count says little: if none of three is wrong, the true share may still be 56 %. The planted feature was found in at
-# least 2 of 3.
+# Train your model on labels whose truth is known, and count the verdicts. With three models of each kind, as here,
+# the count says little: if none of three is wrong, the true share may still be 56 %. The planted feature was found in
+# 3 of 3.
 #
 # Take 20 models or more for an answer.
 #
@@ -84,26 +84,11 @@ def train(x, y):
 # %%
 calibration = explain.calibrate(train, x, y, n=3, batch_size=1024, verbose=0)
 count = calibration["count"].to_series()
-print(
-    "Wrong with permuted labels, in at most 1 of 3 models:",
-    count["permuted: a feature supported"] <= 1,
-)
-print(
-    "Wrong beside a planted feature, in at most 1 of 3:   ",
-    count["planted: another supported"] <= 1,
-)
-print(
-    "Found the planted feature, in at least 2 of 3:       ",
-    count["planted: it is supported"] >= 2,
-)
-print(
-    "Skill of the model with the true labels above 0.6: "
-    f"{calibration.attrs['own_skill'] > 0.6}"
-)
-print(
-    "The planted feature gives the same skill:",
-    calibration.attrs["strength"] == calibration.attrs["own_skill"],
-)
+print("Wrong with permuted labels:", count["permuted: a feature supported"], "of 3")
+print("Wrong beside a planted feature:", count["planted: another supported"], "of 3")
+print("Found the planted feature:", count["planted: it is supported"], "of 3")
+print(f"Skill with the true labels: {calibration.attrs['own_skill']:.1f}")
+print(f"Skill of the planted feature: {calibration.attrs['strength']:.1f}")
 
 # %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie at 0, and their intervals reach beyond 0.5. The share in which the planted feature is supported is 1, with an interval that begins below 0.5."
 share, interval = calibration["share"], calibration["interval"]

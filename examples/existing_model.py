@@ -93,7 +93,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 predicted = model.predict(x_test, verbose=0)
 weights = model.get_weights()
-print(f"Test accuracy above 0.9: {np.mean(predicted.argmax(axis=1) == y_test) > 0.9}")
+accuracy = np.mean(predicted.argmax(axis=1) == y_test)
+print(f"Test accuracy: {accuracy:.2f}")
 
 # %% [markdown]
 # ## One line
@@ -115,7 +116,8 @@ for layer, of_layer in scores.items():
 # %%
 second = scores["encoder/block_2/attention"]
 a_zero = second.isel(sample=int(np.flatnonzero(y_test == 0)[0]))
-print("Rows sum to 1:", np.allclose(second.sum("key"), 1, atol=1e-5))
+sums = second.sum("key")
+print(f"Sums of the rows: {sums.min():.4f} to {sums.max():.4f}")
 print(
     "One digit, head 0, patch A1 looks most at:",
     a_zero.sel(head=0, query="A1").idxmax("key").item(),
@@ -134,13 +136,13 @@ print(
 # %%
 errors = explain.recomposition_error(model, x_test, verbose=0)
 
-print(
-    "Predictions unchanged:",
-    np.array_equal(model.predict(x_test, verbose=0), predicted),
-)
-print("Weights unchanged:", all(map(np.array_equal, model.get_weights(), weights)))
+moved = np.abs(model.predict(x_test, verbose=0) - predicted).max()
+print(f"Largest change of a prediction: {moved:.5f}")
+pairs = zip(model.get_weights(), weights, strict=True)
+changed = max(np.abs(now - before).max() for now, before in pairs)
+print(f"Largest change of a weight: {changed:.5f}")
 for layer, error in errors.items():
-    print(f"{layer}: output recomposed to 1e-5: {error < 1e-5}")
+    print(f"{layer}: recomposition error {error:.5f}")
 
 # %% [markdown]
 # ## What the usual ways do
@@ -197,8 +199,8 @@ for who, attention in received.items():
     )
     top_three = np.sort(attention)[:, -3:].sum(axis=1).mean()
     print(
-        f"{who}: the three most attended patches get {top_three:.1f} (even: "
-        f"{3 / 16:.1f})"
+        f"{who}: the three most attended patches get {top_three:.1f} "
+        f"(uniform: {3 / 16:.1f})"
     )
     print(f"    correlation of attention with ink: {correlation:.1f}")
 
@@ -230,14 +232,11 @@ pixels = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1)
 yardstick = (
     LogisticRegression(max_iter=2000).fit(pixels[0], y_train).score(pixels[1], y_test)
 )
-print(
-    "Logistic regression does at least as well: "
-    f"{yardstick >= np.mean(predicted.argmax(axis=1) == y_test)}"
-)
+print(f"Accuracy: {accuracy:.2f}, logistic regression {yardstick:.2f}")
 
 # %% [markdown]
-# - Two small blocks, trained for seconds, do not beat it. Explain the better model, unless you are asked about this
-#   one.
+# - Two small blocks, trained for seconds, do not beat it: 0.95 of the digits are right, and 0.97 with the logistic
+#   regression. Explain the better model, unless you are asked about this one.
 # - The tokens of the second block are no longer patches, because the first block has mixed them. "Looks at B3" means
 #   the token at B3.
 # - `feature_names` go onto every axis of that length. Name them in the order in which your model makes its tokens.

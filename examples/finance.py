@@ -59,7 +59,7 @@ with warnings.catch_warnings():
         np.ones((32, 25)), verbose=0
     )
 print("Scores (applicant, head, query, key):", scores.shape)
-print(f"Every score is 1: {np.allclose(scores, 1)}")
+print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
 # Twelve heads over one token tell nothing: every score is 1. From here on each factor is a token.
@@ -139,12 +139,12 @@ for world, of_world in results.items():
     place = 1 + (mutual > pair).sum()
     print(
         f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, "
-        f"{pair * 25 / 2:.1f} times even"
+        f"{pair * 25 / 2:.1f} × the uniform share"
     )
     row, column = np.unravel_index(mean_scores.argmax(), mean_scores.shape)
     print(
         f"    largest cell: {names[row]} looks at {names[column]}, "
-        f"{25 * mean_scores.max():.1f} times even"
+        f"{25 * mean_scores.max():.1f} × the uniform share"
     )
 
 # %% tags=["cover"] alt="Heat map of attention, with a planted interaction, to the eight risk factors that receive most. The cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. The other cells are near the uniform share."

@@ -4,8 +4,7 @@
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**
 #
 # The four heads of the first layer are needed least, and a cheap estimate ranks all eight similarly, with a rank
-# correlation above 0.6. Removing three heads costs more than 4 points of accuracy, and after five more epochs less
-# than 3.
+# correlation of 0.9. Removing three heads lowers the accuracy from 0.95 to 0.82, and five more epochs bring it to 0.96.
 #
 # Importance is measured by leaving a head out. No heat map can replace that experiment. You need to know the [recipe
 # for an existing model](existing_model.ipynb), which uses the same data, and [how to watch heads form](monitor.ipynb).
@@ -70,10 +69,7 @@ model = transformer([4, 4])
 model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy")
 model.fit(x_train, y_train, batch_size=64, epochs=12, verbose=0)
 accuracy = np.mean(np.argmax(model(x_test), axis=1) == y_test)
-print(
-    "More than 90% of the digits of the third part are read correctly: "
-    f"{accuracy > 0.9}"
-)
+print(f"Accuracy on the third part: {accuracy:.2f}")
 
 # %% [markdown]
 # ## An estimate and the experiment
@@ -114,20 +110,11 @@ plt.show()
 
 loss_with_all = importance["attention_0"].attrs["loss_value"]
 print("Most needed is a head of", names[ablation.argmax()][0])
-print(f"Without it the loss more than doubles: {ablation.max() > loss_with_all}")
+print(f"Without it the loss rises from {loss_with_all:.1f} by {ablation.max():.1f}")
 ranks = np.argsort(np.argsort([gradient, ablation]))
-print(
-    "Rank correlation of estimate and experiment above 0.6: "
-    f"{np.corrcoef(ranks)[0, 1] > 0.6}"
-)
-print(
-    "By gradient, the largest is less than 3 times the smallest: "
-    f"{gradient.max() < 3 * gradient.min()}"
-)
-print(
-    "By ablation, it is more than 4 times the smallest: "
-    f"{ablation.max() > 4 * ablation.min()}"
-)
+print(f"Rank correlation of estimate and experiment: {np.corrcoef(ranks)[0, 1]:.1f}")
+print(f"Gradient: {gradient.min():.2f} to {gradient.max():.2f}")
+print(f"Ablation: {ablation.min():.2f} to {ablation.max():.2f}")
 
 # %% [markdown]
 # The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, and the
@@ -209,30 +196,23 @@ ax.set_ylim(0, 1)
 ax.legend(fontsize="small")
 plt.show()
 
-least_first, _, most_first = curves.values()
-print(
-    "The least important head costs less than 4 points of accuracy: "
-    f"{accuracy - least_first[1] < 0.04}"
-)
-print(f"The most important one costs more than 10: {accuracy - most_first[1] > 0.1}")
+for order, curve in curves.items():
+    print(f"{order}:", *(f"{value:.2f}" for value in curve))
 four = [names[head] for head in np.argsort(ablation)[:4]]
-print(
-    "The four least important are all of attention_0: "
-    f"{all(layer == 'attention_0' for layer, _ in four)}"
-)
+print("The four least important:", *(f"{layer}/{head}" for layer, head in sorted(four)))
 together = loss(without(four, x_choose), y_choose) - loss(
     without([], x_choose), y_choose
 )
 one_by_one = np.sort(ablation)[:4].sum()
 print(
-    "The loss without all four rises more than twice as much as one by one, added up: "
-    f"{together > 2 * one_by_one}"
+    f"Rise of the loss: {one_by_one:.2f} one by one, added up; {together:.2f} without "
+    "all four"
 )
 
 # %% [markdown]
 # In the picture, the two curves that begin with the least important heads are nearly the same. Removing heads one at a
 # time is not removing them together. Each head of the first layer alone costs little, because the other three are
-# there. Without all four, the loss rises more than twice as much as the four single rises added up.
+# there. The four single rises of the loss add up to 0.24, and without all four it rises by 0.62.
 #
 # ## Prune
 #
@@ -263,10 +243,8 @@ def prune(gone):
 three = four[:3]
 smaller = prune(three)
 print(f"Parameters: {smaller.count_params()} instead of {model.count_params()}")
-print(
-    "Same outputs as with slices of zeros: "
-    f"{np.allclose(smaller(x_test), without(three, x_test), atol=1e-5)}"
-)
+apart = np.abs(np.asarray(smaller(x_test)) - without(three, x_test)).max()
+print(f"Largest difference from the outputs with slices of zeros: {apart:.5f}")
 
 # %% [markdown]
 # The heads that stay were trained together with those that are gone. After a few more epochs, they take over part of
@@ -277,8 +255,8 @@ cut = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
 smaller.compile(keras.optimizers.Adam(0.002), "sparse_categorical_crossentropy")
 smaller.fit(x_train, y_train, batch_size=64, epochs=5, verbose=0)
 retrained = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
-print(f"Three heads removed: more than 4 points lost: {accuracy - cut > 0.04}")
-print(f"After five more epochs: less than 3 points lost: {accuracy - retrained < 0.03}")
+print(f"Accuracy with all heads: {accuracy:.2f}, without three: {cut:.2f}")
+print(f"After five more epochs: {retrained:.2f}")
 
 # %% [markdown]
 # ## What importance says, and what it does not

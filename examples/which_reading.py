@@ -4,7 +4,8 @@
 # **One model, seven readings of what matters to it, and they disagree. Which of them names the columns that make the outcome?**
 #
 # Four of seven readings are right about every pair of columns in both models: attention × gradient, integrated
-# gradients, permutation importance and the conditional effect. Attention, rollout and the value norm are not.
+# gradients, permutation importance and the conditional effect. Attention, rollout and the value norm are not: in the
+# second model, attention has an AUC of 0.73.
 #
 # We made the data, so we know the answer. The columns are readings of a machine. Three of them make the outcome:
 # `heat`, `load` and `speed`. Five others have nothing to do with it, and three of these, the counters, hold larger
@@ -67,10 +68,7 @@ def error(model, x, y):
 
 for model in models:
     explained = 1 - error(model, x_test, y_test) / y_test.var()
-    print(
-        "explains more than three quarters of the variance of new samples: "
-        f"{explained > 0.75}"
-    )
+    print(f"explains {explained:.2f} of the variance of new samples")
 
 # %% [markdown]
 # ## Seven readings
@@ -153,7 +151,7 @@ aucs = {
     reading: [auc(result[reading]) for result in readings] for reading in readings[0]
 }
 for reading, values in aucs.items():
-    print(f"{reading}: right about every pair in both models: {min(values) == 1}")
+    print(f"{reading:23} AUC {values[0]:.2f} and {values[1]:.2f}")
 
 # %% alt="Seven rows of two dots, the AUC of each reading in two models. Attention, rollout and value norm have one dot at 1 and the other between 0.7 and 0.9. The other four have both dots at 1."
 fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")

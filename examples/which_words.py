@@ -164,7 +164,7 @@ for library, name in enumerate(libraries):
     print("    attention            ", *shares["token"].values[:5])
     print("    integrated gradients ", *gradients["token"].values[:5])
     print("    bag of words         ", *bag.get_feature_names_out()[coefficients[:5]])
-print(f"largest mean share of attention: {largest_share:.1f} times the uniform share")
+print(f"largest mean share of attention: {largest_share:.1f} × the uniform share")
 
 # %% [markdown]
 # Integrated gradients and the bag of words share some words for NumPy and SciPy, and *model* for scikit-learn, although
