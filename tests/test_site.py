@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 import kerasfactory
+from kerasfactory.explain._audit.schema import RECORD
 
 ROOT = Path(__file__).parents[1]
 # Every public package has an API page of its name.
@@ -35,6 +36,25 @@ def test_links_and_anchors_lead_somewhere(site_url, tmp_path):
 def test_links_of_the_repository_lead_to_its_files(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_fields_for_regulated_users_are_those_of_an_audit():
+    text = (ROOT / "docs" / "about" / "regulated.md").read_text()
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*)`", text)) - {"id"}  # which a sentence names without its path
+    assert set(RECORD) <= named, "the table of fields lacks some"
+    for path in named:
+        rule = RECORD
+        for part in path.split("/"):
+            rule = getattr(rule, "rule", rule)  # what may be null
+            rule = rule[0] if isinstance(rule, list) else rule
+            assert isinstance(rule, dict), path
+            assert part in rule, path
+            rule = rule[part]
+
+
+def test_citation_names_the_version():
+    assert f"\nversion: {kerasfactory.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"{{{kerasfactory.__version__}}}" in (ROOT / "docs" / "about" / "cite.md").read_text()
 
 
 @pytest.mark.parametrize("package", PACKAGES)

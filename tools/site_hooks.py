@@ -54,9 +54,10 @@ def on_config(config):
     return config
 
 
-def on_page_markdown(markdown, **_):
-    """Numbers of a benchmark come from its result, not from somebody's keyboard."""
-    return re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
+def on_page_markdown(markdown, page, **_):
+    """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
+    markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
+    return re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
 
 
 def on_page_content(content, page, **_):
@@ -111,6 +112,16 @@ def _policy(page: str) -> str:
         "form-action": ["'none'"],
     }
     return "; ".join(" ".join([name, *sources]) for name, sources in rules.items())
+
+
+def _file(name: str, page: str) -> str:
+    """A file at the top of the repository: code, or a text without its title, whose links work from this page."""
+    text = (ROOT / name).read_text().strip()
+    if not name.endswith(".md"):
+        return f"```yaml\n{text}\n```"
+    start = posixpath.relpath(".", posixpath.dirname(page))
+    text = re.sub(r"\]\(docs/", f"]({start}/", text)
+    return text.partition("\n")[2].strip()
 
 
 def _pages(nav):
