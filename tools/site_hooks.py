@@ -9,22 +9,19 @@ import re
 import struct
 from pathlib import Path
 
-import griffe
 import nbformat
-from benchmark_tables import table  # beside this file, where MkDocs lets a hook look
+import reference  # beside this file, where MkDocs lets a hook look
+from benchmark_tables import table
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
 DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
-PUBLIC_NAMES = {
-    f"{prefix}{name}": f"kerasfactory.{package}.{name}"
-    for package, prefix in {"layers": "", "explain": "explain.", "plot": "plot."}.items()
-    for name in griffe.load(f"kerasfactory.{package}", search_paths=[ROOT], allow_inspection=False).exports
-}
 
 _command = "build"
+_titles: dict[str, str] = {}  # of the recipes, in the order of the navigation
 
 
 def on_startup(command, **_):
@@ -35,11 +32,14 @@ def on_startup(command, **_):
 
 def on_config(config):
     """Write the recipe pages, in the order of the navigation, before MkDocs collects its files."""
+    _complete(config.nav)
     names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
     names.remove("index")
     RECIPES.mkdir(exist_ok=True)
     run_times = json.loads(RUN_TIMES.read_text())
     recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
+    _titles.clear()
+    _titles.update({recipe["name"]: recipe["title"] for recipe in recipes})
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
         written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
@@ -54,8 +54,16 @@ def on_config(config):
     return config
 
 
+def on_files(files, config):
+    """Pages that are in no file."""
+    for path, text in reference.pages(_titles):
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
 def on_page_markdown(markdown, page, **_):
     """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
+    markdown = reference.overview(markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
     return re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
 
@@ -63,7 +71,7 @@ def on_page_markdown(markdown, page, **_):
 def on_page_content(content, page, **_):
     """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
-    content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
+    content = re.sub(r"<table>.*?</table>", _table, reference.with_anchors(content), flags=re.DOTALL)
     content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
@@ -122,6 +130,17 @@ def _file(name: str, page: str) -> str:
     start = posixpath.relpath(".", posixpath.dirname(page))
     text = re.sub(r"\]\(docs/", f"]({start}/", text)
     return text.partition("\n")[2].strip()
+
+
+def _complete(nav):
+    """Put the pages of the reference behind the overview of their package."""
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, list):
+                _complete([child for child in target if isinstance(child, dict)])
+            elif match := re.fullmatch(r"api/(\w+)\.md", target):
+                pages = [{name.short: name.page} for name in reference.in_order(match[1])]
+                entry[title] = [{"Overview": target}, *pages]
 
 
 def _pages(nav):
@@ -206,8 +225,8 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name, target in PUBLIC_NAMES.items():
-        text = re.sub(rf"(?<!\[)`{re.escape(name)}`", f"[`{name}`][{target}]", text)
+    for name in reference.NAMES.values():
+        text = re.sub(rf"(?<!\[)`{re.escape(name.short)}`", f"[`{name.short}`][{name.path}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
