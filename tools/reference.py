@@ -67,7 +67,7 @@ def _table(names: list[Name]) -> str:
 
 def with_anchors(content: str) -> str:
     """The rows of a table have the names that stood on this page when it was all of the reference."""
-    row = r'<tr>(?=\s*<td><a [^>]*href="[^"]*#(kerasfactory\.\w+\.\w+)")'
+    row = r'<tr>(?=\s*<td><autoref identifier="(kerasfactory\.\w+\.\w+)")'
     return re.sub(row, r'<tr id="\1">', content)
 
 
