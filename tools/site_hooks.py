@@ -10,7 +10,8 @@ import struct
 from pathlib import Path
 
 import nbformat
-import reference  # beside this file, where MkDocs lets a hook look
+import raised_texts  # beside this file, where MkDocs lets a hook look
+import reference
 from benchmark_tables import table
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
@@ -64,8 +65,17 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, **_):
     """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
     markdown = reference.overview(markdown)
+    markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
     return re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+
+
+def on_page_context(context, page, **_):
+    """A list of contents as long as the page helps nobody. The search, which reads it, was here before."""
+    if page.file.src_uri == "help/errors.md":
+        for entry in page.toc.items[0].children:
+            entry.children = []
+    return context
 
 
 def on_page_content(content, page, **_):
