@@ -120,7 +120,7 @@ def layout_problems(page):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_page_is_sound(site, site_url, new_page, device, scheme):
     addresses = sorted(str(path.relative_to(site)).removesuffix("index.html") for path in site.rglob("*.html"))
-    assert {"", "404.html", "recipes/", "api/layers/"} < set(addresses)
+    assert {"", "404.html", "recipes/", "api/layers/", "api/explain/capture/"} < set(addresses)
     page = new_page(device, scheme)
     heard = listen(page, site_url)
     problems = []

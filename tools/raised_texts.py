@@ -173,15 +173,15 @@ def _entry(raised: Raised) -> str:
     if len(heading) > _LONGEST_HEADING:
         heading, rest = heading[:_LONGEST_HEADING].rpartition(" ")[0] + " " + GAP, [raised.text]
     heading = heading if heading.count("`") % 2 == 0 else heading.replace("`", "")
-    said = f"{_markdown(rest[0])}\n\n" if rest else ""
+    said = f"{_markdown(rest[0])}\n\n" if rest and re.search(r"\w", rest[0]) else ""
     return f"### {_markdown(heading)}\n\n{said}{_by(raised)}"
 
 
 def _by(raised: Raised) -> str:
-    kind = "A warning" if raised.kind == "warning" else f"`{raised.kind}`"
+    said = "Warning from" if raised.kind == "warning" else f"`{raised.kind}`, raised by"
     if not raised.by or len(raised.by) > _MOST_CALLERS:
-        return f"{kind} of many functions of [`explain`](../api/explain.md)."
-    return f"{kind} of " + ", ".join(f"[`{name.short}`][{name.path}]" for name in raised.by) + "."
+        return f"{said} many functions of [`explain`](../api/explain.md)."
+    return f"{said} " + ", ".join(f"[`{name.short}`][{name.path}]" for name in raised.by) + "."
 
 
 def _markdown(text: str) -> str:

@@ -65,10 +65,9 @@ def _table(names: list[Name]) -> str:
     return "\n".join(["| name | what it does |", "|---|---|", *rows])
 
 
-def with_anchors(content: str) -> str:
+def with_anchors(page: str) -> str:
     """The rows of a table have the names that stood on this page when it was all of the reference."""
-    row = r'<tr>(?=\s*<td><autoref identifier="(kerasfactory\.\w+\.\w+)")'
-    return re.sub(row, r'<tr id="\1">', content)
+    return re.sub(r'<tr>(?=\s*<td><a [^>]*href="[^"]*#(kerasfactory\.\w+\.\w+)")', r'<tr id="\1">', page)
 
 
 def in_order(package: str) -> list[Name]:

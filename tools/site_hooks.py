@@ -81,7 +81,7 @@ def on_page_context(context, page, **_):
 def on_page_content(content, page, **_):
     """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
-    content = re.sub(r"<table>.*?</table>", _table, reference.with_anchors(content), flags=re.DOTALL)
+    content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
     content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
@@ -93,8 +93,10 @@ def on_page_content(content, page, **_):
     )
 
 
-def on_post_page(output, **_):
+def on_post_page(output, page=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
+        output = reference.with_anchors(output)
     if _command == "serve":  # which puts a script of its own into each page afterward
         return output
     head = '<meta charset="utf-8">'
