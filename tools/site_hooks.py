@@ -12,8 +12,10 @@ from pathlib import Path
 import nbformat
 import raised_texts  # beside this file, where MkDocs lets a hook look
 import reference
+import yaml
 from benchmark_tables import table
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
@@ -86,6 +88,7 @@ def on_page_content(content, page, **_):
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
     content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
+    content = content.replace('<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude')
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
     return re.sub(
@@ -95,6 +98,7 @@ def on_page_content(content, page, **_):
 
 def on_post_page(output, page=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    output = _replaced(output, r'("search": "[^"]*?)(javascripts/workers/search\.\w+\.min\.js)"', r'\1search.js?\2"')
     if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
         output = reference.with_anchors(output)
     if _command == "serve":  # which puts a script of its own into each page afterward
@@ -106,6 +110,32 @@ def on_post_page(output, page=None, **_):
 def on_post_template(output, template_name, **_):
     """The page that stands where there is none is no page to MkDocs, nor is the map of the site."""
     return on_post_page(output) if template_name.endswith(".html") else output
+
+
+def on_post_build(config):
+    """Give the search what people type who look for a page: see `tools/keywords.yml`."""
+    path = Path(config.site_dir) / "search" / "search_index.json"
+    index, keywords = json.loads(path.read_text()), yaml.safe_load((ROOT / "tools" / "keywords.yml").read_text())
+    places = {_place(page): words for page, words in keywords.items()}
+    for entry in index["docs"]:
+        if entry["location"] in places:
+            entry["keywords"] = places.pop(entry["location"])
+    if places:
+        raise PluginError(f"tools/keywords.yml names pages that are not there: {', '.join(map(repr, places))}")
+    path.write_text(json.dumps(index, separators=(",", ":")))
+
+
+def _place(page: str) -> str:
+    """Where a page is on the site."""
+    return re.sub(r"(^|/)index\.md$|\.md$", "/", page).removeprefix("/")
+
+
+def _replaced(output: str, pattern: str, by: str) -> str:
+    """The theme's HTML with one thing replaced; an error if the theme has changed."""
+    output, count = re.subn(pattern, by, output)
+    if count != 1:
+        raise PluginError(f"The theme's pages hold {pattern} {count} times instead of once.")
+    return output
 
 
 def _policy(page: str) -> str:
