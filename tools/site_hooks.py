@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import posixpath
 import re
@@ -88,9 +89,12 @@ def on_page_content(content, page, **_):
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
     content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
-    content = content.replace('<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude')
+    content = content.replace(
+        '<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude'
+    )
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
+    content = _lazy(content)
     return re.sub(
         r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
     )
@@ -122,7 +126,9 @@ def on_post_build(config):
             entry["keywords"] = places.pop(entry["location"])
     if places:
         raise PluginError(f"tools/keywords.yml names pages that are not there: {', '.join(map(repr, places))}")
-    path.write_text(json.dumps(index, separators=(",", ":")))
+    # They weigh more than a page. `docs/assets/search.js` loads them with the first question.
+    path.with_name("documents.json").write_text(json.dumps(index.pop("docs"), separators=(",", ":")))
+    path.write_text(json.dumps({**index, "docs": []}))
 
 
 def _place(page: str) -> str:
@@ -215,6 +221,13 @@ def _scrolling(name: str, content: str) -> str:
     """A box that scrolls sideways on a narrow screen, also with the keyboard, which needs the focus for it."""
     name = html.escape(html.unescape(name))
     return f'<div class="scroll" role="group" aria-label="{name}" tabindex="0">{content}</div>'
+
+
+def _lazy(content: str) -> str:
+    """Pictures are loaded as a reader comes near them, but for the first few, which may be in the first view."""
+    numbers = itertools.count()
+    first = 3 if "gallery" in content else 1
+    return re.sub(r"<img ", lambda match: match[0] + 'loading="lazy" ' * (next(numbers) >= first), content)
 
 
 def _size(url: str, picture: str) -> str:
