@@ -120,7 +120,7 @@ def layout_problems(page):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_page_is_sound(site, site_url, new_page, device, scheme):
     addresses = sorted(str(path.relative_to(site)).removesuffix("index.html") for path in site.rglob("*.html"))
-    assert {"", "404.html", "recipes/", "api/layers/"} < set(addresses)
+    assert {"", "404.html", "recipes/", "api/layers/", "api/explain/capture/"} < set(addresses)
     page = new_page(device, scheme)
     heard = listen(page, site_url)
     problems = []
@@ -151,6 +151,96 @@ def test_search_finds_a_page(site_url, new_page, device, scheme):
     expect(page).to_have_url(re.compile("/recipes/finance/"))
     expect(page.locator("h1")).to_contain_text("Financial risk")
     assert not heard
+
+
+# What people type, and the page that must be among the first three results.
+QUESTIONS = {
+    # installing and starting
+    "how to install": "start/install/",
+    "pip install kerasfactory": "start/install/",
+    "choose backend jax": "start/install/",
+    "quick start": "start/your-model/",
+    "attention heatmap of my own model": "start/your-model/",
+    "attention map for pandas": "start/your-table/",
+    "dataframe with missing values": "recipes/raw_table/",
+    "which function should I use": "start/which-function/",
+    # symptoms
+    "scores None after fit": "help/errors/",
+    "nan in attention": "help/errors/",
+    "mask lost": "help/errors/",
+    "attention looks at padding": "help/errors/",
+    "Cannot convert a symbolic tf.Tensor to a numpy array": "help/errors/",
+    "object has no attribute attention_scores": "help/errors/",
+    "flash attention return_attention_scores": "help/errors/",
+    "`level` must be a number between 0 and 0.5": "help/errors/",
+    "out of memory": "help/memory/",
+    "gpu": "help/memory/",
+    "all scores are 1": "help/faq/",
+    "heads all look the same": "help/errors/",
+    # what people want to do
+    "which columns matter": "start/your-table/",
+    "feature importance": "start/which-function/",
+    "permutation importance": "recipes/which_reading/",
+    "bert attention keras hub": "learn/keras-hub/",
+    "llama gemma gpt2 attention": "learn/keras-hub/",
+    "vision transformer saliency": "recipes/vision_transformer/",
+    "time series forecast which time steps": "recipes/which_hours/",
+    "sentiment which words": "recipes/which_words/",
+    "shap vs attention": "recipes/beside_shap/",
+    "is attention explanation": "concepts/reading-attention/",
+    "prune heads": "recipes/prune/",
+    "tensorboard callback": "recipes/monitor/",
+    "EU AI Act": "about/regulated/",
+    "bertviz captum comparison": "about/compared/",
+    "interactive plot": "api/plot/interactive/",
+    "explain.capture": "api/explain/capture/",
+    "causal mask use_causal_mask": "api/layers/InterpretableMultiHeadAttention/",
+    # misspelled
+    "attension visualisation": "recipes/visualization/",
+    "intergrated gradients": "api/explain/attribute/",
+    "explainabilty report for auditor": "recipes/audit/",
+}
+ASK = """async question => {
+    const config = JSON.parse(document.getElementById("__config").textContent)
+    const answers = message => new Promise(done => {
+        window.searching.onmessage = ({ data }) => done(data.data)
+        window.searching.postMessage(message)
+    })
+    if (!window.searching) {
+        window.searching = new Worker(new URL(config.search, location))
+        const index = await (await fetch("search/search_index.json")).json()
+        await answers({ type: 0, data: { ...index, options: {} } })
+    }
+    const { items } = await answers({ type: 2, data: question })
+    return items.map(([{ location }]) => location.replace(/#.*/, ""))
+}"""
+
+
+@pytest.fixture(scope="module")
+def ask(browser, site_url):
+    """Asks the search as the theme does: the places of the pages that it finds, the best first."""
+    with browser.new_context(base_url=site_url) as context:
+        page = context.new_page()
+        page.goto("")
+        yield lambda question: page.evaluate(ASK, question)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_search_answers_what_people_ask(ask, question):
+    found = ask(question)[:3]
+    assert QUESTIONS[question] in found
+
+
+def test_search_is_loaded_with_the_first_question(site, new_page):
+    page = new_page()
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.goto("", wait_until="networkidle")
+    assert not [url for url in requested if url.endswith("search/documents.json")]
+    page.locator(".md-search__input").click()
+    page.locator(".md-search__input").press_sequentially("atention rolout")  # misspelled
+    expect(page.locator(".md-search-result__link[href*='rollout/']").first).to_be_visible()
+    assert len([url for url in requested if url.endswith("search/documents.json")]) == 1
 
 
 def test_pages_run_no_script_and_load_no_picture_but_their_own(site, new_page):

@@ -1,6 +1,10 @@
 """The built site: strict build, links and anchors, and the API pages against the package."""
 
+import ast
+import html
 import importlib
+import inspect
+import json
 import pkgutil
 import re
 import subprocess
@@ -8,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import keras
 import nbformat
 import pytest
 
@@ -15,11 +20,11 @@ import kerasfactory
 from kerasfactory.explain._audit.schema import RECORD
 
 ROOT = Path(__file__).parents[1]
-# Every public package has an API page of its name.
-PACKAGES = [
-    package.name
+PUBLIC_NAMES = [
+    (package.name, name)
     for package in pkgutil.iter_modules(kerasfactory.__path__)
     if package.ispkg and not package.name.startswith("_")
+    for name in importlib.import_module(f"kerasfactory.{package.name}").__all__
 ]
 
 
@@ -57,16 +62,73 @@ def test_citation_names_the_version():
     assert f"{{{kerasfactory.__version__}}}" in (ROOT / "docs" / "about" / "cite.md").read_text()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_is_on_its_api_page(site, package):
-    module, page = f"kerasfactory.{package}", f"api/{package}"
-    html = (site / page / "index.html").read_text()
+def _article(page):
+    """The text of a built page, without tags, its white space made single."""
+    article = re.search(r"<article.*?</article>", page.read_text(), flags=re.DOTALL)[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", article)).split())
+
+
+def _places(site):
+    """Where the pages of the public names are, as the site tells other sites."""
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
-    for name in importlib.import_module(module).__all__:
-        assert f'id="{module}.{name}"' in html, f"{name} has no anchor on {page}"
-        assert re.search(rf"^{re.escape(module)}\.(\w+\.)?{name} py:(class|function) ", inventory, re.MULTILINE), (
-            f"{name} has no entry in the API index: add `::: {module}.{name}.{name}` to docs/{page}.md"
-        )
+    return {line.split()[0]: line.split()[3].partition("#")[0] for line in inventory.splitlines()}
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC_NAMES)
+def test_every_public_name_has_a_page(site, package, name):
+    places = _places(site)
+    # A layer has a file of its name, and is known by that.
+    place = places.get(f"kerasfactory.{package}.{name}") or places[f"kerasfactory.{package}.{name}.{name}"]
+    page = (site / place / "index.html").read_text()
+    short = name if package == "layers" else f"{package}.{name}"
+    assert re.sub(r"<[^>]*>", "", re.search(r"<h1.*?</h1>", page, flags=re.DOTALL)[0]).split() == [short, "&para;"]
+    assert f'id="kerasfactory.{package}.{name}"' in page
+    assert "Source code in" in page
+    overview = (site / "api" / package / "index.html").read_text()
+    assert f'<tr id="kerasfactory.{package}.{name}">' in overview, "its address before it had a page of its own"
+    assert f'href="{place.removeprefix(f"api/{package}/")}#kerasfactory.{package}.{name}"' in overview
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC_NAMES)
+def test_every_public_name_is_used_in_a_recipe(site, package, name):
+    places = _places(site)
+    place = places.get(f"kerasfactory.{package}.{name}") or places[f"kerasfactory.{package}.{name}.{name}"]
+    _, _, recipes = (site / place / "index.html").read_text().partition('id="recipes-that-use-it"')
+    assert re.search(r'<li><a href="../../../recipes/\w+/">', recipes), f"no recipe uses {package}.{name}"
+
+
+def test_the_page_of_a_name_lists_the_recipes_whose_code_uses_it(site):
+    for name, words in {"explain/rollout": "explain.rollout(", "plot/text": "plot.text("}.items():
+        users = set()
+        for path in (ROOT / "examples").glob("*.ipynb"):
+            cells = nbformat.read(path, as_version=4).cells
+            if any(words in cell.source for cell in cells if cell.cell_type == "code"):
+                users.add(path.stem)
+        _, _, recipes = (site / "api" / name / "index.html").read_text().partition('id="recipes-that-use-it"')
+        assert set(re.findall(r'<li><a href="../../../recipes/(\w+)/">', recipes)) == users
+
+
+def test_arguments_that_the_layer_passes_on_are_described_with_their_defaults(site):
+    text = _article(site / "api" / "layers" / "InterpretableMultiHeadAttention" / "index.html")
+    described = text[text.index("Other Parameters") : text.index("Call arguments")]
+    for name, parameter in inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters.items():
+        if name not in {"self", "kwargs", "num_heads", "key_dim", "dropout"}:
+            default = json.dumps(parameter.default) if isinstance(parameter.default, str) else str(parameter.default)
+            assert re.search(rf"\b{name} – [^–]*Defaults to {re.escape(default)}(?!\w)", described), name
+
+
+def test_every_text_that_is_raised_is_on_the_page_of_errors(site):
+    text = _article(site / "help" / "errors" / "index.html").replace("`", "").replace("¶", "")
+    for path in (ROOT / "kerasfactory").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.search(r"(Error|\bwarn)$", ast.unparse(node.func)) and node.args:
+                said = node.args[0]
+                for part in said.values if isinstance(said, ast.JoinedStr) else [said]:
+                    words = " ".join(str(getattr(part, "value", "")).replace("`", "").split())
+                    if isinstance(part, ast.Constant) and len(words) > 12 and not words.startswith(". Received"):
+                        # The first sentence is a heading, the rest stands below.
+                        for sentence in re.split(r"(?<=[.?!])\s+(?=[A-Z])", words):
+                            assert sentence in text, f"{path.name}, line {node.lineno}"
 
 
 def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):
@@ -74,10 +136,10 @@ def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):
     for path in (ROOT / "examples").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
-            html = [data["text/html"] for data in outputs if "text/html" in data]
+            pieces = [data["text/html"] for data in outputs if "text/html" in data]
             if "interactive" in cell.metadata.get("tags", []):
-                assert html, f"nothing to embed in {path.name}:\n{cell.source}"
-                fragments.setdefault(path.stem, []).extend(html)
+                assert pieces, f"nothing to embed in {path.name}:\n{cell.source}"
+                fragments.setdefault(path.stem, []).extend(pieces)
     assert "visualization" in fragments
     for recipe, pieces in fragments.items():
         page = (site / "recipes" / recipe / "index.html").read_text()
@@ -90,4 +152,4 @@ def test_formulas_are_mathml(site):
         text = page.read_text()
         assert "arithmatex" not in text, f"a formula was left as source on {page}"
         assert not re.search(r"<mi>(&#x029F5;|[a-z]{2,})", text), f"a sign without font, or a slanted name, on {page}"
-    assert "<math" in (site / "api/layers/index.html").read_text()
+    assert "<math" in (site / "api/layers/InterpretableMultiHeadAttention/index.html").read_text()

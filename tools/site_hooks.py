@@ -3,28 +3,29 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import posixpath
 import re
 import struct
 from pathlib import Path
 
-import griffe
 import nbformat
-from benchmark_tables import table  # beside this file, where MkDocs lets a hook look
+import raised_texts  # beside this file, where MkDocs lets a hook look
+import reference
+import yaml
+from benchmark_tables import table
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
 DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
-PUBLIC_NAMES = {
-    f"{prefix}{name}": f"kerasfactory.{package}.{name}"
-    for package, prefix in {"layers": "", "explain": "explain.", "plot": "plot."}.items()
-    for name in griffe.load(f"kerasfactory.{package}", search_paths=[ROOT], allow_inspection=False).exports
-}
 
 _command = "build"
+_titles: dict[str, str] = {}  # of the recipes, in the order of the navigation
 
 
 def on_startup(command, **_):
@@ -35,11 +36,14 @@ def on_startup(command, **_):
 
 def on_config(config):
     """Write the recipe pages, in the order of the navigation, before MkDocs collects its files."""
+    _complete(config.nav)
     names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
     names.remove("index")
     RECIPES.mkdir(exist_ok=True)
     run_times = json.loads(RUN_TIMES.read_text())
     recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
+    _titles.clear()
+    _titles.update({recipe["name"]: recipe["title"] for recipe in recipes})
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
         written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
@@ -54,10 +58,27 @@ def on_config(config):
     return config
 
 
+def on_files(files, config):
+    """Pages that are in no file."""
+    for path, text in reference.pages(_titles):
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
 def on_page_markdown(markdown, page, **_):
     """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
+    markdown = reference.overview(markdown)
+    markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
     return re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+
+
+def on_page_context(context, page, **_):
+    """A list of contents as long as the page helps nobody. The search, which reads it, was here before."""
+    if page.file.src_uri == "help/errors.md":
+        for entry in page.toc.items[0].children:
+            entry.children = []
+    return context
 
 
 def on_page_content(content, page, **_):
@@ -68,15 +89,22 @@ def on_page_content(content, page, **_):
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
     content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
+    content = content.replace(
+        '<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude'
+    )
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
+    content = _lazy(content)
     return re.sub(
         r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
     )
 
 
-def on_post_page(output, **_):
+def on_post_page(output, page=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    output = _replaced(output, r'("search": "[^"]*?)(javascripts/workers/search\.\w+\.min\.js)"', r'\1search.js?\2"')
+    if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
+        output = reference.with_anchors(output)
     if _command == "serve":  # which puts a script of its own into each page afterward
         return output
     head = '<meta charset="utf-8">'
@@ -86,6 +114,34 @@ def on_post_page(output, **_):
 def on_post_template(output, template_name, **_):
     """The page that stands where there is none is no page to MkDocs, nor is the map of the site."""
     return on_post_page(output) if template_name.endswith(".html") else output
+
+
+def on_post_build(config):
+    """Give the search what people type who look for a page: see `tools/keywords.yml`."""
+    path = Path(config.site_dir) / "search" / "search_index.json"
+    index, keywords = json.loads(path.read_text()), yaml.safe_load((ROOT / "tools" / "keywords.yml").read_text())
+    places = {_place(page): words for page, words in keywords.items()}
+    for entry in index["docs"]:
+        if entry["location"] in places:
+            entry["keywords"] = places.pop(entry["location"])
+    if places:
+        raise PluginError(f"tools/keywords.yml names pages that are not there: {', '.join(map(repr, places))}")
+    # They weigh more than a page. `docs/assets/search.js` loads them with the first question.
+    path.with_name("documents.json").write_text(json.dumps(index.pop("docs"), separators=(",", ":")))
+    path.write_text(json.dumps({**index, "docs": []}))
+
+
+def _place(page: str) -> str:
+    """Where a page is on the site."""
+    return re.sub(r"(^|/)index\.md$|\.md$", "/", page).removeprefix("/")
+
+
+def _replaced(output: str, pattern: str, by: str) -> str:
+    """The theme's HTML with one thing replaced; an error if the theme has changed."""
+    output, count = re.subn(pattern, by, output)
+    if count != 1:
+        raise PluginError(f"The theme's pages hold {pattern} {count} times instead of once.")
+    return output
 
 
 def _policy(page: str) -> str:
@@ -124,6 +180,17 @@ def _file(name: str, page: str) -> str:
     return text.partition("\n")[2].strip()
 
 
+def _complete(nav):
+    """Put the pages of the reference behind the overview of their package."""
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, list):
+                _complete([child for child in target if isinstance(child, dict)])
+            elif match := re.fullmatch(r"api/(\w+)\.md", target):
+                pages = [{name.short: name.page} for name in reference.in_order(match[1])]
+                entry[title] = [{"Overview": target}, *pages]
+
+
 def _pages(nav):
     for entry in nav:
         for target in entry.values() if isinstance(entry, dict) else [entry]:
@@ -154,6 +221,13 @@ def _scrolling(name: str, content: str) -> str:
     """A box that scrolls sideways on a narrow screen, also with the keyboard, which needs the focus for it."""
     name = html.escape(html.unescape(name))
     return f'<div class="scroll" role="group" aria-label="{name}" tabindex="0">{content}</div>'
+
+
+def _lazy(content: str) -> str:
+    """Pictures are loaded as a reader comes near them, but for the first few, which may be in the first view."""
+    numbers = itertools.count()
+    first = 3 if "gallery" in content else 1
+    return re.sub(r"<img ", lambda match: match[0] + 'loading="lazy" ' * (next(numbers) >= first), content)
 
 
 def _size(url: str, picture: str) -> str:
@@ -206,8 +280,8 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name, target in PUBLIC_NAMES.items():
-        text = re.sub(rf"(?<!\[)`{re.escape(name)}`", f"[`{name}`][{target}]", text)
+    for name in reference.NAMES.values():
+        text = re.sub(rf"(?<!\[)`{re.escape(name.short)}`", f"[`{name.short}`][{name.path}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 

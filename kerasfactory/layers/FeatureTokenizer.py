@@ -58,6 +58,17 @@ class FeatureTokenizer(keras.layers.Layer):
         print(tokens.shape)
         #> (2, 3, 8)
         ```
+
+        `get_config` returns all arguments, and `from_config` makes a new layer of them, with new weights:
+
+        ```python
+        from kerasfactory.layers import FeatureTokenizer
+
+        tokenizer = FeatureTokenizer(8, feature_names=["age", "income", "region"], cardinalities={"region": 4})
+        copy = FeatureTokenizer.from_config(tokenizer.get_config())
+        print(copy.get_config() == tokenizer.get_config())
+        #> True
+        ```
     """
 
     def __init__(

@@ -52,11 +52,30 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         n_head: Number of heads. A positive integer. It need not divide anything.
         dropout_rate: Share of attention scores dropped in training, in `[0, 1)`. The scores you read are
             taken before dropout.
-        **kwargs: Passed on to `keras.layers.MultiHeadAttention`: `value_dim`, `use_bias`, `output_shape`,
-            `attention_axes`, `kernel_initializer`, `bias_initializer`, `kernel_regularizer`,
-            `bias_regularizer`, `activity_regularizer`, `kernel_constraint`, `bias_constraint`, `seed`, and
-            whatever else the installed Keras offers there (`sliding_window`, `use_gate`, …). `name`, `dtype`
-            and `trainable` are the layer's own.
+        **kwargs: The arguments below, which are passed on to `keras.layers.MultiHeadAttention`, with whatever else
+            the installed Keras offers there. `name`, `dtype` and `trainable` are the layer's own.
+
+    Keyword Args:
+        value_dim: Size of each head for value. A positive integer. Defaults to `None`: the size for query and key,
+            `d_model`.
+        use_bias: Whether the four projections (of query, key, value and output) have biases. Defaults to `True`.
+        output_shape: Size of the output beside batch and positions: a positive integer, or a tuple of them. Defaults
+            to `None`: that of the query.
+        attention_axes: The axes to attend over: an integer, or a tuple of them. Defaults to `None`: all axes between
+            the first, the batch, and the last, the features.
+        kernel_initializer: How the kernels of the projections start. Defaults to `"glorot_uniform"`.
+        bias_initializer: How the biases of the projections start. Defaults to `"zeros"`.
+        kernel_regularizer: A penalty on the kernels, which is added to the loss. Defaults to `None`.
+        bias_regularizer: A penalty on the biases. Defaults to `None`.
+        activity_regularizer: A penalty on what the projections return. Defaults to `None`.
+        kernel_constraint: What the kernels are projected to after each step of the optimizer. Defaults to `None`.
+        bias_constraint: The same for the biases. Defaults to `None`.
+        seed: Of the dropout: an integer. Defaults to `None`: another one each time.
+        flash_attention: Whether the output is computed by flash attention. It takes no dropout. Defaults to `None`:
+            where Keras can.
+        sliding_window: Keep each query to the keys that lie fewer than this many positions away. A positive integer.
+            Defaults to `None`: all keys. Needs Keras 3.15.
+        use_gate: Whether a sigmoid of the query is multiplied onto the output of the heads. Defaults to `False`.
 
     Call arguments:
         - `query`: Tensor of shape `(batch, query, features)`.
@@ -89,6 +108,17 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         #> (32, 10, 64)
         print(layer.attention_scores.shape)
         #> (32, 8, 10, 10)
+        ```
+
+        `get_config` returns all arguments, and `from_config` makes a new layer of them, with new weights:
+
+        ```python
+        from kerasfactory.layers import InterpretableMultiHeadAttention
+
+        layer = InterpretableMultiHeadAttention(d_model=64, n_head=8, value_dim=32)
+        copy = InterpretableMultiHeadAttention.from_config(layer.get_config())
+        print(copy.get_config() == layer.get_config())
+        #> True
         ```
     """
 
