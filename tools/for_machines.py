@@ -38,7 +38,7 @@ def source(page: str) -> str:
     """The file that people edit to change a page."""
     for name in reference.NAMES.values():
         if name.page == page:
-            return name.code.filepath.relative_to(reference.ROOT).as_posix()
+            return name.source
     if page == "recipes/index.md":
         return "tools/site_hooks.py"
     return re.sub(r"^recipes/(\w+)\.md$", r"examples/\1.py", page) if page.startswith("recipes/") else f"docs/{page}"
@@ -61,7 +61,7 @@ def colab(recipe: str, source_url: str) -> str:
         return ""
     link = f"https://colab.research.google.com/github/{repository}/blob/{_BRANCH}/examples/{recipe}.ipynb"
     install = f'!pip install "kerasfactory[explain,plot] @ git+{source_url}"'
-    return f"[Open in Colab]({link})\n</p>\n\n<p class=\"facts\" markdown>\nIn Colab, first run `{install}`."
+    return f'[Open in Colab]({link})\n</p>\n\n<p class="facts" markdown>\nIn Colab, first run `{install}`.'
 
 
 def bundle(files: list[Path]) -> bytes:
@@ -76,7 +76,7 @@ def bundle(files: list[Path]) -> bytes:
 
 
 def plain(markdown: str, page) -> str:
-    """A page's Markdown for those who read nothing else: with its docstring, and links that need no page around them."""
+    """A page's Markdown for those who see no page: with its docstring, and links from the top of the site."""
     markdown = re.sub(r"^::: (\S+)\n(?: {4}.*\n)+", lambda match: _docstring(match[1]), markdown, flags=re.MULTILINE)
     markdown = re.sub(r"\[\]\(\)\{ #.*? \}\n*", "", markdown)
     markdown = re.sub(r"\[(`[^`\]]+`)\]\[[\w.]+\]", r"\1", markdown)

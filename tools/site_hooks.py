@@ -10,8 +10,8 @@ import re
 import struct
 from pathlib import Path
 
-import nbformat
 import for_machines  # beside this file, where MkDocs lets a hook look
+import nbformat
 import raised_texts
 import reference
 import yaml
