@@ -294,6 +294,59 @@ def test_copy_buttons_copy_exactly_the_code(new_page):
     assert copied == ["\n\n".join(cells), *cells]
 
 
+COVERED = """() => {
+    const lies = (box, element) => {
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+        for (let text; text = walker.nextNode();) {
+            const range = document.createRange()
+            range.selectNodeContents(text)
+            for (const other of text.data.trim() ? range.getClientRects() : [])
+                if (other.right > box.left + 1 && other.left < box.right - 1 &&
+                    other.bottom > box.top + 1 && other.top < box.bottom - 1) return true
+        }
+    }
+    return [...document.querySelectorAll("pre > .md-code__nav")].filter(nav => {
+        const box = nav.getBoundingClientRect(), before = nav.closest(".highlight").previousElementSibling
+        return box.width && [nav.parentElement.querySelector("code"), before].some(other => other && lies(box, other))
+    }).map(nav => nav.parentElement.innerText.slice(0, 80))
+}"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copy_buttons_cover_no_text(new_page, device):
+    page = new_page(device)
+    for address in (
+        "start/your-model/",
+        "start/install/",
+        "recipes/prune/",
+        "api/explain/head_statistics/",
+        "help/faq/",
+    ):
+        page.goto(address)
+        page.locator(".md-code__nav").first.wait_for(state="attached")
+        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert page.evaluate(COVERED) == [], address
+
+
+CUT = """() => [...document.querySelectorAll("article *")].filter(element =>
+    element.clientWidth > 0 && element.scrollWidth > element.clientWidth + 4 &&
+    getComputedStyle(element).display !== "inline" && !element.closest("svg, math, .thumbnail, .word, iframe")
+).map(element => `${element.tagName}: ${element.innerText.slice(0, 60)}`)"""
+
+
+def test_on_paper_nothing_is_cut_and_nothing_is_there_twice(site, new_page):
+    page = new_page()
+    page.set_viewport_size({"width": 718, "height": 1000})  # between the margins of A4
+    page.emulate_media(media="print")
+    for path in sorted(site.rglob("index.html")):
+        address = str(path.parent.relative_to(site))
+        page.goto(f"{address}/".replace("./", ""))
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")  # on which the theme unfolds what is folded
+        assert page.evaluate(CUT) == [], address
+        assert not page.locator("summary", has_text="All the code").is_visible(), address
+        assert not page.locator(".mkdocstrings-source pre").first.is_visible(), address
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_interactive_map_can_be_used_without_a_mouse_and_with_one(site_url, new_page, device):
     page = new_page(device)
@@ -440,7 +493,8 @@ def test_keyboard_leads_to_content_menu_and_search(new_page):
     page.goto("recipes/")
     page.locator("label[title=Menu]").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("link", name="Attention visualization").first).to_be_in_viewport()
+    menu = page.locator(".md-sidebar--primary")
+    expect(menu.get_by_role("link", name="All recipes").first).to_be_in_viewport()
 
     page.goto("")
     page.locator("label[title=Search]").focus()

@@ -1,14 +1,19 @@
 """The built site: strict build, links and anchors, and the API pages against the package."""
 
 import ast
+import collections
 import html
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
+import shutil
+import statistics
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -83,7 +88,8 @@ def test_every_public_name_has_a_page(site, package, name):
     short = name if package == "layers" else f"{package}.{name}"
     assert re.sub(r"<[^>]*>", "", re.search(r"<h1.*?</h1>", page, flags=re.DOTALL)[0]).split() == [short, "&para;"]
     assert f'id="kerasfactory.{package}.{name}"' in page
-    assert "Source code in" in page
+    source = re.search(r"Source: <code>(kerasfactory/[\w/]+\.py)</code>", page)[1]
+    assert re.search(rf"^(def|class) {name}\b", (ROOT / source).read_text(), re.MULTILINE)
     overview = (site / "api" / package / "index.html").read_text()
     assert f'<tr id="kerasfactory.{package}.{name}">' in overview, "its address before it had a page of its own"
     assert f'href="{place.removeprefix(f"api/{package}/")}#kerasfactory.{package}.{name}"' in overview
@@ -129,6 +135,105 @@ def test_every_text_that_is_raised_is_on_the_page_of_errors(site):
                         # The first sentence is a heading, the rest stands below.
                         for sentence in re.split(r"(?<=[.?!])\s+(?=[A-Z])", words):
                             assert sentence in text, f"{path.name}, line {node.lineno}"
+
+
+def _pages(site):
+    """The text of each page, by its place."""
+    return {str(path.parent.relative_to(site)): path.read_text() for path in sorted(site.rglob("index.html"))}
+
+
+def _tags(page):
+    """What a page says of itself in its head."""
+    return dict(re.findall(r'<meta (?:name|property)="([\w:]+)" content="([^"]*)">', page))
+
+
+def test_every_page_describes_itself_and_has_a_preview(site):
+    described = {}
+    for place, page in _pages(site).items():
+        tags = _tags(page)
+        assert tags["og:title"], place
+        assert html.unescape(tags["og:description"]) == html.unescape(tags["description"]), place
+        described.setdefault(tags["description"], []).append(place)
+        assert (site / place / tags["og:image"]).resolve().is_file(), place
+        if cover := re.search(r'<img [^>]*class="figure cover" [^>]*?src="([^"]*)"', page):
+            assert tags["og:image"] == cover[1], place
+    assert not {places[0]: places for places in described.values() if len(places) > 1}, "one description for several"
+
+
+@pytest.fixture(scope="module")
+def public_site(tmp_path_factory):
+    """The site as it is built for a public address."""
+    folder = tmp_path_factory.mktemp("public")
+    addresses = {"SITE_URL": "https://example.org/docs/", "SOURCE_URL": "https://github.com/someone/kerasfactory"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    subprocess.run(command, check=True, env=os.environ | addresses)
+    yield folder
+    # The recipes' pages were written with these addresses, and are written again by whoever builds next.
+    shutil.rmtree(ROOT / "docs" / "recipes")
+
+
+def test_addresses_appear_once_they_are_configured(site, public_site):
+    pages, public = _pages(site), _pages(public_site)
+    assert set(pages) == set(public)
+    for place, page in public.items():
+        address = f"https://example.org/docs/{place}/".replace("/./", "/")
+        assert f'<link rel="canonical" href="{address}">' in page
+        assert _tags(page)["og:url"] == address
+        assert _tags(page)["og:image"].startswith("https://example.org/docs/")
+        edited = re.search(r'"https://github.com/someone/kerasfactory/edit/main/([^"]+)"', page)[1]
+        assert (ROOT / edited).is_file(), f"{place} is made of {edited}, which is not there"
+        assert "https://github.com/someone/kerasfactory/issues/new?" in page
+        colab = (
+            f"https://colab.research.google.com/github/someone/kerasfactory/blob/main/examples/{Path(place).name}.ipynb"
+        )
+        assert (colab in page) == (place.startswith("recipes/")), place
+        for sign in ('rel="canonical"', "og:url", "Edit this page", "colab.research"):
+            assert sign not in pages[place], place
+    locations = re.findall(r"<loc>(.*?)</loc>", (public_site / "sitemap.xml").read_text())
+    assert {f"https://example.org/docs/{place}/".replace("/./", "/") for place in public} == set(locations)
+
+
+def test_language_models_get_every_page(site, public_site):
+    index, texts = (site / "llms.txt").read_text(), (site / "llms-full.txt").read_text()
+    assert index.startswith("# kerasfactory\n\n> ")
+    for place in _pages(site):
+        address = f"/{place}/".replace("/./", "/")
+        assert re.search(rf"^- \[.+\]\({re.escape(address)}\): .+", index, re.MULTILINE), place
+        assert f"Address: {address}\n" in texts
+    assert "](https://example.org/docs/start/install/)" in (public_site / "llms.txt").read_text()
+    assert "\n:::" not in texts, "a docstring is missing"
+    assert "{{" not in re.sub(r"```.*?```|`[^`]*`", "", texts, flags=re.DOTALL)
+    assert "From the layer's name to its scores" in texts  # a docstring
+    assert not re.search(r"\]\((?!/|#|\w+:)[^)]*\.md", texts), "a link that needs a page around it"
+
+
+def test_archive_of_the_notebooks_is_always_the_same(site, public_site):
+    path = Path("recipes") / "downloads" / "notebooks.zip"
+    with zipfile.ZipFile(site / path) as archive:
+        notebooks = {Path(name).name: archive.read(name) for name in archive.namelist()}
+    assert notebooks == {file.name: file.read_bytes() for file in (ROOT / "examples").glob("*.ipynb")}
+    assert (site / path).read_bytes() == (public_site / path).read_bytes()
+
+
+def _weights(site, place, page):
+    """Bytes of what a page loads before somebody does something, but for what is searched, by the kind of file."""
+    files = re.findall(r'<(?:script|img|link)\b[^>]*? (?:src|href)="([^"?#]+\.(?:css|js|svg|png))', page)
+    files = {(site / place / file).resolve() for file in files}
+    files |= {*(site / "assets" / "javascripts" / "workers").glob("search*.js"), site / "assets" / "search.js"}
+    weights = collections.Counter({"page": len(page.encode())})
+    for file in files:
+        weights[file.suffix] += file.stat().st_size
+    return weights
+
+
+def test_pages_are_light(site):
+    weights = {place: _weights(site, place, page) for place, page in _pages(site).items()}
+    assert statistics.median(weight.total() for weight in weights.values()) < 700_000
+    assert weights["recipes"][".png"] < 700_000, "the pictures of the gallery: run `make notebooks`"
+    assert (site / "search" / "search_index.json").stat().st_size < 1_000
+    gallery = (site / "recipes" / "index.html").read_text()
+    at_once = [image for image in re.findall(r"<img [^>]*>", gallery) if 'loading="lazy"' not in image]
+    assert len(at_once) <= 4  # with the logo
 
 
 def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):

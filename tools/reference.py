@@ -38,6 +38,11 @@ class Name(NamedTuple):
         return f"api/{self.package}/{name}.md"
 
     @property
+    def source(self) -> str:
+        """The file of its code, in the repository."""
+        return self.code.filepath.relative_to(ROOT).as_posix()
+
+    @property
     def sentence(self) -> str:
         """The first sentence of its docstring."""
         return self.code.docstring.value.partition("\n\n")[0].replace("\n", " ")
@@ -115,5 +120,5 @@ description: "{description}"
 
 {chr(10).join(users) or "None yet."}
 
-Back to [{name.package}](../{name.package}.md).
+Source: `{name.source}`. Back to [{name.package}](../{name.package}.md).
 """

@@ -10,8 +10,9 @@ import re
 import struct
 from pathlib import Path
 
+import for_machines  # beside this file, where MkDocs lets a hook look
 import nbformat
-import raised_texts  # beside this file, where MkDocs lets a hook look
+import raised_texts
 import reference
 import yaml
 from benchmark_tables import table
@@ -26,6 +27,8 @@ DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
 
 _command = "build"
 _titles: dict[str, str] = {}  # of the recipes, in the order of the navigation
+_texts: dict[str, str] = {}  # of all pages, by their addresses, as Markdown
+_nav = None
 
 
 def on_startup(command, **_):
@@ -45,8 +48,11 @@ def on_config(config):
     _titles.clear()
     _titles.update({recipe["name"]: recipe["title"] for recipe in recipes})
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
+    notebooks = [EXAMPLES / f"{name}.ipynb" for name in names]
+    written.add(_write(RECIPES / "downloads" / "notebooks.zip", for_machines.bundle(notebooks)))
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
-        written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
+        text = _page(recipe, following, config.extra["source_url"])
+        written.add(_write(RECIPES / f"{recipe['name']}.md", text))
         for path, content in recipe["pictures"].items():
             written.add(_write(RECIPES / path, content))
         for suffix in (".ipynb", ".py"):
@@ -65,23 +71,33 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, page, **_):
+def on_nav(nav, **_):
+    """The order of the pages."""
+    global _nav
+    _nav = nav
+
+
+def on_page_markdown(markdown, page, config, **_):
     """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
     markdown = reference.overview(markdown)
     markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
-    return re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+    markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+    _texts[page.url] = for_machines.plain(markdown, page)
+    return markdown
 
 
 def on_page_context(context, page, **_):
     """A list of contents as long as the page helps nobody. The search, which reads it, was here before."""
+    if not for_machines.PUBLIC:
+        page.canonical_url = None
     if page.file.src_uri == "help/errors.md":
         for entry in page.toc.items[0].children:
             entry.children = []
     return context
 
 
-def on_page_content(content, page, **_):
+def on_page_content(content, page, config, **_):
     """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
     content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
@@ -94,14 +110,16 @@ def on_page_content(content, page, **_):
     )
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
-    content = _lazy(content)
+    content = _lazy(content) + for_machines.invitation(page.file.src_uri, config.extra["source_url"])
     return re.sub(
         r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
     )
 
 
-def on_post_page(output, page=None, **_):
+def on_post_page(output, page=None, config=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    tags = for_machines.head(page, config) if page else '<meta name="robots" content="noindex">'
+    output = output.replace("</head>", f"{tags}\n</head>", 1)
     output = _replaced(output, r'("search": "[^"]*?)(javascripts/workers/search\.\w+\.min\.js)"', r'\1search.js?\2"')
     if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
         output = reference.with_anchors(output)
@@ -117,7 +135,7 @@ def on_post_template(output, template_name, **_):
 
 
 def on_post_build(config):
-    """Give the search what people type who look for a page: see `tools/keywords.yml`."""
+    """Give the search what people type: see `tools/keywords.yml`. Write the site for language models."""
     path = Path(config.site_dir) / "search" / "search_index.json"
     index, keywords = json.loads(path.read_text()), yaml.safe_load((ROOT / "tools" / "keywords.yml").read_text())
     places = {_place(page): words for page, words in keywords.items()}
@@ -129,6 +147,9 @@ def on_post_build(config):
     # They weigh more than a page. `docs/assets/search.js` loads them with the first question.
     path.with_name("documents.json").write_text(json.dumps(index.pop("docs"), separators=(",", ":")))
     path.write_text(json.dumps({**index, "docs": []}))
+    texts = {page.url: _texts[page.url] for page in _nav.pages}
+    (Path(config.site_dir) / "llms.txt").write_text(for_machines.llms(_nav.pages, config))
+    (Path(config.site_dir) / "llms-full.txt").write_text(for_machines.llms_full(texts))
 
 
 def _place(page: str) -> str:
@@ -285,13 +306,14 @@ def _for_site(text: str) -> str:
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
-def _page(recipe: dict, following: dict | None) -> str:
+def _page(recipe: dict, following: dict | None, source_url: str) -> str:
     versions = ", ".join(f"{name} {recipe['versions'][name]}" for name in ("keras", "tensorflow", "numpy"))
     code = "\n".join(f"    {line}".rstrip() for line in recipe["code"].splitlines())
     after = f"[{following['title']}]({following['name']}.md)" if following else "[all recipes](index.md)"
     return f"""---
 title: "{recipe["title"]}"
 description: "{recipe["question"]}"
+image: recipes/{recipe["cover"]}
 ---
 # {recipe["title"]}
 
@@ -306,6 +328,7 @@ Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · 
 <p class="downloads" markdown>
 [Notebook (.ipynb)](downloads/{recipe["name"]}.ipynb){{ download="{recipe["name"]}.ipynb" }}
 [Script (.py)](downloads/{recipe["name"]}.py){{ download="{recipe["name"]}.py" }}
+{for_machines.colab(recipe["name"], source_url)}
 </p>
 
 {_for_site(recipe["introduction"])}
@@ -336,6 +359,7 @@ def _gallery(recipes: list[dict]) -> str:
     )
     return f"""---
 title: Recipes
+description: All recipes. Each asks one question of a model's attention and answers it with a picture and numbers.
 hide:
   - toc
 ---
@@ -344,6 +368,10 @@ hide:
 Each recipe asks one question, answers it with a picture, and says where the picture misleads. Each is an
 executed notebook: our tests run it again and compare every printed number. Read them in order, or start where your
 data are.
+
+<p class="downloads" markdown>
+[All notebooks (.zip)](downloads/notebooks.zip){{ download="kerasfactory-notebooks.zip" }}
+</p>
 
 <div class="grid cards gallery" markdown>
 

@@ -19,7 +19,7 @@ lunr.Index.prototype.search = function (question) {
   return search.call(this, words || question)
 }
 
-const [SETUP, READY] = [0, 1] // types of the theme's messages
+const [SETUP, READY, QUESTION, RESULT] = [0, 1, 2, 3] // types of the theme's messages
 const answer = self.postMessage.bind(self)
 let setup, loaded
 
@@ -37,6 +37,7 @@ self.addEventListener("message", async ({ data }) => {
     setup = data.data
     return answer({ type: READY })
   }
+  if (data.type === QUESTION && !data.data) return answer({ type: RESULT, data: { items: [] } }) // nothing typed yet
   await (loaded ??= load())
   theme({ data })
 })
