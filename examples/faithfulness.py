@@ -17,7 +17,7 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kerasfactory import explain
+from kerasfactory import explain, plot
 
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
@@ -191,6 +191,13 @@ axes[0].set_ylabel("maps")
 axes[0].yaxis.get_major_locator().set_params(integer=True)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
+
+# %% [markdown]
+# [`plot.faithfulness`](../api/plot.md) draws one such result whole: how far the output moves as more of the stations
+# that come first are replaced, or all others, and below that the same comparison with maps that know nothing.
+
+# %% alt="Two pictures of the first model. Above, two curves with bands over the share of stations that are replaced. Below, a histogram of maps that know nothing, and a line for the model's own map, far to the right of it."
+figure = plot.faithfulness(results["a token for each station"])
 
 # %% [markdown]
 # Can the second model be explained by stations at all? We give the test the planted truth, a map that is 1 at the

@@ -209,9 +209,33 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A layer may have weights inside a kernel of its own. Such a layer can be read once you say where its weights are: see
-# [`explain.register_attention`](../api/explain.md). [Scores from any model](../learn/any-model.md) lists what else
-# cannot be read, and why.
+# ## Axes that only the layer knows
+#
+# The layer below attends within windows of four events, and puts the windows side by side into the batch. Its scores can
+# be read, but they belong to 2,000 windows, and no longer to 1,000 cases. Only the layer knows how many windows a case has.
+# [`explain.register_attention`](../api/explain.md) takes a function that says it.
+
+
+# %%
+class InWindows(WrittenAttention):
+    def call(self, x):
+        windows = ops.reshape(x, (-1, 4, x.shape[-1]))
+        return ops.reshape(super().call(windows), (-1, *x.shape[1:]))
+
+
+def by_window(layer, scores, x):
+    return ops.reshape(scores, (-1, x.shape[1] // 4, *scores.shape[1:]))
+
+
+windowed = model_with(InWindows(16, name="windowed"))
+for adapter in (None, by_window):
+    explain.register_attention(InWindows, adapter)
+    captured = explain.capture(windowed, x_test, batch_size=250, verbose=0)
+    print(dict(captured["windowed"].sizes))
+
+# %% [markdown]
+# In the same way, a layer whose weights are inside a kernel of its own can be read: the function computes them again.
+# [Scores from any model](../learn/any-model.md) lists what else cannot be read, and why.
 #
 # **It says** which event each of the three layers reads, by the scores that the layers really used.
 #
