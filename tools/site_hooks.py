@@ -304,7 +304,9 @@ def _read(name: str) -> dict:
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
     for name in reference.NAMES.values():
-        text = re.sub(rf"(?<!\[)`{re.escape(name.short)}`", f"[`{name.short}`][{name.path}]", text)
+        code = re.escape(name.short)
+        # A notebook by itself can lead to a page of the repository, which lists all names.
+        text = re.sub(rf"\[`{code}`\]\(\.\./api/\w+\.md\)|(?<!\[)`{code}`", f"[`{name.short}`][{name.path}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
