@@ -320,7 +320,6 @@ def test_copy_buttons_cover_no_text(new_page, device):
         "start/install/",
         "recipes/prune/",
         "api/explain/head_statistics/",
-        "help/faq/",
     ):
         page.goto(address)
         page.locator(".md-code__nav").first.wait_for(state="attached")
@@ -330,7 +329,8 @@ def test_copy_buttons_cover_no_text(new_page, device):
 
 CUT = """() => [...document.querySelectorAll("article *")].filter(element =>
     element.clientWidth > 0 && element.scrollWidth > element.clientWidth + 4 &&
-    getComputedStyle(element).display !== "inline" && !element.closest("svg, math, .thumbnail, .word, iframe")
+    getComputedStyle(element).display !== "inline" &&
+    !element.closest("svg, math, .word, iframe") && !element.querySelector(".thumbnail")
 ).map(element => `${element.tagName}: ${element.innerText.slice(0, 60)}`)"""
 
 

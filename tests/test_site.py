@@ -233,7 +233,7 @@ def test_pages_are_light(site):
     assert (site / "search" / "search_index.json").stat().st_size < 1_000
     gallery = (site / "recipes" / "index.html").read_text()
     at_once = [image for image in re.findall(r"<img [^>]*>", gallery) if 'loading="lazy"' not in image]
-    assert len(at_once) <= 4  # with the logo
+    assert len(at_once) <= 5  # with two logos
 
 
 def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):

@@ -83,6 +83,8 @@ def on_page_markdown(markdown, page, config, **_):
     markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
     markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+    if "description" in page.meta:  # which the theme puts into an attribute as it is
+        page.meta["description"] = html.escape(html.unescape(page.meta["description"]))
     _texts[page.url] = for_machines.plain(markdown, page)
     return markdown
 
@@ -302,7 +304,9 @@ def _read(name: str) -> dict:
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
     for name in reference.NAMES.values():
-        text = re.sub(rf"(?<!\[)`{re.escape(name.short)}`", f"[`{name.short}`][{name.path}]", text)
+        code = re.escape(name.short)
+        # A notebook by itself can lead to a page of the repository, which lists all names.
+        text = re.sub(rf"\[`{code}`\]\(\.\./api/\w+\.md\)|(?<!\[)`{code}`", f"[`{name.short}`][{name.path}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
