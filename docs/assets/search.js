@@ -15,7 +15,8 @@ lunr.Index.prototype.search = function (question) {
     if (!known(word)) return word.length < 4 ? given : `${word}~${word.length < 8 ? 1 : 2}`
     return `${word}^3 ${word.length > 3 ? word.replace(/s$/, "") : word}*`
   }
-  const words = question.toLowerCase().replace(/(?<!\S)([\p{L}\p{N}]+)\*/gu, meant).trim()
+  // The theme requires words in quotation marks; those of a message that was pasted are none of the reader's.
+  const words = question.toLowerCase().replace(/(?<!\S)\+?([\p{L}\p{N}]+)\*?(?!\S)/gu, meant).trim()
   return search.call(this, words || question)
 }
 
