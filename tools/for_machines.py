@@ -10,7 +10,7 @@ from pathlib import Path
 
 import reference
 
-PUBLIC = bool(os.environ.get("SITE_URL"))  # else nobody knows where the site will stand
+PUBLIC = bool(os.environ.get("SITE_URL"))  # else it is not known where the site will stand
 _BRANCH = "main"
 
 

@@ -125,14 +125,14 @@ def _write(notebook: nbformat.NotebookNode, source: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                picture = _in_few_colors(base64.b64decode(output.data["image/png"]))
+                picture = in_few_colors(base64.b64decode(output.data["image/png"]))
                 output.data["image/png"] = base64.b64encode(picture).decode()
     nbformat.write(notebook, source.with_suffix(".ipynb"))
     if source.stem == FRONT_PICTURE.stem:
         FRONT_PICTURE.write_bytes(cover(notebook))
 
 
-def _in_few_colors(picture: bytes) -> bytes:
+def in_few_colors(picture: bytes) -> bytes:
     """The same picture at about a third of the weight: 256 colors are enough for a chart."""
     from PIL import Image  # which the site, for which this file is imported too, does without
 

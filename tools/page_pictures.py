@@ -4,24 +4,21 @@ import io
 import os
 import re
 
-from notebooks import ENVIRONMENT, ROOT
+from notebooks import ENVIRONMENT, ROOT, in_few_colors
 
 DOTS_PER_INCH = 130  # as in the notebooks
-COLORS = 255  # enough for a figure, and a fraction of the bytes
 
 
 def draw(page: str) -> None:
     """Run the first program of a page, whose `ax` is the picture."""
     import matplotlib.pyplot as plt  # not before the environment is set
-    from PIL import Image
 
     text = (ROOT / "docs" / "start" / f"{page}.md").read_text()
     variables: dict = {}
     exec(re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], variables)
     drawn = io.BytesIO()
     variables["ax"].figure.savefig(drawn, dpi=DOTS_PER_INCH, bbox_inches="tight")
-    picture = Image.open(drawn).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
-    picture.save(ROOT / "docs" / "assets" / f"{page}.png", optimize=True)
+    (ROOT / "docs" / "assets" / f"{page}.png").write_bytes(in_few_colors(drawn.getvalue()))
     plt.close("all")
 
 

@@ -96,8 +96,8 @@ def used_in(example: Path) -> set[Name]:
         if isinstance(node, ast.ImportFrom) and node.module in {f"kerasfactory.{package}" for package in _PREFIXES}:
             package = node.module.rpartition(".")[2]
             used |= {NAMES[_PREFIXES[package] + alias.name] for alias in node.names}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            used |= {NAMES[name] for name in (f"{node.value.id}.{node.attr}",) if name in NAMES}
+        elif isinstance(node, ast.Attribute) and (name := ast.unparse(node)) in NAMES:
+            used.add(NAMES[name])
     given = {str(name.code.returns) for name in used if name.code.is_function}
     return used | {name for name in NAMES.values() if name.code.is_class and name.name in given}
 

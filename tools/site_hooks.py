@@ -8,6 +8,7 @@ import json
 import posixpath
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import for_machines  # beside this file, where MkDocs lets a hook look
@@ -90,7 +91,7 @@ def on_page_markdown(markdown, page, config, **_):
 
 
 def on_page_context(context, page, **_):
-    """A list of contents as long as the page helps nobody. The search, which reads it, was here before."""
+    """A list of contents as long as the page is no help. The search, which reads it, was here before."""
     if not for_machines.PUBLIC:
         page.canonical_url = None
     if page.file.src_uri == "help/errors.md":
@@ -121,7 +122,7 @@ def on_page_content(content, page, config, **_):
 def on_post_page(output, page=None, config=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
     tags = for_machines.head(page, config) if page else '<meta name="robots" content="noindex">'
-    output = output.replace("</head>", f"{tags}\n</head>", 1)
+    output = _replaced(output, "</head>", lambda match: f"{tags}\n</head>")
     output = _replaced(output, r'("search": "[^"]*?)(javascripts/workers/search\.\w+\.min\.js)"', r'\1search.js?\2"')
     if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
         output = reference.with_anchors(output)
@@ -159,7 +160,7 @@ def _place(page: str) -> str:
     return re.sub(r"(^|/)index\.md$|\.md$", "/", page).removeprefix("/")
 
 
-def _replaced(output: str, pattern: str, by: str) -> str:
+def _replaced(output: str, pattern: str, by: str | Callable) -> str:
     """The theme's HTML with one thing replaced; an error if the theme has changed."""
     output, count = re.subn(pattern, by, output)
     if count != 1:
