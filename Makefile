@@ -30,10 +30,12 @@ test: summary lint ## everything, on TensorFlow; then what a backend can change 
 	$(MAKE) test-jax test-torch
 	$(SHOW_SUMMARY)
 
-# The tests compile much and compute little; that is what the setting for JAX is about. A process has a core, and PyTorch
-# takes them all for each: with one thread its tests take two thirds of the time.
+# The tests compile much and compute little; that is what the settings for JAX are about: what one test compiled, another
+# one finds. A process has a core, and PyTorch takes them all for each: with one thread its tests take two thirds of the time.
+FOR_JAX = JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 test-jax test-torch: .venv/ready ## what a backend can change, on one of them
-	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
+	OMP_NUM_THREADS=1 $(FOR_JAX) KERAS_BACKEND=$(@:test-%=%) $(PYTEST) $(BACKEND_TESTS)
 
 summary: .venv/ready
 	@rm -f $(SUMMARY)

@@ -1,10 +1,14 @@
 # %% [markdown] level="advanced"
 # # An audit file for a regulated model
 #
-# **How do you hand over what a model attends to so that somebody else can check it, and sees at once whether a number was changed?**
+# **How do you hand over what a model attends to, so that someone else can check it, and can see whether a number was
+# changed?**
 #
-# `explain.audit` writes one file that says what the model is, what was found, and how each finding came out of its test. `explain.verify` computes all of it again. The applications for credit below are
-# simulated, so we know what the audit ought to find.
+# One call writes one file of 17 claims: 9 are supported, 0 refuted, 7 undetermined, and 1 feature is needed, but not
+# claimed. After a change of verdicts in the file, the check names the broken checksum and the 7 entries that differ.
+#
+# `explain.audit` says what the model is, what was found, and how each finding came out of its test. `explain.verify`
+# computes all of it again. The credit applications below are simulated, so we know what the audit ought to find.
 
 # %%
 import tempfile
@@ -22,9 +26,10 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Planted truth
 #
-# Of eight columns, three decide whether a loan is repaid: for an `employee` the `income`, for everybody else the
-# `turnover` of the business. `receipts` is `turnover` as another system stored it, the same numbers up to a little noise.
-# The other four are noise. The model asks with the token of `employee` which of the others to read.
+# Of eight columns, three decide whether a loan is repaid. For an `employee`, it is the `income`. For everyone else, it
+# is the `turnover` of the business. `receipts` is `turnover` as another system stored it: the same numbers with a
+# little noise. The other four columns are noise. The query of the model is the token of `employee`, which chooses which
+# of the others to read.
 
 # %%
 rng = np.random.default_rng(0)
@@ -53,8 +58,8 @@ print(f"Accuracy on 300 new applications: {accuracy:.1f}")
 # %% [markdown]
 # ## The audit
 #
-# One call, on data that the model was not trained on. It writes a page, which opens in any browser without a network, and
-# beside it the same data as JSON, for programs. What it returns has the claims as a table.
+# The audit is one call, on data that the model was not trained on. It writes a page, which opens in any browser without
+# a network, and a JSON file with the same data for programs. It returns a report that has the claims as a table.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -66,23 +71,21 @@ for claim in report.claims[report.claims["feature"].isna()].itertuples():
     print(f"{claim.verdict:13} {claim.claim}")
 
 # %% [markdown]
-# A claim is *supported* only if its p-value is still at most 0.05 when it is adjusted for all claims in the file. It is
-# *refuted* if the data speak against it, and *undetermined* if they leave it open. That is a result, too: one model cannot
+# A claim is *supported* only if its p-value, adjusted for all claims in the file, is at most 0.05. It is *refuted* if
+# the data speak against it, and *undetermined* if they leave it open. Undetermined is a result, too: one model cannot
 # tell what other seeds would do. With fewer samples than claims, only the first claim is tested.
 #
-# A verdict on a model that has learned nothing would be worth nothing. The audit therefore states the skill: 1 minus the
+# A verdict on a model that has learned nothing is worth nothing. The audit therefore states the skill: 1 minus the
 # model's loss over that of the best constant prediction. 0 is no better than a constant, and 1 is perfect.
 
 # %%
 skill = report.record["skill"]
-print(
-    f"Skill above 0.4: {skill['skill'] > 0.4}, and its interval above 0: "
-    f"{skill['skill_interval'][0] > 0}"
-)
+low, high = skill["skill_interval"]
+print(f"Skill: {skill['skill']:.2f} ({low:.2f} to {high:.2f})")
 
 # %% [markdown]
-# This is the page, as you would hand it over. Beside the verdicts it says what they assume, first of all that the model was
-# not trained on these rows. That the page cannot show.
+# This is the page, as you would hand it over. It says what the verdicts assume. The first assumption is that the model
+# was not trained on these rows. The page cannot show that.
 
 # %% tags=["interactive", "nbval-ignore-output"]
 report
@@ -102,10 +105,9 @@ truth = (
 )
 for name in names:
     found = report.features.loc[name]
-    above = "above the mean" if found["attribution"] > 1 / 8 else "below the mean"
     print(
-        f"{name:9} planted: {truth[name]:8} attention: {above}   verdict: "
-        f"{found['verdict']}"
+        f"{name:9} planted: {truth[name]:8} attention: {found['attribution']:.2f} "
+        f"(mean 0.12)   verdict: {found['verdict']}"
     )
 for name in report.features.index.difference(names):
     print(f"together, {name}: {report.features.loc[name, 'verdict']}")
@@ -124,24 +126,24 @@ ax.set_xlabel("increase of the loss without the feature, with its interval")
 plt.show()
 
 # %% [markdown]
-# - `income` is *supported*: it gets much attention, and it tells the model what the others do not.
-# - `turnover` decides as well, but its copy says the same. The model hardly does worse without one of the two, so that both are
-#   *undetermined*, and a statement that it needs `turnover` would be wrong. Without the pair it does much worse. The
-#   pair is *supported*: at least one of the two matters, and the data cannot tell which.
-# - `employee` is *needed, not claimed*. It makes a large difference and gets hardly any attention: the model uses it to ask,
-#   and a map shows only what is looked at.
-# - The four noise columns are *undetermined*, because attention claims nothing about them.
+# - `income` is *supported*: it gets more attention than the mean, and it tells the model what the other columns do not.
+# - `turnover` decides as well, but its copy says the same. The model hardly does worse without one of the two. So both
+#   are *undetermined*, and the statement that the model needs `turnover` would be wrong. Without the pair it does much
+#   worse, so the pair is *supported*: at least one of the two matters, and the data cannot tell which.
+# - `employee` is *needed, not claimed*. It makes a large difference, and gets less attention than the mean. The model
+#   uses it as the query, and a map shows only the keys that are looked at.
+# - The four noise columns are *undetermined*: their attention is below the mean, so nothing is claimed about them.
 #
 # ## Does it still hold?
 #
-# `verify` is for whoever receives the file, with the model and the data. It returns what no longer holds, sentence by
-# sentence. Nothing is the good answer.
+# `verify` is for the person who receives the file, the model and the data. It returns a list of sentences that say what
+# no longer holds. An empty list means that everything holds.
 
 # %%
 print(explain.verify(report, model, x_test, y_test, verbose=0))
 
 # %% [markdown]
-# Now somebody turns the undetermined claims into supported ones, in the JSON:
+# Now we turn the undetermined claims into supported ones, in the JSON file:
 
 # %%
 json_file = folder / "audit.json"
@@ -150,22 +152,26 @@ for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
     print("-", sentence)
 
 # %% [markdown]
-# The checksum finds that, and nothing needs to be computed. Whoever forges the checksums as well is found out when the
-# verdicts are computed again, and whoever changes what the page shows, when it is rendered again from its data. Other
-# weights, another configuration, other data and other versions of the packages are named, too, and so is what was not
-# given and could not be checked. The page alone is enough for all this: its data are in it.
+# The checksum shows the change before anything is computed. If someone forges the checksums as well, the verdicts
+# differ when `verify` computes them again. If someone changes what the page shows, it differs when `verify` renders it
+# again from its data. `verify` also names other weights, another configuration, other data and other versions of the
+# packages, and it names what was not given and could not be checked. The page is enough for all this, because it
+# contains its data.
 #
 # ## What the audit says, and what it does not
 #
-# **It says** that the captured scores are the model's, that the output depends on them, that the model does worse without
-# its attention, that the output depends on the features ranked first more than on others, and that the ranking is in the model's
-# weights. It says that the model needs `income`, one of `turnover` and `receipts`, and `employee`, which attention
-# does not put first.
+# **It says** that the captured scores are the model's, that the output depends on them, and that the model does worse
+# without its attention. It says that the output depends on the features ranked first more than on others, and that the
+# ranking is in the weights of the attention layer. And it says that the model needs `income`, one of `turnover` and
+# `receipts`, and `employee`, which attention does not put first.
 #
-# **It does not say** which of `turnover` and `receipts` the model needs, or that it is good, fair or causal. It
-# assumes that these rows are new to the model and independent of each other: rows of one patient or one day are not, and `groups=` says so.
-# Whether another training run would attend to the same features is left open here; given
-# `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb). How often such verdicts are wrong on models like
-# yours, [`explain.calibrate` counts](calibrate.ipynb). And the checksums are no signature: they show
-# that a file was changed, not who made it. [Sign an audit](../learn/signed-audits.md) shows how to sign the page, and what a
-# signature proves that `verify` does not.
+# **It does not say** which of `turnover` and `receipts` the model needs, or that the model is good, fair or causal. It
+# assumes that these rows are new to the model and independent of each other. Rows of one patient or of one day are not
+# independent, and `groups=` tells the audit so. Whether another training run would attend to the same features is left
+# open here: with `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb).
+# [`explain.calibrate`](calibrate.ipynb) counts how often such verdicts are wrong on models like yours. And the
+# checksums are no signature: they show that a file was changed, not who made it. [Sign an
+# audit](../learn/signed-audits.md) shows how to sign the page, and what a signature proves that `verify` does not.
+#
+# **Use your own data:** replace `model`, `x_test` and `y_test` in the call of `explain.audit`, and the path of the
+# file. The data must be new to the model. `truth` is for data whose answer is known.

@@ -3,8 +3,12 @@
 #
 # **You train on one backend and a colleague runs the model on another. Does it still look at the same things?**
 #
-# A model is trained on TensorFlow and saved. JAX and PyTorch then read that file and report what they attend to. You need
-# to know the [recipe for an existing model](existing_model.ipynb).
+# From the same file, the model looks at the same things: scores and predictions agree to 1e-5. Trained again on each
+# backend, from the same seed, the attention that a measurement receives differs by up to 0.02, where the uniform share
+# is 0.08.
+#
+# We train a model on TensorFlow and save it. JAX and PyTorch then read that file and report what the model attends to.
+# You need to know the [recipe for an existing model](existing_model.ipynb).
 
 # %%
 import os
@@ -29,8 +33,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## One file
 #
-# Wines from three growers, with 13 chemical measurements each. Every measurement is a token; the attention layer is
-# Keras' own.
+# The data are wines from three growers, with 13 chemical measurements each. Every measurement is a token. The attention
+# layer is Keras' own.
 
 # %%
 x, y = load_wine(return_X_y=True)
@@ -66,11 +70,11 @@ print(
 # %% [markdown]
 # ## Three backends
 #
-# A process has one backend, for as long as it lives: Keras reads `KERAS_BACKEND` when it is imported. So the other two get a
-# process each. They run the program below, which does two things: it captures the scores of the model in the file,
-# and it trains the same architecture once more, from the same seed and on the same data.
+# A process has one backend for its whole life, because Keras reads `KERAS_BACKEND` when it is imported. So each of the
+# other two backends gets a process of its own. Both run the program below, which does two things. It captures the
+# scores of the model in the file. And it trains the same architecture again, from the same seed and on the same data.
 #
-# Captured scores are xarray arrays: they go into a netCDF file, names included, and come out of it as they were.
+# Captured scores are xarray arrays. They can be saved to a netCDF file, and read from it with all their names.
 
 # %%
 program = """
@@ -128,23 +132,19 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 for there in (jax, torch):
     print(there.from_file.attrs["backend"], dict(there.from_file.sizes))
-    print(
-        "    scores agree to 1e-5:      "
-        f"{abs(there.from_file - scores).max().item() < 1e-5}"
-    )
-    print(
-        "    predictions agree to 1e-5: "
-        f"{abs(there.predicted - predicted).max().item() < 1e-5}"
-    )
+    scores_apart = abs(there.from_file - scores).max().item()
+    predictions_apart = abs(there.predicted - predicted).max().item()
+    print(f"    largest difference of scores:      {scores_apart:.5f}")
+    print(f"    largest difference of predictions: {predictions_apart:.5f}")
 
 # %% [markdown]
-# The file is the model. Whoever opens it gets these scores, on whichever backend.
+# The file determines the model, and so the scores, on each of the three backends.
 #
 # ## One program, one seed, three models
 #
-# A seed is not a file. Each backend draws its own random numbers from it, so training starts from other weights, and
-# ends with another model. How far apart are they? The measure is the attention that each measurement receives: its
-# mean over wines, heads and queries, where 1 / 13 is even.
+# A seed does not determine a model. Each backend draws other random numbers from it, so training starts from other
+# weights, and ends with another model. How far apart are the three? We compare the attention that each measurement
+# receives: the mean over wines, heads and queries. The uniform share is 1/13.
 
 
 # %%
@@ -155,16 +155,14 @@ def received(scores):
 trained = [received(scores), received(jax.trained_here), received(torch.trained_here)]
 apart = max(abs(there - trained[0]).max().item() for there in trained[1:])
 
-print(
-    f"Largest difference in attention received: {apart:.2f}, where {1 / 13:.2f} is even"
-)
+print(f"Largest difference in attention received: {apart:.2f} (uniform: {1 / 13:.2f})")
 print("Most attended, trained on TensorFlow:", trained[0].idxmax().item())
 for there in (jax, torch):
     backend, accuracy = there.from_file.attrs["backend"], there.accuracy.item()
     first = received(there.trained_here).idxmax().item()
     print(f"Most attended, trained on {backend}: {first}, test accuracy {accuracy:.2f}")
 
-# %% tags=["cover"] alt="Two dot plots of the attention that 13 measurements of wine receive. Left, one file on three backends: the three markers of each measurement lie on top of each other. Right, trained anew on each backend: they lie apart."
+# %% tags=["cover"] alt="Two dot plots of the attention that 13 measurements of wine receive. Left, one file on three backends: the three markers of each measurement lie on top of each other. Right, trained again on each backend: they lie apart."
 fig, axes = plt.subplots(
     1, 2, figsize=(9, 4.6), layout="constrained", sharey=True, sharex=True
 )
@@ -197,7 +195,7 @@ for ax, (title, of_backends) in zip(axes, columns.items(), strict=True):
     ax.axvline(1 / 13, color="gray", linewidth=1, linestyle=":")
     ax.set_title(title)
     ax.set_yticks(range(13), np.array(names)[order])
-    ax.set_xlabel("attention received (dotted: even)")
+    ax.set_xlabel("attention received (dotted: uniform)")
     ax.grid(axis="y", linewidth=0.4)
 axes[0].legend(loc="lower right")
 plt.show()
@@ -205,13 +203,16 @@ plt.show()
 # %% [markdown]
 # ## Where to be careful
 #
-# - Compare *files* to check a change of backend, and *trainings* to check a finding. What holds for only one of three
-#   trainings is a property of that training.
-# - The three agree to float tolerance in `float32`. In mixed precision each backend rounds at other places, and they
-#   agree to about 0.001 (`float16`) or 0.01 (`bfloat16`).
-# - `clone_model` gives a model without training. To move a trained model, save it.
+# - To check a change of backend, compare one *file* on each of them. To check a finding, compare several *training
+#   runs*. What holds in only one of three runs is a property of that run.
+# - The scores agree to 1e-5 in `float32`. In mixed precision, each backend rounds at other places, so expect them to
+#   agree less closely.
+# - `clone_model` gives an untrained model. To move a trained model, save it.
 #
-# **It says** that the scores of a saved model are the same on three backends, and that training anew changes them much
-# more than any backend does.
+# **It says** that the scores of a saved model are the same on three backends, to 1e-5, and that training again changes
+# them much more, by up to 0.02.
 #
-# **It does not say** which of the three trained models is right: they predict about equally well.
+# **It does not say** which of the three trained models is right: their accuracies on 78 wines are 1.00, 1.00 and 0.99.
+#
+# **Use your own data:** save your model in place of `wine.keras`, replace `x_test`, and name your attention layer in
+# place of `"attention"`, in the program as well.

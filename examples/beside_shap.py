@@ -3,13 +3,15 @@
 #
 # **Four readings say which columns a prediction rests on. Do they agree, which of them pass a test, and what is each good for?**
 #
-# SHAP, integrated gradients and the value norm put the same two of ten columns first, and all three pass: what SHAP puts
-# first moves the prediction by 50 points, and random columns move it by 25. Attention is flat, agrees with none of them, and does
-# not pass, though it does in another training. SHAP also gives each column a sign and a unit. It asks the model about
-# 600 times for a patient, and attention asks once.
+# SHAP, integrated gradients and the value norm agree on the first two of ten columns, and pass a test: the first
+# columns of SHAP move the prediction by 50 points, and random columns by 25. Attention, with 27 against 24, does not
+# pass.
 #
-# The data are scikit-learn's diabetes set: 442 real patients, ten measurements, and how far the disease is a year later,
-# in points from 25 to 346.
+# In another training run, attention passes. SHAP also gives each column a sign and a unit. It needs about 600
+# predictions for a patient, and attention needs one.
+#
+# The data are scikit-learn's diabetes set: 442 real patients, ten measurements, and the progression of the disease a
+# year later, in points from 25 to 346.
 
 # %%
 import warnings
@@ -45,7 +47,8 @@ x_train, x_test = (scaler.transform(x).astype("float32") for x in (raw, raw_test
 # %% [markdown]
 # ## The model, trained twice
 #
-# It has one token for each column, and one layer of attention with no way around it. The output is in points.
+# The model has one token for each column, and one layer of attention without a residual connection. The output is in
+# points.
 
 
 # %%
@@ -75,10 +78,10 @@ print(f"R2 on {len(y_test)} other patients: {r2:.1f}, linear regression: {linear
 # %% [markdown]
 # ## Four readings, and what they cost
 #
-# Attention and the value norm come from one run of the model. Integrated gradients follow each prediction from tokens of
-# 0 to the patient in 32 steps, each forward and backward. SHAP (Lundberg & Lee 2017, [*A Unified Approach to Interpreting
-# Model Predictions*](https://arxiv.org/abs/1705.07874)) sees nothing but predictions, of any model: it gives columns the
-# values of 20 other patients, in many combinations. The number of these predictions is counted.
+# Attention and the value norm come from one run of the model. Integrated gradients follow each prediction from tokens
+# of 0 to the patient, in 32 steps that each need a forward and a backward pass. SHAP (Lundberg & Lee 2017, [*A Unified
+# Approach to Interpreting Model Predictions*](https://arxiv.org/abs/1705.07874)) needs only predictions, of any model.
+# It gives columns the values of 20 other patients, in many combinations. We count these predictions.
 
 # %%
 readings = {
@@ -102,9 +105,10 @@ print(f"SHAP asks about {round(sum(asked) / len(x_test), -2):.0f} times for a pa
 # %% [markdown]
 # ## Sign, unit and sum
 #
-# SHAP and integrated gradients share out the prediction, in points and with a sign, from a start that both name. For SHAP
-# it is the mean prediction for the 20 patients. For integrated gradients it is the prediction for tokens of 0, which are
-# no patient. Attention sums to 1 whatever is predicted, so it cannot say that a column lowers the prediction.
+# SHAP and integrated gradients distribute the prediction over the columns, in points and with a sign, beginning at a
+# starting value. For SHAP this is the mean prediction for the 20 patients. For integrated gradients it is the
+# prediction for tokens of 0, which belong to no patient. Attention sums to 1 for every prediction, so it cannot say
+# that a column lowers the prediction.
 
 # %%
 start, predicted = shapley.base_values[0], predict(x_test)
@@ -127,9 +131,10 @@ plt.show()
 # %% [markdown]
 # ## Do they agree, and which pass?
 #
-# [`explain.compare`](../api/explain.md) gives the columns that a reading puts first the values of another patient, and measures
-# how far the prediction moves. Then it does the same with the columns relabeled at random. The p-values are adjusted for four tests
-# (Holm). SHAP and integrated gradients are ranked by size, because what lowers a prediction counts as well.
+# [`explain.compare`](../api/explain.md) gives the columns that a reading ranks first the values of another patient, and
+# measures how far the prediction moves. Then it does the same with the columns relabeled at random. The p-values are
+# adjusted for four tests (Holm). SHAP and integrated gradients are ranked by absolute value, because a column that
+# lowers a prediction counts as well.
 
 # %%
 methods = {
@@ -158,11 +163,12 @@ shares = readings["attention"].mean("sample")
 print(f"mean attention: from {shares.min().item():.2f} to {shares.max().item():.2f}")
 
 # %% [markdown]
-# That three readings name the same two columns is no proof: two of ten are the same by luck often enough, and the readings share
-# their model. The test is the evidence. But it favors SHAP, which replaces columns as the test does. With the mean in
-# their place, the order is the same.
+# That three readings name the same two columns proves little: by chance, p = 0.15 for two of them, and all three read
+# the same model. The test is the evidence. But it favors SHAP, which replaces columns by the values of other patients,
+# as the test does. If the mean replaces the columns, the order of the readings is the same.
 #
-# Attention is close to 1/10 for each column. Is its failure one of attention, or of this training? The other one says:
+# Attention is close to 1/10 for each column. Does attention fail in general, or only in this training run? We test the
+# other run:
 
 # %%
 attribution = explain.attribute(other, x_test, verbose=0)
@@ -172,22 +178,22 @@ print(f"the other training: attention p = {again['p_value'].item():.2f}")
 # %% [markdown]
 # ## What is each good for?
 #
-# | reading | sign and unit | needs | asks the model |
+# | reading | sign and unit | needs | predictions for a patient |
 # |---|---|---|---|
-# | attention | none, shares of 1 | attention | once |
-# | value norm | no sign, length of a vector | attention | once |
-# | integrated gradients | points | gradients | 32 times, forward and backward |
-# | SHAP | points, exact sum | predictions, and other patients | about 600 times |
+# | attention | none, shares of 1 | attention | 1 |
+# | value norm | no sign, length of a vector | attention | 1 |
+# | integrated gradients | points | gradients | 32, forward and backward |
+# | SHAP | points, exact sum | predictions, and other patients | about 600 |
 #
-# For a number to tell a patient, SHAP is the better reading. For a first look at many samples, the value norm costs a
-# 600th and names the same columns here. Attention alone tells who looks at whom, head by head. It does not rank columns
-# reliably.
+# To explain one prediction in points, take SHAP. For a first look at many samples, the value norm needs a 600th of the
+# predictions, and names the same columns here. Only attention shows which token looks at which, head by head. It did
+# not rank the columns reliably here.
 #
-# **Use your own data:** replace `x_train`, `x_test` and `names`, and `model`. For a classifier give `target`, and
-# give SHAP the logit of that class.
+# **Use your own data:** replace `x_train`, `x_test`, `names` and `model`. For a classifier, pass `target`, and give
+# SHAP the logit of that class.
 #
-# **It says** which readings name columns that this model uses, on 133 patients, with columns replaced one set at a time.
+# **It says** which readings name columns that this model uses, on 133 patients.
 #
-# **It does not say** what makes the disease worse. And replaced columns make patients that never were: cholesterol, LDL and
-# HDL depend on each other, and neither SHAP nor the test keeps them together. A verdict assumes that the model's answers for such
-# patients mean something.
+# **It does not say** what makes the disease worse. And replacing columns makes patients that do not exist: cholesterol,
+# LDL and HDL depend on each other, and neither SHAP nor the test keeps them together. A verdict assumes that the
+# predictions for such patients mean something.

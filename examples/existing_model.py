@@ -3,8 +3,11 @@
 #
 # **The model is trained and saved, and its code throws the attention scores away. How do you see what it looks at?**
 #
-# The model is plain Keras: two transformer blocks that read scikit-learn's digits. It uses nothing of this package, not
-# even a layer.
+# One line reads the scores of each attention layer, with named axes, and leaves predictions and weights as they were. A
+# model of handwritten digits gives 0.7 of its attention to three of 16 patches. An untrained copy gives 0.3 to its
+# three.
+#
+# The model is plain Keras: two transformer blocks that read scikit-learn's digits. It uses nothing from this package.
 
 # %%
 import tempfile
@@ -24,8 +27,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## A model as people write it
 #
-# 1780 handwritten digits of 8 × 8 pixels. Each is cut into 16 patches of 2 × 2, which are the tokens. `self.attention(x, x)`
-# returns the block's output, and nobody keeps the scores.
+# We use 1,780 of scikit-learn's 1,797 handwritten digits, of 8 × 8 pixels each. A digit is cut into 16 patches of 2 × 2
+# pixels, which are the tokens. `self.attention(x, x)` returns an output and no scores.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -81,7 +84,7 @@ history = model.fit(x_train, y_train, batch_size=64, epochs=15, verbose=0)
 
 
 # %% [markdown]
-# Save it and load it, to have what you would get from a colleague: a file.
+# We save the model and load it, because a file is what you would get from a colleague.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -90,13 +93,14 @@ with tempfile.TemporaryDirectory() as folder:
 
 predicted = model.predict(x_test, verbose=0)
 weights = model.get_weights()
-print(f"Test accuracy above 0.9: {np.mean(predicted.argmax(axis=1) == y_test) > 0.9}")
+accuracy = np.mean(predicted.argmax(axis=1) == y_test)
+print(f"Test accuracy: {accuracy:.2f}")
 
 # %% [markdown]
 # ## One line
 #
-# `capture` finds the attention layers, wherever they are nested, and runs the model over the data. Every layer becomes one
-# labeled array. Both layers here are called `attention`, so their paths tell them apart.
+# `capture` finds the attention layers, also inside other layers and models, and runs the model over the data. It
+# returns one labeled array for each layer. Both layers here are called `attention`, so their paths tell them apart.
 
 # %%
 # A1 is the patch at the top left.
@@ -107,12 +111,13 @@ for layer, of_layer in scores.items():
     print(layer, dict(of_layer.sizes))
 
 # %% [markdown]
-# From here on it is xarray: axes have names, so you need not count them.
+# The arrays are from xarray. Their axes have names, so you need not count them.
 
 # %%
 second = scores["encoder/block_2/attention"]
 a_zero = second.isel(sample=int(np.flatnonzero(y_test == 0)[0]))
-print("Rows sum to 1:", np.allclose(second.sum("key"), 1, atol=1e-5))
+sums = second.sum("key")
+print(f"Sums of the rows: {sums.min():.4f} to {sums.max():.4f}")
 print(
     "One digit, head 0, patch A1 looks most at:",
     a_zero.sel(head=0, query="A1").idxmax("key").item(),
@@ -125,24 +130,24 @@ print(
 # %% [markdown]
 # ## Are these the model's own scores?
 #
-# Three checks. The model predicts what it predicted before; its weights are the same; and the layer's output,
-# composed again from captured scores and values, is the output that the layer really gave.
+# Three checks say so. The model predicts what it predicted before. Its weights are the same. And the captured scores,
+# multiplied by the values, give the output that the layer really had.
 
 # %%
 errors = explain.recomposition_error(model, x_test, verbose=0)
 
-print(
-    "Predictions unchanged:",
-    np.array_equal(model.predict(x_test, verbose=0), predicted),
-)
-print("Weights unchanged:", all(map(np.array_equal, model.get_weights(), weights)))
+moved = np.abs(model.predict(x_test, verbose=0) - predicted).max()
+print(f"Largest change of a prediction: {moved:.5f}")
+pairs = zip(model.get_weights(), weights, strict=True)
+changed = max(np.abs(now - before).max() for now, before in pairs)
+print(f"Largest change of a weight: {changed:.5f}")
 for layer, error in errors.items():
-    print(f"{layer}: output recomposed to 1e-5: {error < 1e-5}")
+    print(f"{layer}: recomposition error {error:.5f}")
 
 # %% [markdown]
 # ## What the usual ways do
 #
-# The two that people try first. Ask the attribute, or build a model up to the layer:
+# People try two ways first: they read an attribute of the layer, or they build a model up to the layer:
 
 # %%
 block = model.get_layer("encoder").get_layer("block_2")
@@ -160,13 +165,13 @@ for way, attempt in ways.items():
         print(f"{way}: {type(error).__name__}")
 
 # %% [markdown]
-# Keras' layer has no such attribute, and no output in a graph, since it is called inside of `Block`. The page
-# [Scores from any model](../learn/any-model.md) lists further ways and where they end.
+# Keras' layer has no such attribute. It also has no output in a graph, because it is called inside `Block`. The page
+# [Scores from any model](../learn/any-model.md) lists further ways, and where they fail.
 #
 # ## What does it look at?
 #
-# The attention that each patch receives in the second block: the mean over the samples of a digit, heads and queries.
-# Beside it the same for a copy of the model with fresh weights, which has learned nothing.
+# The picture shows the attention that each patch receives in the second block, as the mean over heads, queries and the
+# samples of a digit. Below it is the same for a copy of the model with new random weights, which has learned nothing.
 
 # %%
 keras.utils.set_random_seed(1)
@@ -194,8 +199,8 @@ for who, attention in received.items():
     )
     top_three = np.sort(attention)[:, -3:].sum(axis=1).mean()
     print(
-        f"{who}: the three most attended patches get {top_three:.1f} (even: "
-        f"{3 / 16:.1f})"
+        f"{who}: the three most attended patches get {top_three:.1f} "
+        f"(uniform: {3 / 16:.1f})"
     )
     print(f"    correlation of attention with ink: {correlation:.1f}")
 
@@ -212,31 +217,37 @@ figure = plot.image(
 )
 
 # %% [markdown]
-# The trained model picks a few patches, and other ones for each digit. The untrained one spreads its attention, yet its map
-# follows the ink *more* closely. A map that looks like the input is no evidence that a model has learned anything:
-# before you show one, show the same map of an untrained copy beside it (Adebayo et al. 2018,
-# [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)).
+# The trained model gives 0.7 of its attention to three patches, which differ between digits. The untrained one gives
+# its three 0.3. Yet its map follows the ink *more* closely: the correlation is 0.7, and 0.4 in the trained model. A map
+# that looks like the input is no evidence that a model has learned anything. Before you show a map, put the same map of
+# an untrained copy beside it (Adebayo et al. 2018, [*Sanity Checks for Saliency
+# Maps*](https://arxiv.org/abs/1810.03292)).
 #
 # ## Where to be careful
 #
-# - Is the model worth explaining? A logistic regression on the same pixels is the yardstick:
+# - Is the model worth explaining? We compare it with a logistic regression on the same pixels:
 
 # %%
 pixels = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1)
 yardstick = (
     LogisticRegression(max_iter=2000).fit(pixels[0], y_train).score(pixels[1], y_test)
 )
-print(
-    "Logistic regression does at least as well: "
-    f"{yardstick >= np.mean(predicted.argmax(axis=1) == y_test)}"
-)
+print(f"Accuracy: {accuracy:.2f}, logistic regression {yardstick:.2f}")
 
 # %% [markdown]
-# - It is. Two small blocks, trained for seconds, do not beat it. Explain the better model, unless you are asked about this one.
-# - The tokens of the second block are no longer patches: the first has mixed them. "Looks at B3" means the token at B3.
+# - Two small blocks, trained for seconds, do not beat it: 0.95 of the digits are right, and 0.97 with the logistic
+#   regression. Explain the better model, unless you are asked about this one.
+# - The tokens of the second block are no longer patches, because the first block has mixed them. "Looks at B3" means
+#   the token at B3.
 # - `feature_names` go onto every axis of that length. Name them in the order in which your model makes its tokens.
 #
 # **It says** which tokens the second block of this model reads for each digit, and that these are the model's own
-# scores, unchanged by looking.
+# scores, which capturing did not change.
 #
-# **It does not say** that a prediction depends on the patches that stand out, nor that other training would pick the same.
+# **It does not say** that a prediction depends on the patches that stand out, nor that another training run would find
+# the same ones. [Is attention an explanation here?](faithfulness.ipynb) and [Would another training show the same
+# map?](seeds.ipynb) test both.
+#
+# **Use your own data:** replace the path in `keras.models.load_model` by that of your file, `x_test` by some of your
+# samples, and `names` by the names of your tokens, or leave `feature_names` out. The line with `explain.capture` stays
+# as it is.

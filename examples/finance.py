@@ -4,8 +4,14 @@
 # **If two factors drive default risk mainly in combination, does attention point at the pair? And does a cell that
 # stands out mean that there is an interaction?**
 #
-# A question of finance, on simulated data with a planted answer: 25 factors, of which *debt ratio* and *income volatility* matter
-# mainly through their product. You need to know the [functional recipe](functional.ipynb).
+# Attention points at the pair: of 300 pairs, the planted one comes first, with 2.7 × the uniform share. But the cell
+# that stands out most, with 5.3 × the uniform share, belongs to a factor that interacts with nothing.
+#
+# A test of the predictions can tell: the product of the pair raises the AUC of a logistic regression from 0.72 to 0.86.
+# In a control without interaction, the AUC stays at 0.84.
+#
+# The data are simulated, so the answer is known. There are 25 factors, and two of them, *debt ratio* and *income
+# volatility*, matter mainly through their product. You need to know the [functional recipe](functional.ipynb).
 
 # %%
 import warnings
@@ -24,7 +30,7 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## A function that returns a model and its scores
 #
-# The scores come out of the function as part of the graph, not as numbers. So they stay usable after training:
+# The function returns the scores as a tensor of the graph, not as numbers. So they can be used after training:
 # `keras.Model(model.inputs, attention_scores)` computes them for any applicants.
 
 
@@ -53,16 +59,16 @@ with warnings.catch_warnings():
         np.ones((32, 25)), verbose=0
     )
 print("Scores (applicant, head, query, key):", scores.shape)
-print(f"Every score is 1: {np.allclose(scores, 1)}")
+print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# Twelve heads, one token, no information, as in the other recipes. From here on each factor is a token.
+# Twelve heads over one token tell nothing: every score is 1. From here on each factor is a token.
 #
 # ## Plant an interaction, and a world without it
 #
-# Two populations share the same applicants. In the first, debt ratio times income volatility drives the risk, beside a
-# small effect of each. In the second, the control, the two matter separately and there is no interaction. Interest
-# rate and savings matter in both.
+# Two populations share the same applicants. In the first, the product of debt ratio and income volatility drives the
+# risk, and each has a small effect of its own. In the second, the control, the two matter separately, and there is no
+# interaction. Interest rate and savings matter in both.
 
 # %%
 names = ["debt ratio", "income volatility", "interest rate", "savings"]
@@ -117,12 +123,12 @@ for world, labels in [("planted", planted), ("control", control)]:
 print("Scores (applicant, head, query, key):", scores.shape)
 
 # %% [markdown]
-# The attention model finds the planted interaction; a logistic regression, which has no products, cannot. In the
-# control it can, and does as well.
+# With the planted interaction, the model with attention has an AUC of 0.83, and a logistic regression, which has no
+# products, has 0.72. In the control, both have 0.84.
 #
 # ## Where does the pair stand?
 #
-# Add up the attention that the members of a pair give each other, and rank all 300 pairs.
+# The two members of a pair give each other attention. We add up both scores, and rank all 300 pairs.
 
 # %%
 rows, columns = np.triu_indices(25, k=1)
@@ -133,12 +139,12 @@ for world, of_world in results.items():
     place = 1 + (mutual > pair).sum()
     print(
         f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, "
-        f"{pair * 25 / 2:.1f} times even"
+        f"{pair * 25 / 2:.1f} × the uniform share"
     )
     row, column = np.unravel_index(mean_scores.argmax(), mean_scores.shape)
     print(
         f"    largest cell: {names[row]} looks at {names[column]}, "
-        f"{25 * mean_scores.max():.1f} times even"
+        f"{25 * mean_scores.max():.1f} × the uniform share"
     )
 
 # %% tags=["cover"] alt="Heat map of attention, with a planted interaction, to the eight risk factors that receive most. The cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. The other cells are near the uniform share."
@@ -153,8 +159,8 @@ ax = plot.heatmap(results["control"], top_k=8, vmax=0.22)
 # %% [markdown]
 # ## The test that can tell
 #
-# Whether there is an interaction is a question about predictions. Give a logistic regression the product, and see
-# whether it predicts new applicants better:
+# Whether there is an interaction is a question about predictions. So we give a logistic regression the product, and
+# measure whether it predicts new applicants better:
 
 # %%
 with_product = np.column_stack([factors, debt * volatility])
@@ -173,9 +179,12 @@ for world, labels in [("planted", planted), ("control", control)]:
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** where the model looks, and it puts the planted pair first among 300, well above the even share.
+# **It says** where the model looks. It puts the planted pair first among 300, with 2.7 × the uniform share.
 #
-# **It does not say** that dark means interaction: the largest cell of the planted map is a factor that interacts with
-# nothing. Nor does a rank alone say much: in the control the same pair is still among the first, in a map that
-# is nearly even. Read the size of a score beside its rank, and take a dark cell as a place to look. The evidence is
-# the test above.
+# **It does not say** that a dark cell means an interaction: the largest score in the planted map is that of interest
+# rate on itself, and interest rate interacts with nothing. Nor does a rank alone say much. In the control, the same
+# pair is still sixth of 300, in a map whose largest score is 1.2 × the uniform share. Read the size of a score beside
+# its rank, and take a dark cell as a place to look. The evidence is the test above.
+#
+# **Use your own data:** replace `factors`, `names` and the labels, and the 25 in `shape=(25,)` by the number of your
+# columns. In the test at the end, replace `debt * volatility` by the product of the pair that you suspect.

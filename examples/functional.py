@@ -4,6 +4,10 @@
 # **What does a model look at when it predicts how a patient's diabetes will progress, and are the scores still there
 # after saving and loading?**
 #
+# The model looks a little more at triglycerides, with 0.13 of the attention, and at BMI, with 0.12, where a uniform
+# share is 0.10. After saving and loading, it makes the same predictions, and its scores are read by the name of the
+# layer.
+#
 # The data are scikit-learn's diabetes set: 442 patients, ten measurements, and the progression of the disease one year
 # later. You need to know Keras' functional API.
 
@@ -27,7 +31,7 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## The pattern
 #
-# Here is the functional form in its smallest shape: 20 features squeezed into one token.
+# This is the smallest functional model with attention. It puts 20 features into one token.
 
 # %%
 with warnings.catch_warnings():
@@ -47,16 +51,16 @@ with warnings.catch_warnings():
         np.ones((32, 20)), verbose=0
     )
 print("Scores (row, head, query, key):", scores.shape)
-print(f"Every score is 1: {np.allclose(scores, 1)}")
+print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
 # `attention.attention_scores` is a tensor of the graph, so `keras.Model` can make a second model that returns it. But
-# one token has only itself to look at: the scores are 1 and say nothing.
+# one token can only look at itself. All scores are 1 and say nothing.
 #
 # ## One token per measurement, one query for the patient
 #
-# Now each measurement is a token, and a single learned vector, the same for all patients, asks: *which of these do I
-# need?* It is an `Embedding` of one entry. The answer is one row of ten scores for each patient.
+# Now each measurement is a token. The query is a single learned vector, the same for all patients: an `Embedding` with
+# one entry. It asks: *which of these measurements do I need?* The answer is one row of ten scores for each patient.
 
 # %%
 names = ["age", "sex", "BMI", "blood pressure", "cholesterol"]
@@ -92,7 +96,8 @@ print(
 # %% [markdown]
 # ## Save, load, read
 #
-# The layers are registered with Keras, so `load_model` needs no `custom_objects`. The feature names travel in the file.
+# The layers are registered with Keras, so `load_model` needs no `custom_objects`. The feature names are saved in the
+# file.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -105,15 +110,13 @@ scores_model = keras.Model(loaded.inputs, [loaded.output, attention.attention_sc
 reloaded, scores = scores_model.predict(x_test, batch_size=256, verbose=0)
 
 print("Scores (patient, head, query, key):", scores.shape)
-print(
-    "Same predictions as before saving:",
-    np.allclose(reloaded[:, 0] * scale + center, predicted, atol=1e-3),
-)
+moved = np.abs(reloaded[:, 0] * scale + center - predicted).max()
+print(f"Largest change of a prediction: {moved:.3f} points")
 for column in np.argsort(-scores.mean(axis=(0, 1, 2)))[:3]:
     column_scores = scores[..., column]
     print(
-        f"{names[column]:>14}: {column_scores.mean():.2f} on average (even: 0.10), at "
-        f"most {column_scores.max():.1f}"
+        f"{names[column]:>14}: {column_scores.mean():.2f} on average (uniform: 0.10), "
+        f"at most {column_scores.max():.1f}"
     )
 
 # %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. The column of triglycerides is a little darker throughout; the column of age has a few dark cells. Most other cells are of similar shade."
@@ -133,9 +136,15 @@ plt.show()
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** where each patient's summary comes from, and that this depends on the patient: triglycerides take a little
-# more than their share throughout, age takes far more than its share in a few patients only.
+# **It says** where the summary of each patient comes from, and that this depends on the patient. On average,
+# triglycerides receive a little more than the uniform share. Age receives about the uniform share on average, but up to
+# 0.3 in single patients: these are the few dark cells in its column.
 #
-# **It does not say** in which direction a measurement pushes the prediction; a high score only says that its value
-# went in. The scores are also close to even, so read small differences as noise. The [finance recipe](finance.ipynb)
+# **It does not say** in which direction a measurement moves the prediction. A high score only says that the value of
+# this measurement went in. The scores are also close to uniform, and nothing here tests whether such small differences
+# mean anything. [Would another training show the same map?](seeds.ipynb) tests it. The [finance recipe](finance.ipynb)
 # shows how far a map can be trusted when the truth is known.
+#
+# **Use your own data:** replace `data`, `target` and `names`. The model predicts a number. For classes, end it with
+# `Dense(number_of_classes, activation="softmax")`, train it on the labels with `"sparse_categorical_crossentropy"`, and
+# leave out `center` and `scale`.

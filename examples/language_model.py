@@ -3,10 +3,12 @@
 #
 # **A model from KerasHub chooses a word. Which words does it read to choose it, and is the right one among them?**
 #
-# Planted truth: "the ship behind the bell near the bird" is followed by *sails*, the verb of the first noun. So we know
-# which word a model must read. Two tiny models learn it, one built like Llama and one like BERT, and the first layer of
-# each gives nearly all of its attention to that word. The same lines read a model with real weights; the last section
-# loads one. The recipe needs `pip install keras-hub`.
+# A tiny Llama and a tiny BERT read the right word: in the first layer, it gets 1.0 and 0.9 of the attention. The
+# predicted verb depends on it: another noun in its place changes the verb in 100 % of 500 sentences.
+#
+# The truth is planted: "the ship behind the bell near the bird" is followed by *sails*, the verb of the first noun. So
+# we know which word a model must read. The same lines read a model with real weights, and the last section shows how to
+# load one. The recipe needs `pip install keras-hub`.
 
 # %%
 import warnings
@@ -27,8 +29,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Sentences whose verb is known
 #
-# Each sentence has three nouns, and each noun has a verb of its own. Two more words, at random places, make the
-# sentences differ in where the first noun stands.
+# Each sentence has three nouns, and each noun has a verb of its own. Two more words, at random places, vary the
+# position of the first noun.
 
 # %%
 VERBS = {
@@ -72,9 +74,9 @@ print("Positions of the first noun:", np.unique(noun_at[:, 0]))
 # %% [markdown]
 # ## Two models
 #
-# Both are KerasHub's classes in a tiny size: Llama with two layers, BERT with one, each of two heads. Llama reads from left
-# to right and predicts what follows the last word. BERT sees the whole sentence, with a mask in place of the verb. Above
-# each, a dense layer chooses the word at the last position.
+# Both are classes of KerasHub in a tiny size: Llama with two layers and BERT with one. Each layer has two heads. Llama
+# reads from left to right and predicts the word after the last one. BERT sees the whole sentence, with a mask in place
+# of the verb. A dense layer on top of each chooses the word at the last position.
 
 # %%
 size = {"vocabulary_size": len(words), "hidden_dim": 32, "intermediate_dim": 64}
@@ -133,8 +135,8 @@ for name in models:
 # %% [markdown]
 # ## One line for each
 #
-# Llama's attention is a layer of KerasHub, and BERT's is one of Keras. [`explain.capture`](../api/explain.md) reads both.
-# The names are paths through the model. The end of a path is enough to choose a layer.
+# Llama's attention is a layer of KerasHub, and BERT's is one of Keras. [`explain.capture`](../api/explain.md) reads
+# both. Each layer is named by its path through the model. The end of a path is enough to choose a layer.
 
 # %%
 scores = {
@@ -157,7 +159,7 @@ print("Chosen by its path:", *chosen)
 # ## How much goes to the word that decides?
 #
 # The words of a sentence become the names of its queries and keys. They differ from sentence to sentence, so they are
-# assigned to the scores of one. A word that occurs twice, as *the* does, is no trouble.
+# assigned to the scores of one. A word may occur twice, as *the* does.
 
 # %% tags=["cover"] alt="Two heat maps of one sentence, words that look against words looked at. In both, the bottom row, from which the verb is predicted, is dark at the word ship, the first noun."
 text = [words[word] for word in x_test[0]]
@@ -172,8 +174,8 @@ for ax, (name, layers) in zip(axes, scores.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Each row says what one word reads. The last row is the one that matters: the verb is predicted from there. These are its
-# weights for the first noun, the word after that, the third noun and `<s>`, as the mean of the heads and of all 500
+# Each row says what one word reads. The last row matters most, because the verb is predicted from there. The table has
+# its weights for the first noun, the word after that noun, the third noun and `<s>`, as the mean over heads and all 500
 # sentences. Uniform weights would be 0.1 for each of the 11 or 12 words.
 
 # %%
@@ -189,22 +191,20 @@ for name, layers in scores.items():
         )
 
 # %% [markdown]
-# In both models the first layer reads the first noun and hardly anything else. What it found is then at the last
-# position, so Llama's second layer need not look for it, and reads it less. Part of its weight goes to the word after
-# the noun, which has read the noun as well, as the map shows.
+# In both models, the first layer reads the first noun and hardly anything else. After that layer, the last position
+# knows the noun, so Llama's second layer need not look for it again. It gives the first noun 0.5.
 #
-# Large models that were trained for long give much of their attention to the first token, whatever it is: it is an
-# attention sink (Xiao et al. 2023,
-# [*Efficient Streaming Language Models with Attention Sinks*](https://arxiv.org/abs/2309.17453)). These two models have
-# none: the column `<s>` is never above the uniform share. In a model of yours look at that column first, and leave it
-# out before you compare the other words.
+# Large models that were trained for a long time give much of their attention to the first token, whatever it is. This
+# is called an attention sink (Xiao et al. 2023, [*Efficient Streaming Language Models with Attention
+# Sinks*](https://arxiv.org/abs/2309.17453)). These two models have none: on average, `<s>` receives 0.0. In your own
+# model, look at the first token before the others, and leave it out when you compare the other words.
 #
 # ## Two checks
 #
 # Are these the scores that the model used? [`explain.recomposition_error`](../api/explain.md) multiplies the values by
-# them and compares with what the layers really put out, relative to the largest entry: 0 is perfect. And is the word
-# that gets the attention the one that counts? Put another noun in the place of each of the three, one at a time, and
-# see in how many sentences the predicted verb changes.
+# the scores, and compares the result with the real outputs of the layers, relative to the largest entry. 0 is perfect.
+# And does the verb depend on the word that gets the attention? We replace each of the three nouns by another noun, one
+# at a time, and count the sentences in which the predicted verb changes.
 
 # %%
 for name, (model, inputs) in models.items():
@@ -225,7 +225,7 @@ for name in models:
 # %% [markdown]
 # ## A model with real weights
 #
-# Weights and vocabulary come from the network, which our tests do not use, so these lines are not executed here. The
+# Weights and vocabulary are downloaded, and our tests use no network. So these lines are not executed here. The
 # preprocessor adds the special tokens and knows the words:
 #
 # ```python
@@ -239,11 +239,14 @@ for name in models:
 # scores = explain.capture(bert, x, layers="transformer_layer_0/self_attention_layer")
 # ```
 #
-# What comes back has the 12 heads of that layer. Without `layers=`, all 12 layers come.
+# The result has the 12 heads of that layer. Without `layers=`, it has all 12 layers.
 #
-# **It says** which words each layer of these models reads, that the scores are those that the models used, and, by the
-# second check, that the verb depends on the word that gets the attention.
+# **It says** which words each layer of these models reads, and that the scores are those that the models used. The
+# second check says that the verb depends on the word that gets the attention.
 #
-# **It does not say** that a low weight means that a word does not count: in Llama's second layer half of the weight goes
-# elsewhere, and the verb depends on the first noun alone. Nor does it say what models with real weights attend to. No
-# truth is planted in those, so test what you see, as above.
+# **It does not say** that a word with a low weight does not count, or that a word with a high weight does. In Llama's
+# second layer, half of the weight goes to other words, and yet only the first of the three nouns changes the verb. Nor
+# does it say what models with real weights attend to. No truth is planted in those, so test what you see, as above.
+#
+# **Use your own data:** load a preset as in the last cell, and replace the sentence in `preprocess([...])` by your own.
+# The line with `explain.capture` stays as it is.

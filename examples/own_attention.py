@@ -3,8 +3,13 @@
 #
 # **Your model attends by a layer of your own, or from a paper, that returns no scores. How do you read them without touching it?**
 #
-# Planted truth: a case is eight events, A to H, each with an urgency and an amount, and the answer is the amount of the
-# most urgent one. So we know which event decides.
+# One line reads the scores of three such layers and leaves the layers as they are. In at least 95 % of the cases, the
+# event with most attention is the one that decides, in each of the three layers.
+#
+# The print below says so with 1.0, rounded to one decimal.
+#
+# The truth is planted: a case has eight events, A to H, each with an urgency and an amount. The answer is the amount of
+# the most urgent event. So we know which event decides.
 
 # %%
 import warnings
@@ -21,10 +26,10 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Three ways to attend
 #
-# The first layer is written by hand, as in many papers' code: a product, a softmax, a product. The others are
-# `keras.layers.Attention`, and `AdditiveAttention`, whose scores are no product of queries and keys (Bahdanau et al.
-# 2015, [*Neural Machine Translation by Jointly Learning to Align and Translate*](https://arxiv.org/abs/1409.0473)).
-# None of them returns its scores.
+# The first layer is written by hand, as in the code of many papers: a product, a softmax, a product. The others are
+# `keras.layers.Attention` and `AdditiveAttention`. The scores of the latter are not products of queries and keys
+# (Bahdanau et al. 2015, [*Neural Machine Translation by Jointly Learning to Align and
+# Translate*](https://arxiv.org/abs/1409.0473)). As they are called here, none of the three returns its scores.
 
 
 # %%
@@ -88,8 +93,8 @@ print(f"{'always the mean':18}squared error {y_test.var():.1f}")
 # %% [markdown]
 # ## Read them
 #
-# [`explain.capture`](../api/explain.md) runs the model and sees a softmax whose result is multiplied by values,
-# whichever layer computes it. Nothing is added to the layer or to the model. Without heads, the axis `head` has length 1.
+# [`explain.capture`](../api/explain.md) runs the model and finds each softmax whose result is multiplied by values, in
+# whatever layer. It adds nothing to the layer or to the model. In a layer without heads, the axis `head` has length 1.
 
 # %%
 names = list("ABCDEFGH")
@@ -101,8 +106,8 @@ for name, model in models.items():
     print(f"{layer} ({scores[name].attrs['class']})", dict(scores[name].sizes))
 
 # %% [markdown]
-# The picture shows a hard case, in which the two most urgent events are close. In all three maps most of the weight is
-# on the right one of them, whichever event looks.
+# The picture shows a hard case, in which the two most urgent events are close. In all three maps, most of the weight is
+# on the right one of the two, from whichever event it is read.
 
 # %% tags=["cover"] alt="Three heat maps of one case, for the layer written by hand, Attention and AdditiveAttention, from events that look to events looked at. Each has one dark column at event C, the most urgent. At event G, the next one, there is a faint column, which shows most in AdditiveAttention."
 # The lead of the most urgent event over the next one.
@@ -128,8 +133,8 @@ for name, event in [("most urgent", first), ("next", second)]:
 # ## Are these the scores that the model used?
 #
 # Two numbers say so. `prediction_difference` compares the outputs with and without observation.
-# [`explain.recomposition_error`](../api/explain.md) multiplies the values by the scores and compares with what the
-# layer really made of them. Both are relative to the largest entry, and 0 is perfect.
+# [`explain.recomposition_error`](../api/explain.md) multiplies the values by the scores, and compares the result with
+# what the layer really computed. Both numbers are relative to the largest entry, and 0 is perfect.
 
 # %%
 print(f"{'layer':18}{'predicted':>10}{'recomposed':>11}")
@@ -143,9 +148,9 @@ for name, model in models.items():
 # %% [markdown]
 # ## What do they say?
 #
-# [`explain.attribute`](../api/explain.md) makes one number for each event. In what share of the cases is the largest that
-# of the most urgent event (*right*)? And does the answer depend on the event that it names? Add 1 to the amount of that
-# event (*named*), or to that of another one (*other*), and see how far the answer moves.
+# [`explain.attribute`](../api/explain.md) gives each event one number. In what share of the cases does the most urgent
+# event have the largest (*right*)? And does the answer depend on the event with the largest number? We add 1 to the
+# amount of that event (*named*), or to the amount of another one (*other*), and measure how far the answer moves.
 
 # %%
 cases_there = np.arange(len(x_test))
@@ -170,9 +175,9 @@ for name, model in models.items():
 # %% [markdown]
 # ## What cannot be read, and how you learn of it
 #
-# Linear attention has no softmax over keys. It sums up all keys and values first, so there is no weight of a key for a
-# query (Katharopoulos et al. 2020, [*Transformers are RNNs*](https://arxiv.org/abs/2006.16236)). In a model that has it
-# beside another layer, the other layer is read, and a warning names what is missing.
+# Linear attention has no softmax over keys. It sums over all keys and values first, so there is no weight of a key for
+# a query (Katharopoulos et al. 2020, [*Transformers are RNNs*](https://arxiv.org/abs/2006.16236)). If a model has such
+# a layer beside another one, the other one is read, and a warning names what is missing.
 
 
 # %%
@@ -204,10 +209,38 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A layer that has weights but hides them, in a kernel of its own, can be read once you say where they are: see
-# [`explain.register_attention`](../api/explain.md). [Scores from any model](../learn/any-model.md) lists what else cannot
-# be read, and why.
+# ## Axes that only the layer knows
+#
+# The layer below attends within windows of four events, and puts the windows side by side into the batch. Its scores can
+# be read, but they belong to 2,000 windows, and no longer to 1,000 cases. Only the layer knows how many windows a case has.
+# [`explain.register_attention`](../api/explain.md) takes a function that says it.
+
+
+# %%
+class InWindows(WrittenAttention):
+    def call(self, x):
+        windows = ops.reshape(x, (-1, 4, x.shape[-1]))
+        return ops.reshape(super().call(windows), (-1, *x.shape[1:]))
+
+
+def by_window(layer, scores, x):
+    return ops.reshape(scores, (-1, x.shape[1] // 4, *scores.shape[1:]))
+
+
+windowed = model_with(InWindows(16, name="windowed"))
+for adapter in (None, by_window):
+    explain.register_attention(InWindows, adapter)
+    captured = explain.capture(windowed, x_test, batch_size=250, verbose=0)
+    print(dict(captured["windowed"].sizes))
+
+# %% [markdown]
+# In the same way, a layer whose weights are inside a kernel of its own can be read: the function computes them again.
+# [Scores from any model](../learn/any-model.md) lists what else cannot be read, and why.
 #
 # **It says** which event each of the three layers reads, by the scores that the layers really used.
 #
-# **It does not say** that a layer that cannot be read does nothing: read the warnings before the maps.
+# **It does not say** that a layer that cannot be read does nothing. Read the warnings before the maps.
+#
+# **Use your own data:** replace the models in `models` by your own, `x_test` by some of your samples, and `names` by
+# the names of your tokens. The cells with `explain.capture` and `explain.recomposition_error` stay as they are.
+# `most_urgent` is for data whose answer is known.

@@ -3,9 +3,11 @@
 #
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**
 #
-# Importance is measured by leaving a head out: no heat map can replace that experiment. You need to know the
-# [recipe for an existing model](existing_model.ipynb), whose data these are, and
-# [how to watch heads form](monitor.ipynb).
+# The four heads of the first layer are needed least, and a cheap estimate ranks all eight similarly, with a rank
+# correlation of 0.9. Removing three heads lowers the accuracy from 0.95 to 0.82, and five more epochs bring it to 0.96.
+#
+# Importance is measured by leaving a head out. No heat map can replace that experiment. You need to know the [recipe
+# for an existing model](existing_model.ipynb), which uses the same data, and [how to watch heads form](monitor.ipynb).
 
 # %%
 import keras
@@ -21,8 +23,9 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Three parts of the data
 #
-# 1797 handwritten digits as 16 patches each. The model is trained on one part. Heads are chosen on a second, which it has not seen.
-# What the choice costs is measured on a third, which took no part in it.
+# The data are 1,797 handwritten digits of 16 patches each. The model is trained on the first part, of 997. Heads are
+# chosen on the second part, of 400, which the model has not seen. What the choice costs is measured on the third part,
+# the other 400, which had no influence on it.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -66,17 +69,15 @@ model = transformer([4, 4])
 model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy")
 model.fit(x_train, y_train, batch_size=64, epochs=12, verbose=0)
 accuracy = np.mean(np.argmax(model(x_test), axis=1) == y_test)
-print(
-    "More than 90% of the digits of the third part are read correctly: "
-    f"{accuracy > 0.9}"
-)
+print(f"Accuracy on the third part: {accuracy:.2f}")
 
 # %% [markdown]
 # ## An estimate and the experiment
 #
-# [`explain.head_importance`](../api/explain.md) puts a mask on each head. `ablation` is how much the loss rises with the mask at 0.
-# `gradient` is the estimate of Michel et al. 2019
-# ([*Are Sixteen Heads Really Better than One?*](https://arxiv.org/abs/1905.10650)): how fast the loss changes where the mask begins to fall from 1, for all heads from one backward pass.
+# [`explain.head_importance`](../api/explain.md) puts a mask on each head. `ablation` is how much the loss rises with
+# the mask at 0. `gradient` is an estimate by Michel et al. 2019 ([*Are Sixteen Heads Really Better than
+# One?*](https://arxiv.org/abs/1905.10650)): how fast the loss changes at a mask of 1. One backward pass gives it for
+# all heads.
 
 # %% tags=["cover"] alt="Scatter plot of eight heads: the gradient estimate across, the true rise of the loss up. The four heads of the second layer are far above the four of the first, which are at 0.1 or below; the estimates of the two layers overlap."
 importance = explain.head_importance(
@@ -109,29 +110,21 @@ plt.show()
 
 loss_with_all = importance["attention_0"].attrs["loss_value"]
 print("Most needed is a head of", names[ablation.argmax()][0])
-print(f"Without it the loss more than doubles: {ablation.max() > loss_with_all}")
+print(f"Without it the loss rises from {loss_with_all:.1f} by {ablation.max():.1f}")
 ranks = np.argsort(np.argsort([gradient, ablation]))
-print(
-    "Rank correlation of estimate and experiment above 0.6: "
-    f"{np.corrcoef(ranks)[0, 1] > 0.6}"
-)
-print(
-    "By gradient, the largest is less than 3 times the smallest: "
-    f"{gradient.max() < 3 * gradient.min()}"
-)
-print(
-    "By ablation, it is more than 4 times the smallest: "
-    f"{ablation.max() > 4 * ablation.min()}"
-)
+print(f"Rank correlation of estimate and experiment: {np.corrcoef(ranks)[0, 1]:.1f}")
+print(f"Gradient: {gradient.min():.2f} to {gradient.max():.2f}")
+print(f"Ablation: {ablation.min():.2f} to {ablation.max():.2f}")
 
 # %% [markdown]
-# The estimate sorts the heads roughly right, but not all: by it the two layers overlap. How much is lost it does not say: a
-# mask of 0 is far from where the gradient was taken.
+# The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, and the
+# estimates do not: head 0 of the first layer has a larger estimate than head 2 of the second. Nor does the estimate say
+# how much is lost: a mask of 0 is far from the mask of 1 at which the gradient was taken.
 #
-# ## Ablation is what it says
+# ## Check the ablation
 #
-# A head's output goes through its own slice of the output kernel. With that slice at 0, the model is the one with the mask at
-# 0, so the loss must rise by the same amount:
+# The output of a head goes through its own slice of the output kernel. A slice of zeros does the same as a mask of 0,
+# so the loss must rise by the same amount:
 
 
 # %%
@@ -171,7 +164,8 @@ print(
 # %% [markdown]
 # ## What it costs
 #
-# Heads go one after another, in an order that the second part of the data gave. The accuracy is that on the third.
+# We remove one head after another, in an order that comes from the second part of the data. The picture shows the
+# accuracy on the third part.
 
 # %% alt="Three curves of accuracy against the number of heads removed, from 0 to 8, beginning at 0.95. Most important first falls at once, to chance after four heads. The two that begin with the least important lie on each other and fall slowly, to 0.7 after four and to 0.3 after seven."
 orders = {
@@ -202,33 +196,27 @@ ax.set_ylim(0, 1)
 ax.legend(fontsize="small")
 plt.show()
 
-least_first, _, most_first = curves.values()
-print(
-    "The least important head costs less than 4 points of accuracy: "
-    f"{accuracy - least_first[1] < 0.04}"
-)
-print(f"The most important one costs more than 10: {accuracy - most_first[1] > 0.1}")
+for order, curve in curves.items():
+    print(f"{order}:", *(f"{value:.2f}" for value in curve))
 four = [names[head] for head in np.argsort(ablation)[:4]]
-print(
-    "The four least important are all of attention_0: "
-    f"{all(layer == 'attention_0' for layer, _ in four)}"
-)
+print("The four least important:", *(f"{layer}/{head}" for layer, head in sorted(four)))
 together = loss(without(four, x_choose), y_choose) - loss(
     without([], x_choose), y_choose
 )
 one_by_one = np.sort(ablation)[:4].sum()
 print(
-    "The loss without all four rises more than twice as much as one by one, added up: "
-    f"{together > 2 * one_by_one}"
+    f"Rise of the loss: {one_by_one:.2f} one by one, added up; {together:.2f} without "
+    "all four"
 )
 
 # %% [markdown]
-# One at a time is not all at once. Any one head of the first layer costs little, because the other three are there. The whole
-# layer costs much more than four times a little.
+# In the picture, the two curves that begin with the least important heads are nearly the same. Removing heads one at a
+# time is not removing them together. Each head of the first layer alone costs little, because the other three are
+# there. The four single rises of the loss add up to 0.24, and without all four it rises by 0.62.
 #
 # ## Prune
 #
-# A slice of zeros is still multiplied. To save the work, the heads have to go: a smaller model, made of the slices of those that
+# A slice of zeros is still multiplied. To save that work, we build a smaller model from the slices of the heads that
 # stay.
 
 
@@ -255,29 +243,32 @@ def prune(gone):
 three = four[:3]
 smaller = prune(three)
 print(f"Parameters: {smaller.count_params()} instead of {model.count_params()}")
-print(
-    "Same outputs as with slices of zeros: "
-    f"{np.allclose(smaller(x_test), without(three, x_test), atol=1e-5)}"
-)
+apart = np.abs(np.asarray(smaller(x_test)) - without(three, x_test)).max()
+print(f"Largest difference from the outputs with slices of zeros: {apart:.5f}")
 
 # %% [markdown]
-# The heads that stay were trained in company. A few epochs more let them take over:
+# The heads that stay were trained together with those that are gone. After a few more epochs, they take over part of
+# the work. (The model with all heads gets no such epochs, so longer training may be part of the gain.)
 
 # %%
 cut = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
 smaller.compile(keras.optimizers.Adam(0.002), "sparse_categorical_crossentropy")
 smaller.fit(x_train, y_train, batch_size=64, epochs=5, verbose=0)
 retrained = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
-print(f"Three heads removed: more than 4 points lost: {accuracy - cut > 0.04}")
-print(f"After five more epochs: less than 3 points lost: {accuracy - retrained < 0.03}")
+print(f"Accuracy with all heads: {accuracy:.2f}, without three: {cut:.2f}")
+print(f"After five more epochs: {retrained:.2f}")
 
 # %% [markdown]
 # ## What importance says, and what it does not
 #
-# **It says** how much this model, as it is, loses on new data without a head; and the smaller model proves it, for its outputs are
-# the same. Heads removed by the estimate cost about as much as heads removed by the experiment; that is one
-# model of eight heads, so let the experiment decide.
+# **It says** how much this model, as it is, loses on new data without a head. The smaller model confirms it, because
+# its outputs are the same. In the picture, heads removed by the estimate cost about as much as heads removed by the
+# experiment. This is one model of eight heads, so let the experiment decide.
 #
-# **It does not say** what a head is for, nor that the task needs it: after a few epochs the others do its work. It does not add up,
-# either: heads that can go one by one may be needed together. And 400 digits leave an accuracy uncertain by about two points
-# (95%), so that differences of that size, as for the first head here, may be none.
+# **It does not say** what a head is for, nor that the task needs it: after a few epochs, the other heads do much of its
+# work. Single importances do not add up, either: heads that can go one by one may be needed together. And with 400
+# digits, an accuracy is uncertain by about two points (95 %). So a difference of that size, as for the first head here,
+# may be due to chance.
+#
+# **Use your own data:** replace `model`, `x_choose`, `y_choose`, `x_test` and `y_test`. `explain.head_importance` stays
+# as it is. `transformer`, `without` and `prune` rebuild this model: write the same for yours.

@@ -3,9 +3,10 @@
 #
 # **Your table has texts, numbers and gaps. How does it become a model, and which columns does that model need?**
 #
-# Scikit-learn's `ColumnTransformer` encodes the table, and `FeatureTokenizer` makes a token of each column. For the
-# species of a penguin, the model needs the length of the bill: without it, the loss rises by more than 1, from less than
-# 0.1. No other column is shown to be needed alone, because the others can stand in for each other.
+# To tell the species of a penguin, the model needs the length of the bill: without it, the loss rises by more than 1,
+# from less than 0.1. No other column is shown to be needed by itself.
+#
+# Scikit-learn's `ColumnTransformer` encodes the table, and `FeatureTokenizer` makes a token of each column.
 
 # %%
 import keras
@@ -26,9 +27,9 @@ from kerasfactory.layers import FeatureTokenizer, InterpretableMultiHeadAttentio
 # %% [markdown]
 # ## The table
 #
-# 344 penguins of three species, as they were measured on three islands of Antarctica (Gorman, Williams & Fraser 2014,
-# [*Ecological Sexual Dimorphism and Environmental Variability*](https://doi.org/10.1371/journal.pone.0090081)). Half
-# of them are held out. Two penguins have no measurements at all, and this split puts one of them into each half.
+# The table has 344 penguins of three species, measured on three islands of Antarctica (Gorman, Williams & Fraser 2014,
+# [*Ecological Sexual Dimorphism and Environmental Variability*](https://doi.org/10.1371/journal.pone.0090081)). Half of
+# them are held out. Two penguins have no measurements at all, and this split puts one of them into each half.
 
 # %%
 table, (y, species) = data.drop(columns="species"), data["species"].factorize()
@@ -40,9 +41,9 @@ print(dict(zip(species, np.bincount(y).tolist(), strict=True)))
 # %% [markdown]
 # ## From the table to numbers
 #
-# Measurements are put on one scale, and then their gaps are filled with 0, the mean. A new column has a 1 where a gap
-# was. It comes after the scaling, because scaling would make a huge number of the 1 of a rare gap. Categories become
-# codes. All that is not known, a gap or a category that training did not have, gets the code 9.
+# Measurements are put on one scale. Then their gaps are filled with 0, the mean, and a new column has a 1 where a gap
+# was. This column is added after the scaling, because scaling would turn the 1 of a rare gap into a huge number.
+# Categories become codes. A gap, or a category that training did not have, gets the code 9.
 
 # %%
 numbers, categories, other = list(table.columns[1:5]), ["island", "sex"], 9
@@ -62,8 +63,8 @@ print((x_test.loc[[3, 8]].round(1) + 0).T)  # no measurements; no sex alone
 # ## The model
 #
 # `cardinalities` says which columns are codes, and how many codes there are. Three models are trained from different
-# seeds, to see what is chance. A logistic regression stands beside them, and a forecast that knows only how frequent
-# each species is.
+# seeds, to see what depends on chance. We compare them with a logistic regression, and with a forecast that knows only
+# how frequent each species is.
 
 
 # %%
@@ -105,14 +106,14 @@ def compare(test):
 compare(test)
 
 # %% [markdown]
-# The logistic regression makes the fewest mistakes, so this table does not need attention. We go on because the same
-# lines serve a table that does. Chinstraps are the rarest species, a fifth of the rows. If a model misses the rare
-# ones, give `fit` a `class_weight`.
+# The logistic regression makes one mistake, and the models with attention make two or three. So this table does not
+# need attention. We go on because the same lines serve a table that does. Chinstraps are the rarest species, a fifth of
+# the rows. If a model misses a rare class, give `fit` a `class_weight`.
 #
 # ## Which columns does the model need?
 #
-# A measurement and the column of its gaps are one thing, and `feature_mask` makes one feature of them.
-# [`explain.feature_claims`](../api/explain.md) draws the values of a feature again, given all others, and measures how
+# A measurement and the column of its gaps belong together, and `feature_mask` makes one feature of them.
+# [`explain.feature_claims`](../api/explain.md) resamples the values of a feature given all others, and measures how
 # much the loss rises. It also says whether attention ranks the feature high.
 
 # %%
@@ -147,10 +148,11 @@ ratios = [found["attribution"].values / uniform for found in claims]
 print(f"Attention, × uniform: {np.min(ratios):.1f} to {np.max(ratios):.1f}")
 
 # %% [markdown]
-# All three models need the bill length. Their attention would not have told: no feature is far from the uniform share.
+# All three models need the bill length. Their attention does not show it: every feature receives between 0.9 and 1.2 ×
+# the uniform share.
 #
-# *Undetermined* does not mean useless. A Gentoo has long flippers, a flat bill and much mass, so each of these can stand
-# in for the others. As one feature, the three are needed:
+# *Undetermined* does not mean useless. A Gentoo has long flippers, a shallow bill and a large mass, so each of these
+# can stand in for the others. As one feature, the three are needed:
 
 # %%
 measured = x_test.columns.str.removeprefix("missingindicator_")
@@ -165,25 +167,25 @@ print(found["verdict"].item())
 # ## A new island
 #
 # What if the same penguins came from an island that training did not have? The encoder gives it the code 9. No island
-# was missing in training, so the token of that code is still random.
+# was missing in training, so the token of that code was never trained. It still has its random initial values.
 
 # %%
 compare(test.assign(island="Cormorant"))
 
 # %% [markdown]
-# Nothing stops, and most penguins are told right by their measurements. Each model makes two or three more mistakes,
-# and no error says so. Count the 9s in new data before you trust what comes out.
+# There is no error and no warning. Most penguins are still classified correctly, but each model makes two or three more
+# mistakes. Count the 9s in new data before you trust the predictions.
 #
 # ## Use your own data
 #
-# Replace `table` and `y`, and write the names of your columns into `numbers` and `categories`. Take an `other` above the
-# number of categories of every column. For two classes, end in `Dense(1, activation="sigmoid")` with
-# `"binary_crossentropy"`; for a number, in `Dense(1)` with `"mse"`. [Your data](../learn/your-data.md#tables) has one-hot
-# codes and pandas' own missing values, too.
+# Replace `table` and `y`, and write the names of your columns into `numbers` and `categories`. Choose `other` so that
+# no column has more categories than that. For two classes, end the model with `Dense(1, activation="sigmoid")` and
+# train it with `"binary_crossentropy"`. For a number, end it with `Dense(1)` and use `"mse"`. [Your
+# data](../learn/your-data.md#tables) shows one-hot codes and pandas' own missing values, too.
 #
 # **It says** that three models need the bill length to tell these species, beyond what the other columns say. That
 # assumes that the rows are new to the models and independent of each other, and that values drawn for a feature could
 # have come with the other values of its row.
 #
 # **It does not say** what makes a penguin a Gentoo, or that another kind of model would need the same columns. With 172
-# rows, a small need goes unnoticed.
+# rows, a small effect can go unnoticed.

@@ -3,9 +3,13 @@
 #
 # **When a model has several attention layers, which layer's map shows what the answer depends on?**
 #
-# Planted truth: in each sample one day is marked, and the answer is the reading of that day. A layer looks at most four
-# days away. A reading from further back has to travel: one layer carries it part of the way, the next one the
-# rest. So we know what the answer depends on, and that no single map can show it.
+# If the answer depends on a day that is out of reach of each layer, no single map shows it: both have a weight of 0
+# there. Rollout, which multiplies the maps, gives that day some weight in 470 of 470 such samples, but nearly always
+# more to another day.
+#
+# The truth is planted: in each sample one day is marked, and the answer is the reading of that day. A layer looks at
+# most four days away. So a reading from further back needs both layers: the first carries it part of the way, and the
+# second the rest.
 
 # %%
 import keras
@@ -20,8 +24,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## Two layers, each with a short reach
 #
-# Nine days; the model answers from the last one. `sliding_window=5` lets a day look at itself and at four days on
-# either side.
+# There are nine days, and the model answers from the last one. `sliding_window=5` lets a day look at itself and at four
+# days on either side.
 
 # %%
 DAYS = 9
@@ -60,13 +64,13 @@ print(
 )
 
 # %% [markdown]
-# The model solves the task for near and far days. It must have carried the far readings through the days between.
+# The model solves the task for near and far days. So it must carry the far readings through the days in between.
 #
 # ## Layer by layer
 #
-# [`explain.capture`](../api/explain.md) returns the maps of both layers, [`explain.rollout`](../api/explain.md) multiplies them: half
-# of each day is taken to come through the layer, half past it through the residual connection. With the mean \(\bar A_l\)
-# over the heads of layer \(l\),
+# [`explain.capture`](../api/explain.md) returns the maps of both layers, and [`explain.rollout`](../api/explain.md)
+# multiplies them. It assumes that half of each day comes through the layer, and that half bypasses the layer through
+# the residual connection. With the mean \(\bar A_l\) over the heads of layer \(l\),
 #
 # $$
 # \tilde A = \tfrac{1}{2}(\bar A_2 + I) \cdot \tfrac{1}{2}(\bar A_1 + I)
@@ -78,12 +82,9 @@ print(
 days = [f"day {day}" for day in range(1, DAYS + 1)]
 scores = explain.capture(model, x_test, feature_names=days, batch_size=250, verbose=0)
 rolled = explain.rollout(scores)
-print(
-    "Rollout:",
-    dict(rolled.sizes),
-    "| every row sums to 1:",
-    np.allclose(rolled.sum("key"), 1),
-)
+sums = rolled.sum("key")
+print("Rollout:", dict(rolled.sizes))
+print(f"Sums of the rows: {sums.min():.4f} to {sums.max():.4f}")
 
 # %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the framed cell, day 9 looking at day 2, is empty. In the rollout it is filled, faintly."
 sample = int(np.flatnonzero(marked == 1)[0])
@@ -109,14 +110,15 @@ for name, values in maps.items():
     print(f"{name:8} weight of day 2 for day 9: {values[-1, 1].item():.1f}")
 
 # %% [markdown]
-# The frame marks the cell in question: what day 9, which answers, takes from day 2, which is marked. Both layers have exactly 0
-# there, for they cannot look that far. The rollout does not: day 6 looks at day 2 in the first layer, and day 9 at day 6 in the
-# second.
+# The frame marks the cell in question: what day 9, which answers, takes from day 2, which is marked. Both layers have
+# exactly 0 there, because they cannot look that far. The rollout has 0.2: day 6 looks at day 2 in the first layer, and
+# day 9 looks at day 6 in the second.
 #
 # ## Over all samples
 #
-# [`explain.attribute`](../api/explain.md) gives one number for each feature; `query=-1` takes the row of the last day, from which
-# the model answers. Is the number of the marked day the largest in most samples? And is that of a far one more than 0?
+# [`explain.attribute`](../api/explain.md) gives one number for each feature. `query=-1` takes the row of the last day,
+# from which the model answers. Does the marked day have the largest number in most samples? And does a far day have
+# more than 0?
 
 # %%
 attributions = {
@@ -139,9 +141,9 @@ def report(name, values):
         values.argmax(axis=1) == marked,
     )
     print(
-        f"{name:25} near: largest in most {largest[~far].mean() > 0.5!s:5}   "
-        f"far: above 0 in {(of_marked[far] > 0).sum():3} of {far.sum()}, largest in "
-        f"most {largest[far].mean() > 0.5}"
+        f"{name:25} near: largest in {largest[~far].mean():4.0%}   "
+        f"far: above 0 in {(of_marked[far] > 0).sum():3} of {far.sum()}, "
+        f"largest in {largest[far].mean():4.0%}"
     )
 
 
@@ -149,14 +151,14 @@ for name, attribution in attributions.items():
     report(name, attribution.values)
 
 # %% [markdown]
-# Near days: every one of them finds the marked day in most samples. Far days: only the rollout gives it anything at all. Yet
-# in most samples it gives more to another day. To which?
+# If the marked day is near, each of the four gives it the largest number in most samples. If it is far, only the
+# rollout gives it any weight. Yet in nearly all of these samples the rollout gives more to another day. To which?
 #
 # ## What rollout gives to every sample
 #
-# Rollout has a shape of its own, whatever the sample: the last day gets at least a quarter through the two residual connections,
-# and days within reach get more than days that need two steps. The mean over all samples shows that shape. Subtract it,
-# and what is left is about this sample.
+# Rollout has a shape of its own, whatever the sample. The last day gets at least a quarter through the two residual
+# connections, and days within reach get more than days that need two steps. The mean over all samples shows that shape.
+# We subtract it, and what is left is about this sample.
 
 # %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. Left, the rollout of this sample beside the mean of all samples. The mean is highest at day 9, lower at days 5 to 8, and close to 0 at days 1 to 4; this sample has far more than that at day 2, but still most at day 9. Right, the difference: day 2 stands out, day 6 is next, all others are below 0."
 rollout = attributions["rollout"].values
@@ -184,9 +186,9 @@ report("rollout, against its mean", against_usual)
 # %% [markdown]
 # ## A second opinion
 #
-# The truth is planted, so the answer can be tested without any map: change the marked reading, and another one, and see what
-# the model does. With your own data you have no mark. Then test what a map names, by taking it away:
-# [reading attention honestly](../concepts/reading-attention.md) says how.
+# The truth is planted, so we can test the answer without any map. We change the marked reading, and then another one,
+# and measure how far the answer moves. In your own data no day is marked. Then remove what a map puts first, and
+# measure the same: [reading attention honestly](../concepts/reading-attention.md) says how.
 
 # %%
 answers = model.predict(x_test, batch_size=250, verbose=0)[:, 0]
@@ -203,13 +205,19 @@ for name, changed in [("the marked day", marked), ("another day", other)]:
 # %% [markdown]
 # ## What it says, and what it does not
 #
-# - Half through the layer, half past it, is an assumption. A layer that replaces what was there, or that adds hardly anything, is
-#   treated the same.
-# - Rollout knows no values. A day may be looked at and contribute nothing.
-# - Layers must be one behind the other, over the same positions. After cross-attention or pooling there is nothing to multiply.
+# - That half goes through the layer and half bypasses it is an assumption. A layer that replaces its input and a layer
+#   that adds hardly anything are treated alike.
+# - Rollout ignores the values. A day may receive attention and contribute nothing.
+# - The layers must follow each other, over the same positions. Rollout does not apply across cross-attention or
+#   pooling.
 #
-# **It says** from which days information can have reached the answer: the day that decides gets weight in the rollout though each
-# single layer's map has 0 there, and in most samples it stands out against the mean of all.
+# **It says** from which days information can have reached the answer. The day that decides gets weight in the rollout,
+# although the map of each single layer has 0 there. Against the mean of all samples, it stands out most in most
+# samples.
 #
-# **It does not say** how much the answer depends on a day. By size alone, in most samples with a far day some other
-# day got more.
+# **It does not say** how much the answer depends on a day. By size alone, some other day got more in nearly all samples
+# whose marked day is far.
+#
+# **Use your own data:** replace `model` by a model of several attention layers over the same positions, `x_test` by
+# your samples, `days` by the names of your positions, and `query=-1` by the position from which your model answers.
+# `marked` is for data whose answer is known.

@@ -3,8 +3,12 @@
 #
 # **Which measurements of a wine does a classifier look at, and can a plain `Sequential` model show it?**
 #
-# The data are scikit-learn's wine set: 178 Italian wines, 13 chemical measurements each, three growers.
-# You need to know `keras.Sequential`, and nothing about attention.
+# A wine classifier looks most at flavanoids and proline: they receive 0.17 and 0.14 of the attention, where a uniform
+# share is 0.08. A Sequential model shows this if each measurement is a token. With the whole row in one token, every
+# score is 1.
+#
+# The data are scikit-learn's wine set: 178 Italian wines, 13 chemical measurements each, three growers. You need to
+# know `keras.Sequential`, and nothing about attention.
 
 # %%
 import warnings
@@ -36,8 +40,8 @@ print(
 # %% [markdown]
 # ## One token: a model that trains, a map that is empty
 #
-# Attention works on a sequence of tokens. A common way to get one out of a table is to reshape the whole row into
-# a sequence of length one. The model builds and trains, and Keras warns:
+# Attention works on a sequence of tokens. A common way to get a sequence from a table is to reshape the whole row into
+# a sequence of length one. The model builds and trains, but Keras warns:
 
 # %%
 with warnings.catch_warnings(record=True) as caught:
@@ -59,16 +63,16 @@ with warnings.catch_warnings(record=True) as caught:
 
 print("Keras warns:", str(caught[0].message).split(". ")[1])
 print("Scores (wine, head, query, key):", scores.shape)
-print(f"Every score is 1: {np.allclose(scores, 1)}")
+print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# The one token can only look at itself, so each of the 32 × 4 scores is 1, whatever the wine. There is nothing to
-# read here, before training or after.
+# The one token can only look at itself. So each of the 32 × 4 scores is 1, whatever the wine, before training and
+# after. These scores say nothing.
 #
 # ## One token per measurement
 #
-# `FeatureTokenizer` gives each of the 13 columns a token of its own. Now a score says how much one measurement's
-# token takes from another's. A single head keeps it to one map.
+# `FeatureTokenizer` gives each of the 13 columns a token of its own. Now a score says how much the token of one
+# measurement takes from the token of another. With a single head there is one map.
 
 # %%
 model = keras.Sequential(
@@ -110,7 +114,7 @@ received = scores.mean(axis=(0, 1, 2))
 for column in np.argsort(-received)[:4]:
     print(
         f"{names[column]:>12} receives {received[column]:.2f} of the attention "
-        f"({1 / len(names):.2f} if it were even)"
+        f"(uniform: {1 / len(names):.2f})"
     )
 
 # %% [markdown]
@@ -124,8 +128,12 @@ ax = plot.heatmap(named)
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** that most measurements take a good part of their new content from the same few columns, flavanoids and
-# proline above all: dark columns are what this model looks at.
+# **It says** that the measurements take much of their new content from the same few columns, above all from flavanoids
+# and proline. A dark column is one that this model looks at.
 #
-# **It does not say** that the other measurements are useless, nor that another training run would agree; the
-# [medical recipe](medical.ipynb) shows how to find out. And a logistic regression without any attention classifies these wines just as well.
+# **It does not say** that the other measurements are useless, nor that another training run would agree. The [medical
+# recipe](medical.ipynb) shows how to find out. Nor does it say that attention is needed: a logistic regression
+# classifies all 54 held-out wines correctly, and this model 0.98 of them.
+#
+# **Use your own data:** replace `wine.data`, `wine.target` and `names`, and the 3 in `Dense(3, ...)` by the number of
+# your classes. The lines from `scores_model` on stay as they are.

@@ -3,10 +3,11 @@
 #
 # **You lay the attention of a vision transformer over its pictures. Are the patches that light up those that decide?**
 #
-# Of two readings, one passes. If the patches that rollout puts first get the pixels of another picture, the logit of the
-# digit falls by 3.1, and by 1.7 with random patches. The value norm is not told from chance. But the mean rollout, one map
-# for all pictures, does as well as the rollout of each picture: this overlay tells where digits differ, and not what
-# is special about this one.
+# The patches that rollout ranks first matter: if they get the pixels of another picture, the logit of the digit falls
+# by 3.1, and with random patches by 1.7. The value norm, with 2.4, is not shown to be better than chance.
+#
+# But the mean rollout, one map for all pictures, does as well as the rollout of each picture: the logit falls by 3.2.
+# So this overlay says where digits differ, and not what is special about one picture.
 #
 # The data are scikit-learn's digits, 1,797 real pictures of 8 × 8 pixels.
 
@@ -32,8 +33,9 @@ x_train, x_test, y_train, y_test = train_test_split(
 # %% [markdown]
 # ## The model
 #
-# Patches of 2 × 2 pixels become 16 tokens. A class token stands before them, and decides at the end (Dosovitskiy et al.
-# 2021, [*An Image Is Worth 16x16 Words*](https://arxiv.org/abs/2010.11929)). It is all plain Keras.
+# Patches of 2 × 2 pixels become 16 tokens. A class token comes first, and the model reads its answer from that token
+# (Dosovitskiy et al. 2021, [*An Image Is Worth 16x16 Words*](https://arxiv.org/abs/2010.11929)). All layers are plain
+# Keras.
 
 
 # %%
@@ -71,9 +73,10 @@ print(f"accuracy on {len(y_test)} test pictures: {np.mean(predicted == y_test):.
 # %% [markdown]
 # ## Lay two readings over the pictures
 #
-# `explain.patches` numbers the patches as the model does. The class token is named twice: it is the query that decides, and it
-# is no part of the picture. *Rollout* multiplies the attention of both layers. *Value norm* is the length of what a patch
-# adds to the class token, the mean of the two layers. Their units differ, so the pictures show shares of the patches.
+# `explain.patches` numbers the patches as the model does. The class token is named twice: as `query`, because the
+# answer is read from it, and in `special_tokens`, because it is not part of the picture. *Rollout* multiplies the
+# attention of both layers. *Value norm* is the length of what a patch adds to the class token, as the mean of the two
+# layers. Their units differ, so the pictures show the share of each patch.
 
 # %% tags=["cover"] alt="Three digits, 0, 3 and 6, as gray pictures of 8 by 8 pixels, each twice, with patches of 2 by 2 shaded blue: left by rollout, right by value norm. Rollout shades many patches faintly, on the digit and beside it. Value norm puts most on one or two patches, as at the left edge, where there is hardly any ink."
 mask = explain.patches(8, 8, 2)  # (height, width)
@@ -99,14 +102,14 @@ plt.show()
 # %% [markdown]
 # ## Do these patches decide?
 #
-# Replace the pixels of a patch, and see how far the logit of the predicted digit falls. [`explain.compare`](../api/explain.md)
-# replaces the patches that each reading puts first, by those of another picture (`removal="marginal"`) or by their mean
-# (`"mean"`). The same maps with their patches relabeled at random know nothing, and say how far the logit falls by
-# chance. Three readings without attention stand beside the two:
+# If a patch matters, the logit of the predicted digit falls when its pixels are replaced.
+# [`explain.compare`](../api/explain.md) replaces the patches that each reading ranks first, by those of another picture
+# (`removal="marginal"`) or by their mean (`"mean"`). For comparison it does the same with the patches of each map
+# relabeled at random: this is how far the logit falls by chance. Three more readings are for comparison:
 #
 # - *one for all*: the mean rollout over all pictures, the same map for each of them;
-# - *brightness*: how much ink there is in a patch. It knows the picture, and not the model;
-# - *one by one*: how far the logit falls if this patch alone gets its mean. It asks the model 17 times for a picture.
+# - *brightness*: how much ink is in a patch. It uses the picture, and not the model;
+# - *one by one*: how far the logit falls if this patch alone gets its mean. It needs 17 predictions for a picture.
 
 
 # %%
@@ -153,19 +156,20 @@ for other in ("one for all", "one by one"):
     print(f"rollout, more than {other}: {more.mean().item():.1f} ± {margin:.1f}")
 
 # %% [markdown]
-# Rollout beats chance, and so does its mean over all pictures. Between the two there is no difference to be seen: whatever rollout
-# tells of a single picture is no help in this test. *One by one* is far better than both, since it asks what the model does.
-# With the mean it replaces patches as the test does, which favors it; with another picture's pixels it does not. With both,
-# the logit falls farthest by the same three readings. Brightness and value norm are not told from chance.
+# Rollout beats chance, and so does its mean over all pictures. The difference between the two is 0.0 ± 0.3: what
+# rollout says about a single picture does not help in this test. *One by one* is better than both, by 1.1 ± 0.3,
+# because it measures what the model does. With `"mean"` it replaces patches as the test does, which favors it. With the
+# pixels of another picture it does not. In both tests, the same three readings make the logit fall farthest. Brightness
+# and value norm are not shown to be better than chance.
 #
 # ## What it says, and what it does not
 #
-# **Use your own data:** replace `pictures` and `digits.target`, the size in `explain.patches(8, 8, 2)`, and `model`. If it has no
-# class token, leave out `query` and `special_tokens`, and name the patches alone.
+# **Use your own data:** replace `pictures` and `digits.target`, the size in `explain.patches(8, 8, 2)`, and `model`. If
+# your model has no class token, leave out `query` and `special_tokens`, and name the patches only.
 #
-# **It says** which overlay points at patches that this model uses: rollout, by p = 0.04 after adjustment for five tests. A
-# map that is asked of the model, one patch at a time, is better, and 17 predictions for a picture are not much.
+# **It says** which overlay points at patches that this model uses: rollout, with p = 0.04 after adjustment for five
+# tests. A map made by replacing one patch at a time is better, and it costs 17 predictions for a picture.
 #
-# **It does not say** that the value norm always fails, or that rollout never tells pictures apart: this is one training, tested on
-# 100 pictures, and other seeds of this model gave other answers to both. Train [more than once](seeds.ipynb). A verdict assumes
-# that what the model says of a patched-up picture, which no hand has written, means something.
+# **It does not say** that the value norm always fails, or that rollout never tells pictures apart. This is one training
+# run, tested on 100 pictures, and another seed can give another answer. Train [more than once](seeds.ipynb). A verdict
+# also assumes that the output of the model for an altered picture, which no hand has written, means something.

@@ -3,11 +3,14 @@
 #
 # **How do you draw attention scores so that a reader sees what one sample's heads look at, and what does an average hide?**
 #
-# Draw single samples, with all heads on one scale. Here, three of eight heads then show that they give more than half of
-# their attention to the day that decides. An average over samples hides this, because that day differs between samples.
+# Draw single samples, with all heads on one scale. Here, three of eight heads give more than half of their attention to
+# the day that decides. An average over samples hides it: the largest score of a head falls from 0.96 to 0.10.
 #
-# The data are simulated, so the answer is known: of twelve daily readings one is marked, another one for each
-# sample, and the target is the marked reading. A model that solves the task must look at the marked day.
+# The average hides it because the day that decides differs between samples.
+#
+# The data are simulated, so the answer is known. Each sample has twelve daily readings. One of them is marked, and the
+# target is the marked reading. The marked day differs between samples. A model that solves the task must look at the
+# marked day.
 
 # %%
 import warnings
@@ -24,7 +27,7 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## A task whose answer is known
 #
-# Two attention layers of four heads each, with residual connections.
+# The model has two attention layers of four heads each, with residual connections.
 
 # %%
 rng = np.random.default_rng(1)
@@ -76,17 +79,17 @@ visualize_attention(model.get_layer("second").attention_scores, days, head_idx=3
 print(f"In this sample, {days[marked[3000]]} is marked")
 
 # %% [markdown]
-# Take it where you have an array and nothing but matplotlib. Take [`plot.heatmap`](../api/plot.md) for everything else:
-# it knows the names that [`explain.capture`](../api/explain.md) gives to the scores of any model, says what was averaged, marks
+# This function needs an array and matplotlib, and nothing else. [`plot.heatmap`](../api/plot.md) does more: it draws
+# the names that [`explain.capture`](../api/explain.md) gives to the scores of any model, says what was averaged, marks
 # the uniform share on the color bar, and draws long sequences in bins.
 #
-# Read either by rows: each row says how one day, the query, shares out 1 among all days, the keys. A dark column is a day that
-# all others look at.
+# Read either map by rows. A row shows how one day, the query, distributes its attention over all days, the keys. Each
+# row sums to 1. A dark column is a day that all others look at.
 #
 # ## All heads on one scale
 #
-# [`plot.model`](../api/plot.md) draws all layers and heads on the same scale. With a scale each, a head that does nothing would look as busy as
-# one that does the work.
+# [`plot.model`](../api/plot.md) draws all layers and heads on the same scale. If each head had a scale of its own, a
+# nearly uniform head would look as busy as one that finds the marked day.
 
 # %% tags=["cover"] alt="Two rows, the layers, of four heat maps, the heads, of one sample on one scale. In the first layer head 0 has a pale column at the marked day and the others are uniform. In the second, heads 0, 1 and 3 have a dark column there, and head 2 is uniform."
 scores = explain.capture(model, inputs_data[3000:], feature_names=days, verbose=0)
@@ -100,8 +103,8 @@ for name, layer in scores.items():
 # %% [markdown]
 # ## The average hides it
 #
-# The usual next step is to average over samples. Here it destroys what there is to see, because each sample marks
-# another day.
+# The usual next step is to average over samples. Here the average destroys the pattern, because the marked day differs
+# between samples.
 
 # %% alt="Heat map of the attention averaged over 1000 samples, on the same scale: pale everywhere."
 head = scores["second"].sel(head=3)
@@ -111,11 +114,24 @@ print(f"Largest score in the sample above: {head.sel(sample=0).max():.2f}")
 print(f"Largest in the average: {average.max():.2f} (uniform: {1 / 12:.2f})")
 
 # %% [markdown]
+# ## All heads in numbers
+#
+# [`explain.head_statistics`](../api/explain.md) says the same of all samples. *Entropy* is 0 if a head looks at a single
+# day, and 1 if it looks at all days alike. [`plot.head_statistics`](../api/plot.md) draws it, with the largest score of a row,
+# the distance from query to key, and how far the heads are from each other.
+
+# %% alt="For each of the two layers: points for entropy, confidence and distance of its four heads, and a matrix of the distances between heads. In the first layer, all heads have an entropy of 0.85 or more. In the second, heads 0, 1 and 3 have 0.26 to 0.50, and head 2 has 0.99 and is far from the others."
+statistics = explain.head_statistics(scores)
+figure = plot.head_statistics(statistics)
+for name, of_layer in statistics.items():
+    print(f"{name} layer, entropy of each head:", *of_layer["entropy"].values.round(2))
+
+# %% [markdown]
 # ## Try it
 #
-# So look at single samples. `plot.interactive` makes a map of all layers, heads and the first samples, complete in one piece
-# of HTML that needs no network. Click on a small map to enlarge it. Move the slider: the column follows the mark from
-# sample to sample. Point at a cell, or tab to the map and use the arrow keys, to read its score.
+# So look at single samples. `plot.interactive` makes a map of all layers and heads for the first samples. It is one
+# piece of HTML that needs no network. Click on a small map to enlarge it. Move the slider: the column follows the mark
+# from sample to sample. Point at a cell, or tab to the map and use the arrow keys, to read its score.
 
 # %%
 looked_at = head.mean("query").idxmax("key")
@@ -129,7 +145,8 @@ plot.interactive(scores, samples=4)
 # %% [markdown]
 # ## What not to draw
 #
-# A table row squeezed into a single token has one score, which is always 1: a picture of the reshape, not of the data.
+# If a table row is put into a single token, there is one score, which is always 1. The picture shows the reshape, not
+# the data.
 
 # %% alt="A heat map of one dark square: one token that looks at itself."
 with warnings.catch_warnings():
@@ -142,10 +159,11 @@ visualize_attention(squeezed.attention_scores, ["the row"])
 # %% [markdown]
 # ## What the map says, and what it does not
 #
-# **It says** which day a head reads in this sample, and the mark confirms it: attention here is what the task asks for.
+# **It says** which day a head reads in this sample. Here we know that this is right: in the first four samples, head 3
+# looks most at the marked day.
 #
-# **It does not say** that a head with a pale map does nothing: what a head adds to the output is score times value, and the
-# map shows only the score. And a pale average does not mean that no sample has a strong pattern; look at single
-# samples before you average.
+# **It does not say** that a head with a pale map does nothing. What a head adds to the output is the score times the
+# value, and the map shows only the score. Nor does a pale average say that no sample has a strong pattern.
 #
-# **Use your own data:** replace `inputs_data`, `days` and `model`; the lines from `explain.capture` on stay as they are.
+# **Use your own data:** replace `inputs_data`, `days` and `model`. The lines from `explain.capture` on stay as they
+# are. Leave out those with `marked`, which are for data whose answer is known.

@@ -120,7 +120,7 @@ def layout_problems(page):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_page_is_sound(site, site_url, new_page, device, scheme):
     addresses = sorted(str(path.relative_to(site)).removesuffix("index.html") for path in site.rglob("*.html"))
-    assert {"", "404.html", "recipes/", "api/layers/"} < set(addresses)
+    assert {"", "404.html", "recipes/", "api/layers/", "api/explain/capture/"} < set(addresses)
     page = new_page(device, scheme)
     heard = listen(page, site_url)
     problems = []
@@ -151,6 +151,96 @@ def test_search_finds_a_page(site_url, new_page, device, scheme):
     expect(page).to_have_url(re.compile("/recipes/finance/"))
     expect(page.locator("h1")).to_contain_text("Financial risk")
     assert not heard
+
+
+# What people type, and the page that must be among the first three results.
+QUESTIONS = {
+    # installing and starting
+    "how to install": "start/install/",
+    "pip install kerasfactory": "start/install/",
+    "choose backend jax": "start/install/",
+    "quick start": "start/your-model/",
+    "attention heatmap of my own model": "start/your-model/",
+    "attention map for pandas": "start/your-table/",
+    "dataframe with missing values": "recipes/raw_table/",
+    "which function should I use": "start/which-function/",
+    # symptoms
+    "scores None after fit": "help/errors/",
+    "nan in attention": "help/errors/",
+    "mask lost": "help/errors/",
+    "attention looks at padding": "help/errors/",
+    "Cannot convert a symbolic tf.Tensor to a numpy array": "help/errors/",
+    "object has no attribute attention_scores": "help/errors/",
+    "flash attention return_attention_scores": "help/errors/",
+    "`level` must be a number between 0 and 0.5": "help/errors/",
+    "out of memory": "help/memory/",
+    "gpu": "help/memory/",
+    "all scores are 1": "help/faq/",
+    "heads all look the same": "help/errors/",
+    # what people want to do
+    "which columns matter": "start/your-table/",
+    "feature importance": "start/which-function/",
+    "permutation importance": "recipes/which_reading/",
+    "bert attention keras hub": "learn/keras-hub/",
+    "llama gemma gpt2 attention": "learn/keras-hub/",
+    "vision transformer saliency": "recipes/vision_transformer/",
+    "time series forecast which time steps": "recipes/which_hours/",
+    "sentiment which words": "recipes/which_words/",
+    "shap vs attention": "recipes/beside_shap/",
+    "is attention explanation": "concepts/reading-attention/",
+    "prune heads": "recipes/prune/",
+    "tensorboard callback": "recipes/monitor/",
+    "EU AI Act": "about/regulated/",
+    "bertviz captum comparison": "about/compared/",
+    "interactive plot": "api/plot/interactive/",
+    "explain.capture": "api/explain/capture/",
+    "causal mask use_causal_mask": "api/layers/InterpretableMultiHeadAttention/",
+    # misspelled
+    "attension visualisation": "recipes/visualization/",
+    "intergrated gradients": "api/explain/attribute/",
+    "explainabilty report for auditor": "recipes/audit/",
+}
+ASK = """async question => {
+    const config = JSON.parse(document.getElementById("__config").textContent)
+    const answers = message => new Promise(done => {
+        window.searching.onmessage = ({ data }) => done(data.data)
+        window.searching.postMessage(message)
+    })
+    if (!window.searching) {
+        window.searching = new Worker(new URL(config.search, location))
+        const index = await (await fetch("search/search_index.json")).json()
+        await answers({ type: 0, data: { ...index, options: {} } })
+    }
+    const { items } = await answers({ type: 2, data: question })
+    return items.map(([{ location }]) => location.replace(/#.*/, ""))
+}"""
+
+
+@pytest.fixture(scope="module")
+def ask(browser, site_url):
+    """Asks the search as the theme does: the places of the pages that it finds, the best first."""
+    with browser.new_context(base_url=site_url) as context:
+        page = context.new_page()
+        page.goto("")
+        yield lambda question: page.evaluate(ASK, question)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_search_answers_what_people_ask(ask, question):
+    found = ask(question)[:3]
+    assert QUESTIONS[question] in found
+
+
+def test_search_is_loaded_with_the_first_question(site, new_page):
+    page = new_page()
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.goto("", wait_until="networkidle")
+    assert not [url for url in requested if url.endswith("search/documents.json")]
+    page.locator(".md-search__input").click()
+    page.locator(".md-search__input").press_sequentially("atention rolout")  # misspelled
+    expect(page.locator(".md-search-result__link[href*='rollout/']").first).to_be_visible()
+    assert len([url for url in requested if url.endswith("search/documents.json")]) == 1
 
 
 def test_pages_run_no_script_and_load_no_picture_but_their_own(site, new_page):
@@ -202,6 +292,59 @@ def test_copy_buttons_copy_exactly_the_code(new_page):
         copied.append(page.evaluate("navigator.clipboard.readText()"))
     # The first is the whole recipe, folded; what a cell prints is not for copying.
     assert copied == ["\n\n".join(cells), *cells]
+
+
+COVERED = """() => {
+    const lies = (box, element) => {
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+        for (let text; text = walker.nextNode();) {
+            const range = document.createRange()
+            range.selectNodeContents(text)
+            for (const other of text.data.trim() ? range.getClientRects() : [])
+                if (other.right > box.left + 1 && other.left < box.right - 1 &&
+                    other.bottom > box.top + 1 && other.top < box.bottom - 1) return true
+        }
+    }
+    return [...document.querySelectorAll("pre > .md-code__nav")].filter(nav => {
+        const box = nav.getBoundingClientRect(), before = nav.closest(".highlight").previousElementSibling
+        return box.width && [nav.parentElement.querySelector("code"), before].some(other => other && lies(box, other))
+    }).map(nav => nav.parentElement.innerText.slice(0, 80))
+}"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copy_buttons_cover_no_text(new_page, device):
+    page = new_page(device)
+    for address in (
+        "start/your-model/",
+        "start/install/",
+        "recipes/prune/",
+        "api/explain/head_statistics/",
+    ):
+        page.goto(address)
+        page.locator(".md-code__nav").first.wait_for(state="attached")
+        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert page.evaluate(COVERED) == [], address
+
+
+CUT = """() => [...document.querySelectorAll("article *")].filter(element =>
+    element.clientWidth > 0 && element.scrollWidth > element.clientWidth + 4 &&
+    getComputedStyle(element).display !== "inline" &&
+    !element.closest("svg, math, .word, iframe") && !element.querySelector(".thumbnail")
+).map(element => `${element.tagName}: ${element.innerText.slice(0, 60)}`)"""
+
+
+def test_on_paper_nothing_is_cut_and_nothing_is_there_twice(site, new_page):
+    page = new_page()
+    page.set_viewport_size({"width": 718, "height": 1000})  # between the margins of A4
+    page.emulate_media(media="print")
+    for path in sorted(site.rglob("index.html")):
+        address = str(path.parent.relative_to(site))
+        page.goto(f"{address}/".replace("./", ""))
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")  # on which the theme unfolds what is folded
+        assert page.evaluate(CUT) == [], address
+        assert not page.locator("summary", has_text="All the code").is_visible(), address
+        assert not page.locator(".mkdocstrings-source pre").first.is_visible(), address
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -350,7 +493,8 @@ def test_keyboard_leads_to_content_menu_and_search(new_page):
     page.goto("recipes/")
     page.locator("label[title=Menu]").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("link", name="Attention visualization").first).to_be_in_viewport()
+    menu = page.locator(".md-sidebar--primary")
+    expect(menu.get_by_role("link", name="All recipes").first).to_be_in_viewport()
 
     page.goto("")
     page.locator("label[title=Search]").focus()

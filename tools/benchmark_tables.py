@@ -89,6 +89,40 @@ def _goals(result):
     return _rows(["what", "at most", "worst measured", "holds"], *rows)
 
 
+def _layer_answer(result):
+    """In words: the best and the worst beside Keras, and where PyTorch's own layer is faster."""
+
+    def case(row):
+        return f"{row['backend']}, {row['length']:,} tokens, dropout {row['dropout']:g}"
+
+    ratios = {
+        what: [(row[what]["ours"]["ratio"], name, case(row)) for row in result["rows"]]
+        for what, name in (("train", "a training step"), ("predict", "a prediction"))
+    }
+    training, prediction = (f"{min(of)[0]:.2f} to {max(of)[0]:.2f}" for of in ratios.values())
+    everything = [*ratios["train"], *ratios["predict"]]
+    slower = [f"{name} on {of} ({ratio:.2f})" for ratio, name, of in everything if ratio > 1]
+    lines = [
+        f"**A training step takes {training} times as long as with Keras' layer without scores, and a prediction "
+        f"{prediction} times.** These are ratios on CPUs. This layer is slower than Keras' in {len(slower)} of "
+        f"{len(everything)} cases{': ' if slower else ''}{'; '.join(slower)}."
+    ]
+    peers = [
+        (row["predict"]["torch"]["ratio"], row["predict"]["ours"]["ratio"], case(row))
+        for row in result["rows"]
+        if "torch" in row["predict"] and row["predict"]["torch"]["ratio"] < row["predict"]["ours"]["ratio"]
+    ]
+    if peers:
+        lines += [
+            "",
+            "`torch.nn.MultiheadAttention`, which returns weights, predicts faster than this layer in "
+            f"{len(peers)} cases: "
+            + "; ".join(f"{of} ({theirs:.2f} against {ours:.2f})" for theirs, ours, of in peers)
+            + ".",
+        ]
+    return lines
+
+
 def _layer_speed(result):
     rows = []
     for row in result["rows"]:
@@ -112,7 +146,8 @@ def _layer_speed(result):
 def _layer_picture(result):
     """The same, drawn: an SVG without colors of its own, small enough for a phone."""
     left, scale, step = 128, 105, 19  # pixels: before the axis, for a ratio of 1, between two lines
-    panels = {("train", 0.0): "Training step, dropout 0", ("predict", 0.1): "Prediction, dropout 0.1"}
+    titles = {"train": "Training step", "predict": "Prediction"}
+    panels = {(what, dropout): f"{titles[what]}, dropout {dropout:g}" for what in titles for dropout in (0.0, 0.1)}
     top, marks = 0, []
     for (what, dropout), title in panels.items():
         rows = [row for row in result["rows"] if row["dropout"] == dropout]
@@ -545,6 +580,7 @@ def _verbs(result):
 TABLES = {
     "backbones.json": _backbones,
     "backbones.json caption": _backbones_caption,
+    "layer.json answer": _layer_answer,
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
     "layer.json speed": _layer_speed,

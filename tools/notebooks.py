@@ -8,6 +8,7 @@ import ast
 import base64
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import time
@@ -104,9 +105,7 @@ def execute(source: Path) -> float:
     seconds = time.perf_counter() - start
     # The patch release of Python is not part of the result.
     notebook.metadata["language_info"].pop("version", None)
-    nbformat.write(notebook, source.with_suffix(".ipynb"))
-    if source.stem == FRONT_PICTURE.stem:
-        FRONT_PICTURE.write_bytes(cover(notebook))
+    _write(notebook, source)
     return seconds
 
 
@@ -119,7 +118,30 @@ def refresh(source: Path) -> None:
         if cell.cell_type == "code":
             before = next(executed)
             cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    _write(notebook, source)
+
+
+def _write(notebook: nbformat.NotebookNode, source: Path) -> None:
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                picture = in_few_colors(base64.b64decode(output.data["image/png"]))
+                output.data["image/png"] = base64.b64encode(picture).decode()
     nbformat.write(notebook, source.with_suffix(".ipynb"))
+    if source.stem == FRONT_PICTURE.stem:
+        FRONT_PICTURE.write_bytes(cover(notebook))
+
+
+def in_few_colors(picture: bytes) -> bytes:
+    """The same picture at about a third of the weight: 256 colors are enough for a chart."""
+    from PIL import Image  # which the site, for which this file is imported too, does without
+
+    image = Image.open(io.BytesIO(picture))
+    if image.mode == "P":
+        return picture
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def main() -> None:

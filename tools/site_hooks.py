@@ -3,28 +3,33 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import posixpath
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
-import griffe
+import for_machines  # beside this file, where MkDocs lets a hook look
 import nbformat
-from benchmark_tables import table  # beside this file, where MkDocs lets a hook look
+import raised_texts
+import reference
+import yaml
+from benchmark_tables import table
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
 DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
-PUBLIC_NAMES = {
-    f"{prefix}{name}": f"kerasfactory.{package}.{name}"
-    for package, prefix in {"layers": "", "explain": "explain.", "plot": "plot."}.items()
-    for name in griffe.load(f"kerasfactory.{package}", search_paths=[ROOT], allow_inspection=False).exports
-}
 
 _command = "build"
+_titles: dict[str, str] = {}  # of the recipes, in the order of the navigation
+_texts: dict[str, str] = {}  # of all pages, by their addresses, as Markdown
+_nav = None
 
 
 def on_startup(command, **_):
@@ -35,14 +40,20 @@ def on_startup(command, **_):
 
 def on_config(config):
     """Write the recipe pages, in the order of the navigation, before MkDocs collects its files."""
+    _complete(config.nav)
     names = [Path(page).stem for page in _pages(config.nav) if page.startswith("recipes/")]
     names.remove("index")
     RECIPES.mkdir(exist_ok=True)
     run_times = json.loads(RUN_TIMES.read_text())
     recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
+    _titles.clear()
+    _titles.update({recipe["name"]: recipe["title"] for recipe in recipes})
     written = {_write(RECIPES / "index.md", _gallery(recipes))}
+    notebooks = [EXAMPLES / f"{name}.ipynb" for name in names]
+    written.add(_write(RECIPES / "downloads" / "notebooks.zip", for_machines.bundle(notebooks)))
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
-        written.add(_write(RECIPES / f"{recipe['name']}.md", _page(recipe, following)))
+        text = _page(recipe, following, config.extra["source_url"])
+        written.add(_write(RECIPES / f"{recipe['name']}.md", text))
         for path, content in recipe["pictures"].items():
             written.add(_write(RECIPES / path, content))
         for suffix in (".ipynb", ".py"):
@@ -54,12 +65,42 @@ def on_config(config):
     return config
 
 
-def on_page_markdown(markdown, **_):
-    """Numbers of a benchmark come from its result, not from somebody's keyboard."""
-    return re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
+def on_files(files, config):
+    """Pages that are in no file."""
+    for path, text in reference.pages(_titles):
+        files.append(File.generated(config, path, content=text))
+    return files
 
 
-def on_page_content(content, page, **_):
+def on_nav(nav, **_):
+    """The order of the pages."""
+    global _nav
+    _nav = nav
+
+
+def on_page_markdown(markdown, page, config, **_):
+    """Numbers of a benchmark come from its result, and files of the repository are shown as they are."""
+    markdown = reference.overview(markdown)
+    markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
+    markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
+    markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
+    if "description" in page.meta:  # which the theme puts into an attribute as it is
+        page.meta["description"] = html.escape(html.unescape(page.meta["description"]))
+    _texts[page.url] = for_machines.plain(markdown, page)
+    return markdown
+
+
+def on_page_context(context, page, **_):
+    """A list of contents as long as the page is no help. The search, which reads it, was here before."""
+    if not for_machines.PUBLIC:
+        page.canonical_url = None
+    if page.file.src_uri == "help/errors.md":
+        for entry in page.toc.items[0].children:
+            entry.children = []
+    return context
+
+
+def on_page_content(content, page, config, **_):
     """Finish what Markdown cannot say: formulas, boxes that scroll, the size of a picture before it is there."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
     content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
@@ -67,15 +108,24 @@ def on_page_content(content, page, **_):
     # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
     content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
+    content = content.replace(
+        '<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude'
+    )
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
+    content = _lazy(content) + for_machines.invitation(page.file.src_uri, config.extra["source_url"])
     return re.sub(
         r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
     )
 
 
-def on_post_page(output, **_):
+def on_post_page(output, page=None, config=None, **_):
     """Say in each page what may run and load in it: what the site brings itself, and nothing else."""
+    tags = for_machines.head(page, config) if page else '<meta name="robots" content="noindex">'
+    output = _replaced(output, "</head>", lambda match: f"{tags}\n</head>")
+    output = _replaced(output, r'("search": "[^"]*?)(javascripts/workers/search\.\w+\.min\.js)"', r'\1search.js?\2"')
+    if page and re.fullmatch(r"api/\w+\.md", page.file.src_uri):
+        output = reference.with_anchors(output)
     if _command == "serve":  # which puts a script of its own into each page afterward
         return output
     head = '<meta charset="utf-8">'
@@ -85,6 +135,37 @@ def on_post_page(output, **_):
 def on_post_template(output, template_name, **_):
     """The page that stands where there is none is no page to MkDocs, nor is the map of the site."""
     return on_post_page(output) if template_name.endswith(".html") else output
+
+
+def on_post_build(config):
+    """Give the search what people type: see `tools/keywords.yml`. Write the site for language models."""
+    path = Path(config.site_dir) / "search" / "search_index.json"
+    index, keywords = json.loads(path.read_text()), yaml.safe_load((ROOT / "tools" / "keywords.yml").read_text())
+    places = {_place(page): words for page, words in keywords.items()}
+    for entry in index["docs"]:
+        if entry["location"] in places:
+            entry["keywords"] = places.pop(entry["location"])
+    if places:
+        raise PluginError(f"tools/keywords.yml names pages that are not there: {', '.join(map(repr, places))}")
+    # They weigh more than a page. `docs/assets/search.js` loads them with the first question.
+    path.with_name("documents.json").write_text(json.dumps(index.pop("docs"), separators=(",", ":")))
+    path.write_text(json.dumps({**index, "docs": []}))
+    texts = {page.url: _texts[page.url] for page in _nav.pages}
+    (Path(config.site_dir) / "llms.txt").write_text(for_machines.llms(_nav.pages, config))
+    (Path(config.site_dir) / "llms-full.txt").write_text(for_machines.llms_full(texts))
+
+
+def _place(page: str) -> str:
+    """Where a page is on the site."""
+    return re.sub(r"(^|/)index\.md$|\.md$", "/", page).removeprefix("/")
+
+
+def _replaced(output: str, pattern: str, by: str | Callable) -> str:
+    """The theme's HTML with one thing replaced; an error if the theme has changed."""
+    output, count = re.subn(pattern, by, output)
+    if count != 1:
+        raise PluginError(f"The theme's pages hold {pattern} {count} times instead of once.")
+    return output
 
 
 def _policy(page: str) -> str:
@@ -111,6 +192,27 @@ def _policy(page: str) -> str:
         "form-action": ["'none'"],
     }
     return "; ".join(" ".join([name, *sources]) for name, sources in rules.items())
+
+
+def _file(name: str, page: str) -> str:
+    """A file at the top of the repository: code, or a text without its title, whose links work from this page."""
+    text = (ROOT / name).read_text().strip()
+    if not name.endswith(".md"):
+        return f"```yaml\n{text}\n```"
+    start = posixpath.relpath(".", posixpath.dirname(page))
+    text = re.sub(r"\]\(docs/", f"]({start}/", text)
+    return text.partition("\n")[2].strip()
+
+
+def _complete(nav):
+    """Put the pages of the reference behind the overview of their package."""
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, list):
+                _complete([child for child in target if isinstance(child, dict)])
+            elif match := re.fullmatch(r"api/(\w+)\.md", target):
+                pages = [{name.short: name.page} for name in reference.in_order(match[1])]
+                entry[title] = [{"Overview": target}, *pages]
 
 
 def _pages(nav):
@@ -143,6 +245,13 @@ def _scrolling(name: str, content: str) -> str:
     """A box that scrolls sideways on a narrow screen, also with the keyboard, which needs the focus for it."""
     name = html.escape(html.unescape(name))
     return f'<div class="scroll" role="group" aria-label="{name}" tabindex="0">{content}</div>'
+
+
+def _lazy(content: str) -> str:
+    """Pictures are loaded as a reader comes near them, but for the first few, which may be in the first view."""
+    numbers = itertools.count()
+    first = 3 if "gallery" in content else 1
+    return re.sub(r"<img ", lambda match: match[0] + 'loading="lazy" ' * (next(numbers) >= first), content)
 
 
 def _size(url: str, picture: str) -> str:
@@ -195,18 +304,21 @@ def _read(name: str) -> dict:
 
 def _for_site(text: str) -> str:
     """Names of the API become links to it, links between notebooks links between pages."""
-    for name, target in PUBLIC_NAMES.items():
-        text = re.sub(rf"(?<!\[)`{re.escape(name)}`", f"[`{name}`][{target}]", text)
+    for name in reference.NAMES.values():
+        code = re.escape(name.short)
+        # A notebook by itself can lead to a page of the repository, which lists all names.
+        text = re.sub(rf"\[`{code}`\]\(\.\./api/\w+\.md\)|(?<!\[)`{code}`", f"[`{name.short}`][{name.path}]", text)
     return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
 
 
-def _page(recipe: dict, following: dict | None) -> str:
+def _page(recipe: dict, following: dict | None, source_url: str) -> str:
     versions = ", ".join(f"{name} {recipe['versions'][name]}" for name in ("keras", "tensorflow", "numpy"))
     code = "\n".join(f"    {line}".rstrip() for line in recipe["code"].splitlines())
     after = f"[{following['title']}]({following['name']}.md)" if following else "[all recipes](index.md)"
     return f"""---
 title: "{recipe["title"]}"
 description: "{recipe["question"]}"
+image: recipes/{recipe["cover"]}
 ---
 # {recipe["title"]}
 
@@ -221,6 +333,7 @@ Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · 
 <p class="downloads" markdown>
 [Notebook (.ipynb)](downloads/{recipe["name"]}.ipynb){{ download="{recipe["name"]}.ipynb" }}
 [Script (.py)](downloads/{recipe["name"]}.py){{ download="{recipe["name"]}.py" }}
+{for_machines.colab(recipe["name"], source_url)}
 </p>
 
 {_for_site(recipe["introduction"])}
@@ -251,6 +364,7 @@ def _gallery(recipes: list[dict]) -> str:
     )
     return f"""---
 title: Recipes
+description: All recipes. Each asks one question of a model's attention and answers it with a picture and numbers.
 hide:
   - toc
 ---
@@ -259,6 +373,10 @@ hide:
 Each recipe asks one question, answers it with a picture, and says where the picture misleads. Each is an
 executed notebook: our tests run it again and compare every printed number. Read them in order, or start where your
 data are.
+
+<p class="downloads" markdown>
+[All notebooks (.zip)](downloads/notebooks.zip){{ download="kerasfactory-notebooks.zip" }}
+</p>
 
 <div class="grid cards gallery" markdown>
 

@@ -60,11 +60,10 @@ def attribute(
 ) -> xr.DataArray:
     r"""How much each feature counts for each sample, by one of several readings of a model's attention.
 
-    The readings disagree, and none of them is right by construction: compare them, and test what they say
-    ([*Reading attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a
-    column of the table behind a `FeatureTokenizer`, else a position of the sequence that is attended to. With
-    \(A_{hij}\), the weight of key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the
-    heads, the methods are
+    The readings disagree, and none of them is right by construction. Compare them, and test what they say ([*Reading
+    attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a column of a table
+    after a `FeatureTokenizer`, or else a position of the sequence that is attended to. With \(A_{hij}\), the weight of
+    key \(j\) for query \(i\) in head \(h\) of \(H\), and \(\bar A\), its mean over the heads, the methods are
 
     - `"attention"`: \(\bar A_{ij}\), the mean over the layers. **Rows of the result sum to 1**, or to less where an
       attention sink takes a part of the weight.
@@ -80,10 +79,9 @@ def attribute(
         \qquad R_0 = I ,
         $$
 
-        of which \(R - I\) is returned. Rows do not sum to 1; entries are 0 or more, and in the unit of the output as
-        long as there is one layer. (Chefer et al. 2021, [*Generic Attention-model
-        Explainability*](https://arxiv.org/abs/2103.15679), equations 5 and 6: the form without relevance
-        propagation.)
+        and \(R - I\) is returned. Rows do not sum to 1. Entries are 0 or more, and in the unit of the output if there
+        is one layer. (Chefer et al. 2021, [*Generic Attention-model Explainability*](https://arxiv.org/abs/2103.15679),
+        equations 5 and 6: the form without relevance propagation.)
 
     - `"value_norm"`: the length of what the key adds to the layer's output,
 
@@ -91,10 +89,10 @@ def attribute(
         \left\lVert \sum_h A_{hij}\, \left(x_j W^V_h + b^V_h\right) W^O_h \right\rVert_2 ,
         $$
 
-        the mean over the layers. Rows do not sum to 1; entries are 0 or more, in the unit of the layer's output. The
-        vectors themselves, summed over the keys, with the output's bias, are that output. (Kobayashi et al. 2020,
-        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).) Of other attention than that of Keras'
-        layers with heads, no projection \(W^O\) is known. There it is the length of what the key adds to the result of
+        as the mean over the layers. Rows do not sum to 1. Entries are 0 or more, in the unit of the layer's output. The
+        vectors themselves, summed over the keys, plus the bias of the output, are that output. (Kobayashi et al. 2020,
+        [*Attention is Not Only a Weight*](https://arxiv.org/abs/2004.10102).) For attention in other layers than Keras'
+        layers with heads, no projection \(W^O\) is known. Then it is the length of what the key adds to the result of
         the attention itself, with the values \(v_{hj}\) of the heads side by side,
 
         $$
@@ -103,49 +101,50 @@ def attribute(
 
         `keras.layers.Attention` and `AdditiveAttention` have no projection: it is exact for them.
 
-    - `"integrated_gradients"`: a reading of the whole model, not of its attention, to set beside the others. The
-      tokens \(x_j\) become the keys. They share out the change of the output \(y\) of the `target` along the
-      straight path from \(x = 0\),
+    - `"integrated_gradients"`: a reading of the whole model, not of its attention, to compare with the others. It
+      distributes the change of the output \(y\) of the `target`, along the straight path from \(x = 0\), over the
+      tokens \(x_j\) that become the keys,
 
         $$
         \sum_c x_{jc} \int_0^1 \frac{\partial y(\alpha x)}{\partial x_{jc}} \, d\alpha .
         $$
 
-        Entries are signed, in the unit of the output, and rows sum to \(y(x) - y(0)\) but for the error of the
-        integral, which the attribute `completeness_error` tells. (Sundararajan et al. 2017, [*Axiomatic Attribution
-        for Deep Networks*](https://arxiv.org/abs/1703.01365).)
+        Entries are signed, in the unit of the output, and rows sum to \(y(x) - y(0)\) up to the error of the integral,
+        which is the attribute `completeness_error`. (Sundararajan et al. 2017, [*Axiomatic Attribution for Deep
+        Networks*](https://arxiv.org/abs/1703.01365).)
 
     - `"uniform"`: a control that knows nothing, 1 divided by the number of features in view. **Rows sum to 1.**
 
-    - `"random"`: another, drawn uniformly from all distributions over the features in view. **Rows sum to 1.**
+    - `"random"`: another control, drawn uniformly from all distributions over the features in view. **Rows sum to 1.**
 
-    Each is then the mean over the queries, as suits a model that pools them, or that of one `query`, as suits a model
-    that decides by one position. Queries without a key in view, such as padding, are left out of the mean.
+    The result is the mean over the queries, which suits a model that pools them, or the row of one `query`, which suits
+    a model that decides by one position. Queries without a key in view, such as padding, are left out of the mean.
 
-    A key is in view of a sample if any query, or the one `query`, attends to it in any of the layers. Without masks all
-    keys are. Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with several layers,
-    in `"attention_gradient"`, a masked position that attends to others itself passes on what it holds. A sample without
-    any key in view gets zeros. `special_tokens` are out of view as well: they keep their attribution, but the controls
-    give them 0, and `faithfulness`, `seed_agreement` and `parameter_randomization` leave them out.
+    A key is in view of a sample if any query, or the one `query`, attends to it in any of the layers. Without masks,
+    all keys are in view. Masked keys get 0, and are not in view. There is one exception: in `"rollout"` and, with
+    several layers, in `"attention_gradient"`, a masked position that attends to others itself passes on what it holds.
+    A sample without any key in view gets zeros. `special_tokens` are out of view as well: they keep their attribution,
+    but the controls give them 0, and `faithfulness`, `seed_agreement` and `parameter_randomization` leave them out.
 
-    The gradient is that of the model's output as it is. After a softmax or a sigmoid it is small where the model is
-    sure; a model that ends in logits has no such trouble. With one output, only what raises it counts.
+    The gradient is that of the model's output, without any change. After a softmax or a sigmoid it is small where the
+    model is sure. A model that ends in logits does not have this problem. With one output, only what raises it counts.
 
     Integrated gradients start from the tokens: what a `FeatureTokenizer` or a `keras.layers.Embedding` returns, or else
     an input of floats, (sample, position, channel). The whole model sees the scaled tokens, and so do residual
-    connections. All embeddings (sample, position, channel) that become keys count together; those without an axis of
-    samples, as of positions, stay as they are, and so do tokens that are not in view and a class token, which get 0.
-    The class is the one predicted for the sample, all along the path. `query` and `layers` change nothing, but the keys
-    of the first of the `layers` are the features. The integral is taken by Gauss–Legendre quadrature with 32 nodes, and
-    with 256 for a sample whose row misses \(y(x) - y(0)\) by more than 1 % of the sum of its absolute values.
-    `faithfulness` ranks signed values as they are, largest first; `seed_agreement` ranks absolute values.
+    connections. All embeddings (sample, position, channel) that become keys count together. Embeddings without an axis
+    of samples, such as those of positions, stay as they are. So do a class token and tokens that are not in view, which
+    get 0. The class is the one predicted for the sample, all along the path. `query` and `layers` change nothing,
+    except that the keys of the first of the `layers` are the features. The integral is taken by Gauss–Legendre
+    quadrature with 32 nodes, and with 256 for a sample whose row misses \(y(x) - y(0)\) by more than 1 % of the sum of
+    its absolute values. `faithfulness` ranks signed values as they are, largest first; `seed_agreement` ranks absolute
+    values.
 
-    It runs batch by batch, and keeps nothing but the result.
+    It runs batch by batch, and keeps only the result.
 
     Args:
         model: A `keras.Model`, as for `capture`. Its attention layers must attend to the same features. For
-            `"rollout"`, and for `"attention_gradient"` with several layers, they must also be one behind the other,
-            each with its queries at the positions of its keys.
+            `"rollout"`, and for `"attention_gradient"` with several layers, they must also follow each other, each with
+            its queries at the positions of its keys.
         x: Inputs, as for `capture`.
         method: One of the above.
         task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
@@ -159,11 +158,12 @@ def attribute(
         layers: Names of the layers, as for `capture`.
         feature_names: Names of the features, or words, as for `capture`. A class token that stands before the features
             needs a name as well.
-        special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` is
-            one array of integers, (sample, key), or a dictionary with such `token_ids`; or names of features, or words.
+        special_tokens: Keys that stand for no feature, such as class, separator and padding tokens: token ids, if `x`
+            is one array of integers, (sample, key), or a dictionary with such `token_ids`; or names of features, or
+            words.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
-        seed: Of `"random"`.
+        seed: The seed of `"random"`.
 
     Returns:
         xr.DataArray: `float32` (or `float64`), with the dimensions `sample` and `feature`. Numbers of samples are
@@ -281,31 +281,32 @@ def attribute(
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
-    r"""The attention of several layers as that of one: how much of each position arrives in each.
+    r"""The attention of several layers as one map: how much of each position arrives at each other position.
 
     From the second layer on, a position holds a mixture of those before it, and a weight says little about the input.
-    Rollout multiplies the mixtures. Half of each position is taken to come from the layer, and half bypasses the layer
-    through the residual connection:
+    Rollout multiplies the mixtures. It assumes that half of each position comes from the layer, and that half bypasses
+    the layer through the residual connection:
 
     $$
     \tilde A_l = \tfrac{1}{2} \left( \tfrac{1}{H} \sum_h A_{lh} + I \right) \tilde A_{l-1}, \qquad \tilde A_0 = I
     $$
 
     (Abnar & Zuidema 2020, [*Quantifying Attention Flow in Transformers*](https://arxiv.org/abs/2005.00928), section 3).
-    One layer's rollout is half its attention and half the identity.
+    The rollout of one layer is half its attention and half the identity.
 
-    It knows neither the values that are mixed nor how much of a position the layer really replaces: ½ is an assumption.
+    Rollout uses neither the values that are mixed nor how much of a position the layer really replaces: ½ is an
+    assumption.
 
     Args:
-        weights: Scores as `capture` returns them: a dictionary of arrays (sample, head, query, key), first layer
-            first, or the array of one layer. The layers must be one behind the other, each attending from as many
-            positions to the same ones.
+        weights: Scores as `capture` returns them: a dictionary of arrays (sample, head, query, key), first layer first,
+            or the array of one layer. The layers must follow each other, each attending from all positions to the same
+            positions.
 
     Returns:
         xr.DataArray: `float32` (or `float64`) with the dimensions (sample, query, key) and the coordinates of the
-        scores: the share of the input at `key` in what the last layer puts out at `query`. Shares are from 0 to 1; each
-        row sums to 1. Where a query attends to nothing, as padding does, its layer leaves the position as it is,
-        so that its row is one of the identity. The attribute `layers` names them in their order.
+        scores: the share of the input at `key` in the output of the last layer at `query`. Shares are from 0 to 1. Each
+        row sums to 1. If a query attends to nothing, such as padding, its layer leaves the position as it is, and its
+        row is that of the identity. The attribute `layers` names them in their order.
 
     Raises:
         ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1, as with

@@ -67,12 +67,12 @@ def calibrate(
 ) -> xr.Dataset:
     r"""How often `feature_claims` is wrong, and how often it is right, on models like yours.
 
-    A verdict is about data of which no one knows the truth. Here `train` gets your `x` with labels of which the truth
-    is known, the model that it returns is tested with `feature_claims`, and the verdicts are counted. There are two
-    arms of `n` models each:
+    A verdict is about data whose truth no one knows. Here, `train` gets your `x` with labels whose truth is known, the
+    model that it returns is tested with `feature_claims`, and the verdicts are counted. There are two arms of `n`
+    models each:
 
-    - **permuted**: the samples get each other's labels. No feature says anything about them, so each feature that is
-      supported is wrong.
+    - **permuted**: the labels are shuffled over the samples. No feature says anything about them, so each “supported”
+      is wrong.
     - **planted**: your labels, in the order of a score. With \(z_j\), the normal scores of a feature \(j\) that is
       drawn for each model, and \(\varepsilon\), those of permuted labels, the score of sample \(i\) is
 
@@ -87,8 +87,8 @@ def calibrate(
 
     Each model is trained on one half of the samples and tested on the other, so give all the data that you have. The
     halves are drawn for each model, as whole `groups` if there are any. With `block`, they are the first and the second
-    half of the series. `train` never gets the samples that a model is tested on. Whether your own model was trained on
-    the samples that you test it on, this cannot tell.
+    half of the series. `train` never gets the samples that a model is tested on. `calibrate` cannot tell whether your
+    own model was trained on the samples that you test it on.
 
     The weight \(w\) is such that the planted feature explains the share `strength` of the variance of `y` or, for
     classes, of their entropy. If it is not given, it is the skill of a first model that is trained with your labels, 1
@@ -97,14 +97,14 @@ def calibrate(
     how often.
 
     Only verdicts on features are counted. The claims about a ranking as a whole (`faithfulness`) can be true of a model
-    that was trained with permuted labels, because its output depends on its features all the same.
+    that was trained with permuted labels, because its output still depends on its features.
 
-    Where this misleads: all models have your `x`. The intervals cover other labels, halves and seeds, and no other
+    This can mislead. All models have your `x`, so the intervals cover other labels, halves and seeds, but no other
     data. Permuted labels are independent of each other unless `groups` or `block` is given: if your samples are not,
-    say so here and to `feature_claims`. With `block`, labels are shifted along the series. Where features and labels
-    drift for as long as the series lasts, they are still related after the shift. The planted signal rises with its
-    feature. A model may find one that rises and falls, or is in several features together, less often. `audit` adjusts
-    its verdicts for all of its claims, so it supports fewer features.
+    say so here and to `feature_claims`. With `block`, labels are shifted along the series. If features and labels drift
+    over the whole series, they are still related after the shift. The planted signal rises with its feature. A model
+    may find one that rises and falls, or is in several features together, less often. `audit` adjusts its verdicts for
+    all of its claims, so it supports fewer features.
 
     Args:
         train: A function of the arrays `(x, y)` that builds, compiles and trains a model and returns it. It is called

@@ -48,9 +48,9 @@ def capture(
 ) -> dict[str, xr.DataArray]:
     r"""The attention scores of a model, for every sample in `x`, as labeled arrays.
 
-    The model may be in any state, and it is not changed: not its weights, seeds and compiled functions, and not
-    what its layers remember of their latest call. It runs as `model.predict` would run it, with dropout off, and the
-    scores are read beside each attention layer's own computation,
+    The model may be in any state. It is not changed: its weights, seeds and compiled functions stay, and so does what
+    its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores are read
+    beside each attention layer's own computation,
 
     $$
     A_h = \operatorname{softmax}\!\left(\frac{Q_h K_h^\top}{\sqrt{d}} + M\right) ,
@@ -60,34 +60,34 @@ def capture(
     \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
     3.2.1). Those of Keras' own layers are taken before dropout.
 
-    Attention is captured wherever it is in the model, and whatever layer computes it:
+    Attention is captured anywhere in the model, in whatever layer:
 
     - `InterpretableMultiHeadAttention`, `keras.layers.MultiHeadAttention`, `keras.layers.GroupQueryAttention` and their
       subclasses. The scores are what the layer's `_compute_attention` returns.
-    - In any other layer, such as those of KerasHub, `keras.layers.Attention` or one of your own: a softmax whose
-      result is contracted, along the axis that it was taken over, with something that is not the same for all samples
+    - In any other layer, such as those of KerasHub, `keras.layers.Attention` or one of your own: a softmax whose result
+      is contracted, along the axis that it was taken over, with something that is not the same for all samples
       (`keras.ops.matmul`, `keras.ops.einsum` or `@`, or multiplied with it and summed). The scores are what the values
-      are multiplied by, with whatever was done to the softmax before. If that is no weight any more (rows sum to more
-      than 1), a warning says so. The first axis of the softmax is taken for that of the samples.
-    - A call of `keras.ops.dot_product_attention`. Its scores are computed again from its arguments.
+      are multiplied by, including whatever was done to the softmax before. If they are no longer weights (rows sum to
+      more than 1), a warning says so. The first axis of the softmax is assumed to be that of the samples.
+    - A call of `keras.ops.dot_product_attention`: its scores are computed again from its arguments.
 
     Without heads, the axis `head` has length 1. If there are several axes and it is not known which are heads, they are
     called `axis_2` and so on.
 
-    Some models have an attention sink: a column of the softmax that stands for no key and is dropped before the values
-    are met. It is left out here as well. Rows sum to less than 1, and the rest is the coordinate `sink`. A sink that
-    stays among the keys, with a row of zeros for its value, is a key like others.
+    Some models have an attention sink: a column of the softmax that stands for no key, and is dropped before the
+    product with the values. It is left out here as well. Rows then sum to less than 1, and the rest is the coordinate
+    `sink`. A sink that stays among the keys, with zeros as its value, is a key like the others.
 
-    Functions of the backend that a layer calls past Keras, such as `torch.nn.functional.scaled_dot_product_attention`,
-    are read like those of Keras. A softmax may be written out, and its result multiplied by the values and summed. A
-    softmax over the units of a dense layer that weighs as many parts of the same position, as in a mixture of experts,
-    is no attention.
+    A layer may call functions of the backend directly, such as `torch.nn.functional.scaled_dot_product_attention`. They
+    are read like those of Keras. The softmax may be written out, and its result multiplied by the values and summed. A
+    softmax over the units of a dense layer that weights as many parts of the same position, as in a mixture of experts,
+    does not count as attention.
 
     A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
-    and layers that are called attention and in which no scores were seen. Linear attention forms none, and deformable
-    attention has no keys. What folds axes into the batch or hides its kernel is read by `register_attention`. A
-    function that a layer compiles by itself, by `jax.jit` or `tf.function`, is noticed only while it is traced: if it
-    has run before, attention in it may be missing without a warning.
+    and layers that are called attention and in which no scores were seen. Linear attention forms no scores, and
+    deformable attention has no keys. For layers that fold axes into the batch or hide their kernel there is
+    `register_attention`. A function that a layer compiles by itself, by `jax.jit` or `tf.function`, is noticed only
+    while it is traced: if it has run before, attention in it may be missing without a warning.
 
     Args:
         model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
@@ -98,11 +98,11 @@ def capture(
         layers: Names of the attention layers to capture; all of them if not given. A name that several layers
             of nested models share stands for all of them. A path (`block_1/attention`), or the end of one, tells them
             apart.
-        feature_names: Names for the entries of an axis, one for each. They go onto the key axis, and onto the query
-            axis if it is as long. If not given, the columns of a DataFrame are used where they are as many, else the
-            names in the model's `FeatureTokenizer`, provided that the model has one tokenizer and one input.
-            Or the words of each sample, which may repeat: an array of strings (sample, key), lists of strings, of
-            which short ones are filled with `""` at the end, or a function from the ids in `x` to strings, such as
+        feature_names: Names for the entries of an axis, one for each. They are put on the key axis, and on the query
+            axis if it is as long. If not given, the columns of a DataFrame are used if there are as many, or else the
+            names in the model's `FeatureTokenizer`, if the model has one tokenizer and one input. Or the words of each
+            sample, which may repeat: an array of strings (sample, key), lists of strings, of which short ones are
+            filled with `""` at the end, or a function from the ids in `x` to strings, such as
             `vectorize.get_vocabulary().__getitem__`. `""` is padding. The function is called once for each id; `x` is
             one array of integers, (sample, key), a dictionary with such `token_ids`, or batches of these.
         batch_size: Samples in a batch. Only for arrays; everything else comes in batches. If not given, as many as
@@ -111,11 +111,11 @@ def capture(
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
-            batch. After a crash, a kill or a full disk the same call continues where it was, also with another
-            `batch_size`: samples that are stored are read from `x` again, to make sure that they are the same, and
-            the model does not run on them. It starts over if what the model does with a batch depends on those
-            before, as with random numbers. Called once more, it returns what is stored; a file that is lost or has
-            changed is an error, then or when the scores are read. Needs Zarr: `pip install ".[store]"` in a clone of
+            batch. After a crash, a kill or a full disk, the same call continues where it stopped, also with another
+            `batch_size`. Stored samples are read from `x` again, to make sure that they are the same, and only the
+            first batch of them runs through the model again. The call starts over if the result for a batch depends on
+            earlier batches, as with random numbers. A call after the end returns what is stored. A lost or changed file
+            is an error, either then or when the scores are read. Needs Zarr: `pip install ".[store]"` in a clone of
             this package's repository.
 
     Returns:
@@ -211,7 +211,7 @@ def recomposition_error(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, float]:
-    r"""How far the output of each attention layer lies from what its captured scores make of its values.
+    r"""The difference between the output of each attention layer and the output that its captured scores give.
 
     If the scores \(A_h\) that `capture` returns are the ones that the model used, then they and the projected
     values \(V_h\) give the layer's output again:
@@ -221,13 +221,12 @@ def recomposition_error(
     {\max \left| \text{output} \right|} .
     $$
 
-    The output is the layer's real one, read while the model runs, whichever way the layer computed it (Keras may
-    use a fused kernel that never forms the scores). With a gate (`use_gate=True`), the gate is applied as the layer
-    does.
+    The output is the real output of the layer, read while the model runs, however the layer computed it (Keras may use
+    a fused kernel that never forms the scores). With `use_gate=True`, the gate is applied as in the layer.
 
-    Where the scores were read from a softmax (the attribute `read_from` of `capture`), the product with the values is
-    one that the layer itself computes, so that the error is 0 or nearly so: it says that these numbers weight something
-    in the layer, and not that the layer's output is nothing else.
+    If the scores were read from a softmax (the attribute `read_from` of `capture`), the layer itself computes the
+    product with the values, so the error is 0 or nearly 0. It then says that these numbers weight something in the
+    layer, and not that the output of the layer is nothing else.
 
     Queries whose keys are all masked are left out: their scores are 0, and Keras' output for them is 0 or the mean of
     all values, depending on how it computes attention.
@@ -241,8 +240,8 @@ def recomposition_error(
 
     Returns:
         dict[str, float]: From the names that `capture` gives to errors, at least 0, without unit. Expect 1e-7
-        to 1e-5 in single precision, 1e-3 with `float16`, 1e-2 with `bfloat16`. A large number means that the output
-        is not made of these scores, as when a subclass does something else with them, or drops some at inference.
+        to 1e-5 in single precision, 1e-3 with `float16`, 1e-2 with `bfloat16`. A large number means that the output is
+        not made from these scores. A subclass may do something else with them, or drop some at inference.
 
     Raises:
         ValueError: As `capture`, and if a layer calls `_compute_attention` more than once in a call.

@@ -99,40 +99,40 @@ def feature_claims(
 
     The effect is what the feature tells the model that the other features do not, in the unit of the loss. If that is
     nothing, a sample's own value and the \(K\) draws are exchangeable. The p-value therefore comes from exchanging, at
-    random and in each cluster of samples separately, the own loss with one of the \(K + 1\) losses: it is the share of
-    such exchanges whose mean is at most the observed one. It makes no assumption on the shape of \(d_{ij}\). Where
-    fewer than 50 clusters make up most of the variance, it is the share of 1,999 exchanges or more that are drawn; else
-    of all of them, by a saddlepoint approximation (Robinson 1982, [*Saddlepoint Approximations for Permutation
-    Tests*](https://doi.org/10.1111/j.2517-6161.1982.tb01191.x)).
+    random and in each cluster of samples separately, the own loss with one of the \(K + 1\) losses. It is the share of
+    such exchanges whose mean is at most the observed one, and it makes no assumption about the shape of \(d_{ij}\). If
+    fewer than 50 clusters make up most of the variance, it is the share among 1,999 or more drawn exchanges. Otherwise
+    it is the share among all of them, by a saddlepoint approximation (Robinson 1982, [*Saddlepoint Approximations for
+    Permutation Tests*](https://doi.org/10.1111/j.2517-6161.1982.tb01191.x)).
 
     **What the verdicts assume:**
 
     - The model was not trained on `x`. If it was, every feature that it has learned by heart seems to matter.
     - Samples are independent, or `groups` or `block` says which are not. Then whole clusters are exchanged and
-      resampled, and draws come from one other cluster. Samples that are exact copies are one cluster. Where samples
-      that follow each other have losses that are alike, and neither is given, all verdicts are `undetermined`.
-    - The draws could have come about with the sample's other values. A draw is the prediction of a regression of the
-      feature on the others, plus a residual of a sample with a nearby fitted value. The regression is linear, has
-      piecewise-linear terms, or has products too, in the columns' own units or in normal scores, with a ridge penalty;
-      the one with the smallest leave-one-out error is used. Integers are rounded, and nothing is drawn outside the
-      range of the data. A column of at most 20 values takes that of another sample in the same leaf of a decision tree
-      or with a nearby fitted value. Before a feature is called needed, a classifier tries to tell its draws from the
-      true values. If it can, the verdict is `undetermined`. It cannot find every fault: no test of conditional
-      independence is valid for all distributions (Shah & Peters 2020, [*The Hardness of Conditional Independence
-      Testing*](https://doi.org/10.1214/19-AOS1857)). With some hundred samples these escape it, and a feature that
-      only repeats them may be called needed: codes of more than 20 values, such as postal codes, which are taken for
+      resampled, and draws come from one other cluster. Samples that are exact copies are one cluster. If samples that
+      follow each other have similar losses, and neither is given, all verdicts are `undetermined`.
+    - The draws fit the other values of the sample. A draw is the prediction of a regression of the feature on the
+      others, plus a residual of a sample with a nearby fitted value. The regression is linear, has piecewise-linear
+      terms, or has products too, in the columns' own units or in normal scores, with a ridge penalty; the one with the
+      smallest leave-one-out error is used. Integers are rounded, and nothing is drawn outside the range of the data. A
+      column of at most 20 values takes that of another sample in the same leaf of a decision tree or with a nearby
+      fitted value. Before a feature is called needed, a classifier tries to tell its draws from the true values. If it
+      can, the verdict is `undetermined`. It cannot find every fault: no test of conditional independence is valid for
+      all distributions (Shah & Peters 2020, [*The Hardness of Conditional Independence
+      Testing*](https://doi.org/10.1214/19-AOS1857)). With a few hundred samples it misses these, and a feature that
+      only repeats them may be called needed: codes of more than 20 values, such as postal codes, which are treated as
       numbers; waves, such as a daily cycle over a time stamp; and products of three columns.
 
     **Arrays with several axes, and several inputs**, are tables as well, with a column for each entry of a sample: the
     entries of a feature are drawn one after the other, given those of all other features and inputs. Nothing is assumed
-    to be independent of anything else. That takes more samples than a sample has entries, and, if `x` is no table, at
-    most 256 entries: else every verdict is `undetermined`. So is that of a feature that is out of view in some samples,
-    as padding is. Token ids are refused, also as one of several inputs: what is drawn for another input would have to
-    fit the text.
+    to be independent of anything else. This needs more samples than a sample has entries, and, if `x` is not a table,
+    at most 256 entries. Otherwise every verdict is `undetermined`. So is that of a feature that is out of view in some
+    samples, such as padding. Token ids raise an error, also as one of several inputs, because what is drawn for another
+    input would have to fit the text.
 
-    Columns that determine each other, as one-hot columns and near-copies do, leave nothing to draw one by one. They are
-    noticed, and tested together as well: the result has a row for the group, named `a + b`, or `a + b + c + 9 more`. Of
-    its members the data cannot tell which the model needs.
+    Columns that determine each other, such as one-hot columns and near-copies, leave nothing to draw one by one. They
+    are noticed, and also tested together: the result has a row for the group, named `a + b`, or `a + b + c + 9 more`.
+    The data cannot tell which of its members the model needs.
 
     Args:
         model: A `keras.Model` with one output.
@@ -168,11 +168,11 @@ def feature_claims(
         xr.Dataset: Over `feature`, with the names in `attribution` if it has any, and then the groups that were found.
         `plot.features` draws it.
 
-        - `member` (feature, column): whether a column of `x` is one of those that the test removes. For other arrays
-          the columns are the entries of a sample, those of several inputs in the order of `keras.tree.flatten`.
+        - `member` (feature, column): whether the test removes a column of `x`. For other arrays, the columns are the
+          entries of a sample, and those of several inputs are in the order of `keras.tree.flatten`.
         - `attribution`: the mean over the samples, the sum over the columns of a feature.
-        - `claimed`: whether the attribution lies above the mean of all features, that is, above what `uniform` would
-          give. Only then is a claim made.
+        - `claimed`: whether the attribution is above the mean of all features, which is what `uniform` would give. A
+          claim is made only then.
         - `effect`: in the unit of the loss; above 0 if the model does worse without the feature.
         - `interval` (feature, bound: `lower`, `upper`) of the effect: a studentized bootstrap over the samples, each
           with what it adds as a donor of values; from 2,000 clusters on a normal interval.

@@ -49,17 +49,17 @@ def compare(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Several attributions of one model beside each other: do they agree, and which features does the model use?
+    r"""Compares several attributions of one model: do they agree, and which features does the model use?
 
-    Each method is tested by `faithfulness`, on the same samples, rows of the background and relabelings, and each two
-    of them are compared as `seed_agreement` compares two models: with \(T_i\), the \(k\) features with the largest mean
-    share of the absolute attribution by method \(i\), their overlap is \(|T_i \cap T_j| / k\). The null distribution is
-    that of rankings that know nothing.
+    `faithfulness` tests each method, on the same samples, rows of the background and relabelings. Each pair of methods
+    is compared as `seed_agreement` compares two models: with \(T_i\), the \(k\) features with the largest mean share of
+    the absolute attribution by method \(i\), their overlap is \(|T_i \cap T_j| / k\). The null distribution is that of
+    rankings that know nothing.
 
-    To try several methods and keep the one with the smallest p-value is a test of several hypotheses. Of each kind of
-    p-value, those of all \(m\) methods (or pairs of methods) are therefore adjusted together, by Holm's method (Holm
-    1979, [*A Simple Sequentially Rejective Multiple Test Procedure*](https://www.jstor.org/stable/4615733)). With
-    \(p_{(1)} \le \dots \le p_{(m)}\),
+    Trying several methods and keeping the one with the smallest p-value is a test of several hypotheses. So the
+    p-values of all \(m\) methods (or pairs of methods) are adjusted together, for each kind of p-value, by Holm's
+    method (Holm 1979, [*A Simple Sequentially Rejective Multiple Test
+    Procedure*](https://www.jstor.org/stable/4615733)). With \(p_{(1)} \le \dots \le p_{(m)}\),
 
     $$
     \tilde p_{(i)} = \min\Bigl(1, \max_{j \le i} \, (m - j + 1) \, p_{(j)}\Bigr) .
@@ -68,11 +68,11 @@ def compare(
     The chance that any method which knows nothing has an adjusted p-value of at most `level` is at most `level`,
     however the methods depend on each other.
 
-    In texts, a feature is a position, which holds another word in each: there the overlap says little, and
-    `faithfulness` all the more.
+    In texts, a feature is a position, which holds another word in each text. There the overlap says little, and
+    `faithfulness` says more.
 
     Agreement is no evidence that methods are right: readings of the same weights share their errors. Methods that
-    disagree may both be faithful, where features stand in for each other.
+    disagree may both be faithful, if features stand in for each other.
 
     Args:
         model: A `keras.Model`, as for `faithfulness`.

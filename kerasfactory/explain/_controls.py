@@ -66,19 +66,20 @@ def attention_controls(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How much of a model's output depends on where its attention is.
+    r"""How much a model's output depends on where it attends.
 
     The model runs with other scores than its own, in all layers at once:
 
     - `uniform`: each query gives the same weight to all keys in its view.
-    - `permuted`: the weights of each query are shuffled among the keys in its view, `draws` times; the median counts.
+    - `permuted`: the weights of each query are shuffled among the keys in its view, `draws` times. The median over
+      these counts.
     - `adversarial`: scores as far as possible from the model's own while the output changes by at most `tolerance`
       (Jain & Wallace 2019, [*Attention is not Explanation*](https://arxiv.org/abs/1902.10186), section 4.2.2). They are
       found by `steps` steps of gradient ascent on logits, once from near the model's own scores and once from far away.
       If none are found, this does not prove that there are none.
 
-    A query without a key in view keeps what the layer gives it: with Keras' fused attention, the mean of all values.
-    Where an attention sink takes a part of the weight, it keeps that part, and all scores of a row sum to the rest.
+    A query without a key in view keeps what the layer gives it: with Keras' fused attention, the mean of all values. An
+    attention sink keeps its part of the weight, and the scores of a row sum to the rest.
 
     If uniform attention leaves the output as it is, attention does not decide the output, whatever the map looks like.
     That other scores give the same output is weaker evidence. The adversary may find scores that the model could not
@@ -101,23 +102,23 @@ def attention_controls(
     \sigma_c = \sqrt{\frac{\pi}{2}} \; \frac{1}{n} \sum_s |f_c(x_s; A) - \operatorname{median} f_c| .
     $$
 
-    If the model tells classes or labels apart, \(f\) are its logits, which are calculated of probabilities: a change
-    from 0.01 to 0.02 is as large as one from 0.5 to 0.67. Those of classes are centered, because a softmax takes no
-    notice of what is added to all. Otherwise they are the outputs as they are, so that another unit or origin changes
-    nothing. The spread \(\sigma_c\) is the standard deviation if the outputs are normal. Heavy
-    tails blow it up less than a standard deviation, and a rare class does not let it collapse, as it does quartiles.
+    If the model predicts classes or labels, \(f\) are its logits, which are calculated from probabilities if necessary:
+    a change from 0.01 to 0.02 is as large as one from 0.5 to 0.67. The logits of classes are centered, because adding a
+    constant to all of them does not change a softmax. Otherwise \(f\) are the outputs themselves, and another unit or
+    origin changes nothing. The spread \(\sigma_c\) is the standard deviation if the outputs are normal. Heavy tails
+    increase it less than a standard deviation, and a rare class does not make it collapse, as it does quartiles.
 
-    What is tested is the `share` of rows that change by more than `tolerance`, and not the typical row: attention may
-    decide in a part of them. The smallest share that counts is 2 %. Whoever wants to say that attention does *not*
-    decide should look at `mean_change` as well: it is large if a few rows, as those of a rare class, change a lot.
+    The tests are about the `share` of rows that change by more than `tolerance`, and not about the typical row, because
+    attention may decide in a part of the rows. The smallest share that counts is 2 %. To say that attention does *not*
+    decide, look at `mean_change` as well. It is large if a few rows, such as those of a rare class, change a lot.
 
     Args:
         model: A `keras.Model`, as for `capture`. If it has a dictionary or list of several outputs, `target` says which
             is meant.
         x: Arrays, as `model.predict` takes them, of at least 2 samples. Up to 1,024 are used, drawn at random, and up
             to 256 of these for `adversarial`, which takes more runs.
-        y: Labels, one for each sample, as the compiled loss takes them. With them, what uniform attention makes of the
-            loss is tested as well.
+        y: Labels, one for each sample, as the compiled loss takes them. With them, it is also tested whether uniform
+            attention makes the loss larger.
         task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
             compiled loss says so if it is one of Keras and this is not given. It also says whether the outputs are
             probabilities or logits; else the activation of the last layer does, and if none is known, classes that sum

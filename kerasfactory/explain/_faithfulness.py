@@ -88,29 +88,31 @@ def faithfulness(
     near 0. With fine `fractions`, such as `numpy.linspace(0.05, 1, 20)`, the two are the curves known as deletion and
     insertion, subtracted from \(f(x)\).
 
-    A feature is in view if the coordinate `in_view` of the attribution says so, as that of `attribute` does. Of an
-    array without it, a feature is in view if any query of any attention layer attends to it, with all of them in view
-    if the model has no masks, or no attention over as many keys. `special_tokens` are not in view. What is out of view,
-    such as padding, is never changed and never counted. Samples with fewer than 2 features in view are left out.
+    A feature is in view if the coordinate `in_view` of the attribution says so, as that of `attribute` does. In an
+    array without that coordinate, a feature is in view if any query of any attention layer attends to it. All features
+    are in view if the model has no masks, or no attention over as many keys. `special_tokens` are not in view. Features
+    out of view, such as padding, are never changed and never counted. Samples with fewer than 2 features in view are
+    left out.
 
     What \(f\) is depends on what the outputs mean, which the compiled loss or `task` says:
 
     - For a classification with several outputs, it is that of the class that the model predicts for the sample, or of
       the one that `target` or `y` names.
-    - If one output is asked about that is no class of several, such as that of a regression, it may go up or down, and
-      the differences are taken as absolute values: noise does not cancel, and only the comparison with the null
-      distribution tells something.
+    - If \(f\) is one output that is not one of several classes, such as that of a regression, it may go up or down, and
+      the differences are taken as absolute values. Then noise does not cancel, and only the comparison with the null
+      distribution is informative.
     - For other models, `target` names one of several outputs. Without it, all count: the change is the mean over the
       outputs of the absolute differences, each divided by that output's standard deviation over the samples, and the
       mean over the rows of the background that are drawn. An output that does not vary counts as unchanged.
 
-    By itself an AOPC tells little: removing any features moves an output. The null distribution is the AOPC
-    comprehensiveness of attributions that know nothing of the features and are like the given one in all else: in each
-    draw the features of the attribution are relabeled, at random, in the same way for all samples. Where features are
-    out of view of a sample, its ranking is first completed by them, with their ranks in other samples that have more in
-    view. Then all are relabeled, and those in view are ranked again: a ranking that is the same for all samples stays
-    one. This is on the safe side for attributions that differ by sample: with much padding, those that know nothing
-    have a p-value of 0.05 or less in fewer than 5 % of cases. The p-value is one-sided,
+    By itself an AOPC says little, because removing any features moves an output. The null distribution is the AOPC
+    comprehensiveness of attributions that know nothing about the features and are otherwise like the given one: in each
+    draw, the features of the attribution are relabeled at random, in the same way for all samples. If features are out
+    of view of a sample, its ranking is first completed by them, with their ranks in other samples that have more in
+    view. Then all features are relabeled, and those in view are ranked again. So a ranking that is the same for all
+    samples stays the same for all samples. This is on the safe side for attributions that differ by sample: with much
+    padding, those that know nothing have a p-value of 0.05 or less in fewer than 5 % of cases. The p-value is
+    one-sided,
 
     $$
     p = \frac{1 + \#\{\text{null} \ge \text{observed}\}}{1 + \text{draws}} .
@@ -121,19 +123,19 @@ def faithfulness(
     attributions that know nothing.
 
     In texts, a ranking may know nothing and still put the same words first in all of them: a few words at random, which
-    may be those that decide. Where a model reads token ids, the test is therefore made twice, with positions relabeled,
-    and with words relabeled, which get each other's mean rank. The larger p-values count.
+    may be those that decide. So if a model reads token ids, the test is made twice: with positions relabeled, and with
+    words relabeled, which get each other's mean rank. The larger p-values count.
 
     Relabeling each sample by itself would be the wrong comparison. Many attributions rank the features alike in all
     samples, and a single ranking drawn blindly beats the average of many in half of all cases. This has a price: a
     ranking that is the same for all samples is one guess among the possible rankings, however many samples there are.
     With 3 features its p-value stays around 1/6 or above, faithful or not.
 
-    A removed feature keeps its place and gets another value. The model may never have seen such an input
-    (Hooker et al. 2019, [*A Benchmark for Interpretability Methods in Deep Neural
-    Networks*](https://arxiv.org/abs/1806.10758)), so a large change can be the model's surprise and not the
-    feature's merit. If a feature has a copy, removing either of the two changes nothing: even a faithful attribution to
-    one of them has comprehensiveness 0. Try more than one `removal`.
+    A removed feature keeps its place and gets another value. The model may never have seen such an input (Hooker et al.
+    2019, [*A Benchmark for Interpretability Methods in Deep Neural Networks*](https://arxiv.org/abs/1806.10758)), so a
+    large change can come from the unusual input and not from the feature. If a feature has a copy, removing either of
+    the two may change nothing: then even a faithful attribution to one of them has comprehensiveness 0. Try more than
+    one `removal`.
 
     Args:
         model: A `keras.Model`. If it has a dictionary or list of several outputs, `target` says which is meant.
@@ -152,14 +154,14 @@ def faithfulness(
             gap, or -1 for what is never removed. It makes features of the patches of a picture
             (`explain.patches(height, width, size)`), of the variables of a series (`numpy.broadcast_to(
             numpy.arange(variables), (times, variables))`) or of both. The last axes may be missing: (height, width) is
-            for all channels. For several inputs it is a dictionary or list like `x`, whose numbers run on over the
-            inputs; -1 alone leaves an input as it is. Feature k is the k-th key of the attribution that is not special.
-            Without it, features are the entries of axis 1, and pictures and several inputs are refused. With it, the
-            attribution says what is in view; everything is, if it does not.
-        special_tokens: What stands for no feature, such as class, separator and padding tokens: token ids, if `x` holds
-            integers, or names of features in the coordinate `feature` of the attribution. What the attribution says, if
-            not given. If the attribution has more keys than there are features, those that are named here stand for
-            nothing in `x`, as a class token of the model's own, and are left out.
+            for all channels. For several inputs it is a dictionary or list like `x`, whose numbers continue from one
+            input to the next; -1 alone leaves an input as it is. Feature k is the k-th key of the attribution that is
+            not special. Without it, features are the entries of axis 1, and pictures and several inputs raise an error.
+            With it, the attribution says what is in view; if it does not, everything is in view.
+        special_tokens: Keys that stand for no feature, such as class, separator and padding tokens: token ids, if `x`
+            holds integers, or names of features in the coordinate `feature` of the attribution. What the attribution
+            says, if not given. If the attribution has more keys than there are features, those that are named here
+            stand for nothing in `x`, as a class token of the model's own, and are left out.
         removal: The value that a removed feature gets. `"marginal"`: what it is in a random row of `background`; all
             features removed from a sample come from one row, and the output is the mean over three rows. Where a
             feature is out of view of that row, its value is that of another row in which it is in view; if it is in
@@ -178,7 +180,7 @@ def faithfulness(
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the draws.
-        seed: Of all that is drawn. The same seed gives the same result.
+        seed: The seed of all that is drawn. The same seed gives the same result.
 
     Returns:
         xr.Dataset: With these variables.

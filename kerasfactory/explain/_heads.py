@@ -30,7 +30,7 @@ def head_statistics(weights: Mapping[str, xr.DataArray]) -> dict[str, xr.Dataset
 
 
 def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Dataset | dict[str, xr.Dataset]:
-    r"""What the attention scores of each head are like, in four numbers.
+    r"""Describes the attention scores of each head by four numbers.
 
     For one sample and one head, with the weight \(A_{ij}\) of key \(j\) for query \(i\) and \(n_i\) keys in view
     of that query,
@@ -49,8 +49,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     + \tfrac{1}{2} \sum_j Q_j \log_2 \frac{Q_j}{M_j}} ,
     $$
 
-    as in `scipy.spatial.distance.jensenshannon`. Each is averaged over all queries of all samples. Queries that may
-    attend to no key are left out.
+    as in `scipy.spatial.distance.jensenshannon`. Each is averaged over all queries of all samples. Queries whose keys
+    are all masked are left out.
 
     The confidence of a head is from Voita et al. 2019, [*Analyzing Multi-Head
     Self-Attention*](https://arxiv.org/abs/1905.09418), section 4; its mean distance from Vig and Belinkov 2019,
@@ -62,8 +62,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     weight, so that a head whose other weights underflow to 0 counts as sharp. If your masks differ from head to head,
     pass one head at a time: `scores.sel(head=[0])`.
 
-    Where an attention sink takes a part of the weight (scores with a coordinate `sink`), \(A_{ij}\) is what the real
-    keys get, divided by its sum: where a query looks among the keys, whatever it leaves to the sink.
+    If an attention sink takes a part of the weight (scores with a coordinate `sink`), \(A_{ij}\) is the weight of the
+    real keys, divided by its sum. It says where a query looks among the keys, whatever part the sink takes.
 
     Args:
         weights: The scores of a layer as `capture` returns them, a DataArray with the dimensions `sample` (or
@@ -73,13 +73,14 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     Returns:
         xr.Dataset | dict[str, xr.Dataset]: For a dictionary, one for each name in it. With these variables:
 
-        - `entropy` (head): from 0, all weight on one key, to 1, the same weight on all keys in view. A query with
-          one key in view has no choice: its entropy is 0, and it is left out of the mean. 0 if all are so.
+        - `entropy` (head): from 0, all weight on one key, to 1, the same weight on all keys in view. A query with one
+          key in view has no choice: its entropy is 0, and it is left out of the mean. If all queries are like this, it
+          is 0.
         - `confidence` (head): from 1 over the number of keys in view, to 1. Without unit.
-        - `distance` (head): in positions, from 0, each query on itself, to the number of keys minus 1. NaN where there
-          are not as many queries as keys: then the two do not count the same positions.
-        - `redundancy` (head, head_other): a distance, so small values mean redundant heads. From 0, twins, to 1, no
-          key in common; 0 on the diagonal, symmetric. Without unit.
+        - `distance` (head): in positions, from 0, each query on itself, to the number of keys minus 1. NaN if there are
+          not as many queries as keys, because the two then do not count the same positions.
+        - `redundancy` (head, head_other): a distance, so small values mean redundant heads. From 0, the same rows, to
+          1, no key in common. It is 0 on the diagonal, symmetric, and without unit.
 
         A head whose scores hold a NaN has NaN, and so has a head none of whose queries may attend to a key. The
         attributes are those of the scores.
@@ -211,7 +212,7 @@ def head_importance(
     r"""How much the loss depends on each head: a gradient that estimates it, beside the ablation that measures it.
 
     A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
-    loss \(L(x, y; \xi)\) of one sample and all masks 1 but the one that is written,
+    loss \(L(x, y; \xi)\) of one sample, and all masks 1 except the one in the formula,
 
     $$
     \operatorname{gradient}_h = \frac{1}{N} \sum_{n=1}^N
@@ -221,12 +222,12 @@ def head_importance(
 
     The gradient is the proxy of Michel et al. 2019, [*Are Sixteen Heads Really Better than
     One?*](https://arxiv.org/abs/1905.10650), section 4.1, before they normalize it within each layer. It takes one
-    backward pass for all heads. It stands for ablation, which takes a forward pass for each head. The two may
-    disagree: a gradient describes small changes, and cannot see that another head would step in, or that the loss
+    backward pass for all heads. It estimates the ablation, which takes a forward pass for each head. The two may
+    disagree: a gradient describes small changes, and does not show that another head would take over, or that the loss
     flattens out.
 
-    Both are for one head at a time. Heads that can be left out one by one may be needed as a pair, as twins are. Use
-    data that the model was not trained on: on its training data every head seems to matter.
+    Both are for one head at a time. Heads that can be left out one by one may be needed as a pair, if they do the same.
+    Use data that the model was not trained on: on its training data every head seems to matter.
 
     Args:
         model: A `keras.Model`, as for `capture`, with one or several attention layers.
@@ -236,11 +237,11 @@ def head_importance(
         loss: What to measure, as `model.compile` takes it for one output: a name that Keras knows, a
             `keras.losses.Loss`, a function of `(y, outputs)`, or a list or dictionary of one of these. The function
             gets tensors and returns one value for each sample, or several, which are averaged. A `y` of shape (sample,)
-            comes as (sample, 1), also in a dictionary. Write it with `keras.ops`, because it is differentiated: what
-            leaves tensors has no gradient. It is compiled as the model is. If it cannot be compiled, it runs as it is,
-            more slowly. If `loss` is not given, it is the loss that the model was compiled with. Its reduction over the
-            samples is not used, because the values of single samples count. Weights of classes, and losses that layers
-            add, are not used either. A model with several outputs needs a function here.
+            comes as (sample, 1), also in a dictionary. Write it with `keras.ops`, because it is differentiated: a
+            result that is no longer a tensor has no gradient. It is compiled like the model. If it cannot be compiled,
+            it runs without, more slowly. If `loss` is not given, it is the loss that the model was compiled with. Its
+            reduction over the samples is not used, because the values of single samples count. Weights of classes, and
+            losses that layers add, are not used either. A model with several outputs needs a function here.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`.
 

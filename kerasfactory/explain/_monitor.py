@@ -16,22 +16,21 @@ from kerasfactory.explain._heads import add_sums, check_dims, statistics_of
 
 
 class AttentionMonitor(keras.callbacks.Callback):
-    r"""A callback that records, while a model trains, what its heads do with some fixed samples.
+    r"""A callback that records what the heads of a model do with some fixed samples while the model trains.
 
-    Before the first epoch and after every `every`-th one, the samples run through the model as `capture` runs them,
-    batch by batch, and the four numbers of `head_statistics` are kept for each head (of an attention with a sink too:
-    of the weights of the real keys, divided by their sum). Scores are not kept: memory
-    for them is that of one batch. What grows with the epochs is `history`, by 8 (3 H + H²) bytes a record for a
-    layer with H heads.
+    Before the first epoch and after every `every`-th one, the samples run through the model as in `capture`, batch by
+    batch, and the four numbers of `head_statistics` are kept for each head. (With an attention sink, they are those of
+    the weights of the real keys, divided by their sum.) Scores are not kept, and take the memory of one batch.
+    `history` grows with the epochs, by 8 (3 H + H²) bytes a record for a layer with H heads.
 
-    Training is not disturbed: with the monitor and without it the trained weights are the same, bit by bit. Dropout is
-    off while the monitor looks, and no random number is drawn.
+    The monitor does not disturb training: the trained weights are the same with and without it, bit by bit. Dropout is
+    off while it records, and it draws no random number.
 
     Args:
-        x: The samples to look at, as for `capture`: some dozens, always the same, rather from the validation data. A
-            generator will not do, since it can be read only once.
+        x: The samples to record, as for `capture`: a few dozen, preferably from the validation data. A generator does
+            not work, because it can be read only once.
         layers: Names of the attention layers, as for `capture`.
-        every: Record after every how many epochs, by their numbers from 1.
+        every: Record after each epoch whose number, from 1, is a multiple of this.
         log_dir: A directory for TensorBoard. Scalars are called `attention/LAYER/entropy/HEAD` and so on, those of
             redundancy `attention/LAYER/redundancy/HEAD-OTHER`, and their step is the number of epochs done. On
             TensorFlow nothing else is needed; with the other backends tensorboard or tensorflow.

@@ -8,8 +8,8 @@ from kerasfactory._arguments import positive_integer
 def patches(height: int, width: int, size: int | tuple[int, int]) -> np.ndarray:
     """The number of the patch that each pixel of a picture belongs to: a `feature_mask` for `faithfulness` and `audit`.
 
-    Patches are numbered row by row, from the top left, as vision transformers do it. A mask may lack the last axes of
-    a sample, so that it fits pictures (sample, height, width, channel) as it is: all channels of a pixel belong to one
+    Patches are numbered row by row, from the top left, as in vision transformers. A mask may lack the last axes of a
+    sample, so that it fits pictures (sample, height, width, channel) as it is: all channels of a pixel belong to one
     patch. For pictures with the channels first it is `np.broadcast_to(mask, (channels, height, width))`.
 
     Args:

@@ -11,12 +11,13 @@ from kerasfactory.explain._engine.adapters import register
 def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[..., Any] | None) -> None:
     r"""Tells `explain` how to read the attention of a class of layers: one that folds axes, or hides its kernel.
 
-    Most attention is read without this (see `capture`). Two kinds need a word from you:
+    Most attention is read without this (see `capture`). Two kinds of layers need an adapter, which is a function that
+    you write:
 
     - A layer that **folds axes into the batch**: windows of an image, blocks of a sequence, heads. Its scores are read,
-      but only the layer knows what the first axis is made of. The adapter takes it apart.
-    - A layer that **hides its kernel**: it attends by a function that `explain` cannot see into, such as one written in
-      CUDA or Pallas. The adapter computes the scores again, from what the layer was called with.
+      but only the layer knows what its first axis consists of. The adapter splits this axis.
+    - A layer that **hides its kernel**: it attends by a function that `explain` cannot observe, such as one written in
+      CUDA or Pallas. The adapter computes the scores again, from the arguments of the layer.
 
     The adapter is called as `adapter(layer, scores, *args, **kwargs)` for each attention in a call of the layer, while
     the model runs or is traced:
@@ -27,13 +28,13 @@ def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[
     - `*args, **kwargs`: what the layer's `call` got.
 
     It returns scores (batch, head, query, key), or with further axes between batch and head: `(batch, axis, head,
-    query, key)`. It may return a pair of these and the output that they make, where the layer hides its kernel.
-    `recomposition_error` then compares that output with the layer's own. It shows that the adapter is right if the
-    output is made of the very scores that are returned: multiply these with the values, and call no kernel. Where
-    scores were seen, it compares what these make of the values, as for every other layer.
+    query, key)`. If the layer hides its kernel, it may return a pair of these scores and the output that they give.
+    `recomposition_error` then compares that output with the layer's own. The comparison shows that the adapter is right
+    only if you compute the output from the scores that you return: multiply these with the values, and do not call the
+    kernel. If scores were seen, it compares the output that these give, as for every other layer.
 
-    It is assumed that the adapter uses `keras.ops`, because it may be compiled, that it keeps nothing of what it
-    gets, and that it returns scores of the same samples as the layer's input, in their order.
+    The adapter must use `keras.ops`, because it may be compiled. It must not keep anything that it gets, and it must
+    return scores of the same samples as the layer's input, in their order.
 
     Args:
         layer_class: A subclass of `keras.layers.Layer`. Classes that derive from it count as well, unless they, or one

@@ -44,15 +44,15 @@ def parameter_randomization(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How much of an attribution is left when what the model has learned is taken out of it.
+    r"""How much of an attribution is left after the learned weights are shuffled.
 
     An attribution that stays the same without the learned weights shows the architecture or the data, not the model
     (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). That paper initializes
-    the weights again. Here the entries of each array of weights are shuffled: the distribution of its values stays, and
-    with it how sharp attention can be. What the weights have learned is gone.
+    the weights again. Here the entries of each array of weights are shuffled. The distribution of its values stays, and
+    so does how sharp attention can be. What the weights have learned is lost.
 
     With the shares \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\) of the trained model, over
-    the features in view of the sample, and \(b_r\), those after shuffle \(r\), the distance is the total variation,
+    the features in view of the sample, and the shares \(b_r\) after shuffle \(r\), the distance is the total variation,
     averaged over the \(S\) samples,
 
     $$
@@ -60,15 +60,15 @@ def parameter_randomization(
     \operatorname{kept}_r = 1 - \frac{d(a, b_r)}{\operatorname{mean}_\pi d(a, \pi b_r)} .
     $$
 
-    The null distribution is made of \(\pi b_r\), attributions of the same shape that know nothing: those of the
-    shuffled model with its features relabeled at random, in the same way for all samples. Where features are out of
-    view, as padding is, a feature gets the value of the first one in view that the relabeling leads to, again and
-    again. What is kept is 1 if the attribution does not change, and 0 if it is no nearer to the original than a
-    relabeled one. It may be below 0.
+    The null distribution consists of \(\pi b_r\), attributions of the same shape that know nothing: those of the
+    shuffled model with its features relabeled at random, in the same way for all samples. If features are out of view,
+    such as padding, a feature gets the value of the first one in view that repeated relabeling leads to. What is kept
+    is 1 if the attribution does not change, and 0 if it is no nearer to the original than a relabeled one. It may be
+    below 0.
 
-    Passing is no evidence that an attribution is faithful: that of a model that was never trained passes. Failing is
-    evidence that it is not about the model. A mask hides keys with any weights: features out of view count for nothing,
-    on either side.
+    Passing is no evidence that an attribution is faithful: the attribution of a model that was never trained passes.
+    Failing is evidence that it is not about the model. A mask hides keys whatever the weights are, so features out of
+    view do not count.
 
     Args:
         model: A `keras.Model`, as for `attribute`. It keeps its weights.
@@ -98,8 +98,8 @@ def parameter_randomization(
 
         - `distance` (draw) and `null` (draw, relabeling): of the shuffled model's attribution, and of its
           relabelings.
-        - `kept` (draw), its median over the draws, `median_kept`, and the `interval` (bound: `lower`, `upper`) of that,
-          a percentile bootstrap over the draws. NaN if the attribution does not tell one feature from another, so that
+        - `kept` (draw), its median over the draws, `median_kept`, and the `interval` (bound: `lower`, `upper`) of the
+          median, a percentile bootstrap over the draws. NaN if the attribution is the same for all features, because
           there is nothing to keep.
         - `p_value`: of the exact sign test that the median is at most the `tolerance`; and `p_opposite`, that it is
           above. 1 if there is nothing to keep.
@@ -251,7 +251,7 @@ def seed_agreement(
     level: float = 0.05,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Whether models that differ only in the seed of their training attribute to the same features.
+    r"""Whether models that differ only in the seed of their training rank the same features first.
 
     The attributions are of the same samples by several models. Each is turned into shares of the features in view of
     the sample, \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\). Where \(n_s\) features are in
@@ -263,15 +263,15 @@ def seed_agreement(
     \operatorname{overlap} = \frac{2}{M (M - 1)} \sum_{i < j} \frac{|T_i \cap T_j|}{k} .
     $$
 
-    The null distribution is the overlap of as many rankings drawn at random. Where features are out of view, such as
-    padding, the means of rarely seen features vary more, and models that know nothing agree on them. There the null is
+    The null distribution is the overlap of as many rankings drawn at random. If features are out of view, such as
+    padding, the means of rarely seen features vary more, and models that know nothing agree on them. Then the null is
     the overlap after the features of each model were relabeled at random, within the view of each sample: a feature
-    gets the value of the first one in view that the relabeling leads to, again and again. Rankings are compared by what
-    they put first, as a reader does. A rank correlation over all features would reward agreement on the order of what
+    gets the value of the first one in view that repeated relabeling leads to. Rankings are compared by what they put
+    first, as a reader compares them. A rank correlation over all features would reward agreement on the order of what
     does not matter.
 
-    Agreement is no evidence of faithfulness: models may agree on what is wrong. Disagreement is a reason not to say
-    anything about the task from the map of one of them (Wiegreffe & Pinter 2019, [*Attention is not not
+    Agreement is no evidence of faithfulness: models may agree on a wrong answer. If models disagree, do not draw
+    conclusions about the task from the map of one of them (Wiegreffe & Pinter 2019, [*Attention is not not
     Explanation*](https://arxiv.org/abs/1908.04626), section 3.3, and D'Amour et al. 2022, [*Underspecification Presents
     Challenges for Credibility in Modern Machine Learning*](https://arxiv.org/abs/2011.03395)).
 

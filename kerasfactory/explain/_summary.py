@@ -62,12 +62,12 @@ def summarize(
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.Dataset]:
-    r"""What people read off a model's attention scores, for sequences too long for the scores themselves.
+    r"""Summarizes a model's attention scores, for sequences that are too long for the scores themselves.
 
-    The scores of one layer with 8 heads take 8.6 GB a sample at 16,384 positions and 137 GB at 65,536. Here they
-    are formed for some queries at a time, of one head, over all keys. They are summarized, make their part of the
-    layer's output, and are overwritten. Memory grows with the length, not with its square. The numbers are those
-    of `capture`, up to rounding in single precision.
+    The scores of one layer with 8 heads take 8.6 GB a sample at 16,384 positions and 137 GB at 65,536. Here they are
+    formed for some queries of one head at a time, over all keys. They are summarized, used for their part of the
+    layer's output, and overwritten. So memory grows with the length, not with its square. The numbers are those of
+    `capture`, up to rounding in single precision.
 
     For a sample and a head, with the weight \(A_{ij}\) of key \(j\) for query \(i\) (rows \(A_i\) sum to 1),
 
@@ -81,13 +81,13 @@ def summarize(
     is due to Dao et al. 2022, [*FlashAttention*](https://arxiv.org/abs/2205.14135), section 3.1. Since the rows of a
     block are whole here, their softmax needs no second pass, nor the online form that the paper uses.
 
-    The model runs eagerly, each batch once, as `model.predict` would run it, with dropout off. Nothing of it is
-    changed. NumPy computes all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, and all calls of
+    The model runs eagerly, each batch once, as in `model.predict`, with dropout off, and is not changed. NumPy computes
+    all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, and all calls of
     `keras.ops.dot_product_attention` in other layers, also those that are not in `layers`. It does so in single
     precision, from the model's own queries, keys and values. For a model in half precision that is more exact than its
     own arithmetic.
 
-    Elsewhere the scores are formed, and memory is then as for `capture`. This holds for
+    In other cases the scores are formed, and memory is as for `capture`. These are
 
     - a layer that forms them itself, with a softmax and a product, such as `keras.layers.Attention`;
     - a call of `keras.ops.dot_product_attention` with a `bias` or a soft cap;
@@ -113,7 +113,8 @@ def summarize(
         dict[str, xr.Dataset]: From the layer's name, as in `capture`, to these variables.
 
         - `entropy` (sample, head, query): in nats, from 0, for one key, to the logarithm of the number of keys.
-        - `distance` (sample, head, query): mean distance of a query from the keys it attends at, in positions, from 0.
+        - `distance` (sample, head, query): mean distance of a query from the keys that it attends to, in positions,
+          from 0.
         - `received` (sample, head, key): mean weight of a key, over the queries with any key in view; sums to 1.
         - `top_key`, `top_weight` (sample, head, query, rank): the positions of the keys with the largest weights, and
           the weights, from 0 to 1, heaviest first. They are chosen before the softmax, so that keys whose weights

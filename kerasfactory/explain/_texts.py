@@ -12,18 +12,18 @@ _PREFIXES = {"##": "WordPiece", "▁": "SentencePiece", "Ġ": "GPT-2"}
 
 
 def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
-    r"""The attribution to whole words, of one to the pieces that a tokenizer made of them.
+    r"""Turns an attribution to the pieces that a tokenizer made of words into one to whole words.
 
-    The attribution of a word is the sum over its pieces, so that nothing is lost: rows have the sum that they had.
+    The attribution of a word is the sum over its pieces, so each row keeps its sum.
 
-    Which pieces belong together, their strings say, in one of three ways:
+    The strings say which pieces belong together, in one of three ways:
 
     - `"##"`: a piece that starts with it continues the word before it (WordPiece, as of BERT).
     - `"▁"`: a piece that starts with it begins a word, and others continue one (SentencePiece, as of Gemma and T5).
     - `"Ġ"`: the same, and each character stands for a byte (GPT-2, as of Llama 3). The bytes are decoded as UTF-8.
 
-    With the latter two a word is what stands between spaces, and punctuation belongs to it. What is out of view, such
-    as padding and the `special_tokens` of `attribute`, remains a word of its own.
+    With the latter two, a word is what is between spaces, and punctuation belongs to it. Tokens out of view, such as
+    padding and the `special_tokens` of `attribute`, stay words of their own.
 
     Args:
         attribution: (sample, feature) with the coordinate `feature_token`, as from `attribute` with the pieces in
@@ -35,8 +35,8 @@ def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
     Returns:
         xr.DataArray: (sample, feature), with as many features as the longest text has words. The coordinates are
         `feature_token`, the words, with `""` as padding, and `in_view`: whether a piece of the word is in view.
-        `sample` and the attributes are those of `attribution`. It is for reading: `faithfulness` takes the pieces,
-        which are what can be removed.
+        `sample` and the attributes are those of `attribution`. Use it for reading. `faithfulness` takes the pieces,
+        because only they can be removed.
 
     Raises:
         ValueError: If `attribution` is not (sample, feature), or has no `feature_token`; if none or several of the
@@ -88,16 +88,16 @@ def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
 def by_token(attribution: xr.DataArray) -> xr.Dataset:
     r"""Which tokens an attribution puts first over many texts.
 
-    Each place where a token stands, in view, is an occurrence. With the attribution \(a_{sf}\) to feature \(f\) of
-    sample \(s\), and the set \(O_t\) of the occurrences of token \(t\),
+    Each place of a token that is in view is an occurrence. With the attribution \(a_{sf}\) to feature \(f\) of sample
+    \(s\), and the set \(O_t\) of the occurrences of token \(t\),
 
     $$
     \operatorname{mean}_t = \frac{1}{|O_t|} \sum_{(s, f) \in O_t} a_{sf} .
     $$
 
-    Occurrences count alike, whatever the length of the text. Shares that sum to 1 are larger in short texts: tokens of
-    these come first. `by_token(attribution * attribution["in_view"].sum("feature"))` compares multiples of the uniform
-    share instead.
+    All occurrences count alike, whatever the length of the text. Shares that sum to 1 are larger in short texts, so
+    tokens of short texts come first. `by_token(attribution * attribution["in_view"].sum("feature"))` compares multiples
+    of the uniform share instead.
 
     Args:
         attribution: (sample, feature) with the coordinate `feature_token`, as from `attribute` with `feature_names` for
@@ -107,9 +107,9 @@ def by_token(attribution: xr.DataArray) -> xr.Dataset:
         xr.Dataset: With these variables (token), of the tokens that are in view anywhere, largest `mean` first.
 
         - `mean`: of the attribution over the occurrences, in its unit.
-        - `count`: the number of occurrences. The mean of few says little: `tokens.sel(token=tokens["count"] >= 10)`
-          leaves these out.
-        - `share`: of the samples that hold the token, from 0 to 1.
+        - `count`: the number of occurrences. A mean of few occurrences says little. `tokens.sel(token=tokens["count"]
+          >= 10)` leaves out tokens with fewer than 10.
+        - `share`: the share of the samples that contain the token, from 0 to 1.
 
         The attributes are those of `attribution`, and the number of `samples`.
 

@@ -17,15 +17,14 @@ _LARGEST_COUNT = {"float16": 2049, "bfloat16": 257}
 class FeatureTokenizer(keras.layers.Layer):
     r"""Turns each feature of a table into a token, so that attention over tokens is attention over features.
 
-    A numerical feature \(x_f\) becomes \(x_f\, w_f + b_f\), with a vector \(w_f\) and a vector \(b_f\) learned
-    for that feature. A categorical feature becomes the embedding of its category, learned for that feature.
-    This is the tokenizer of the FT-Transformer (Gorishniy et al. 2021,
-    [*Revisiting Deep Learning Models for Tabular Data*](https://arxiv.org/abs/2106.11959), section 3.3), with
-    the bias of a categorical feature left out, since its embedding contains it. Weights start uniform in
-    \(\pm 1/\sqrt{d_\text{token}}\), as there.
+    A numerical feature \(x_f\) becomes \(x_f\, w_f + b_f\), with a vector \(w_f\) and a vector \(b_f\) learned for that
+    feature. A categorical feature becomes the embedding of its category, learned for that feature. This is the
+    tokenizer of the FT-Transformer (Gorishniy et al. 2021, [*Revisiting Deep Learning Models for Tabular
+    Data*](https://arxiv.org/abs/2106.11959), section 3.3), without the bias of a categorical feature, because its
+    embedding contains it. Weights start uniform in \(\pm 1/\sqrt{d_\text{token}}\), as there.
 
-    Numbers should be on one scale: standardize them first. Missing values are yours to fill: a token of a
-    missing value is NaN, and so is the token of a category that does not exist, so that neither passes for data.
+    Numbers should be on one scale: standardize them first. Fill missing values first, too: the token of a missing value
+    is NaN, and so is the token of a category that does not exist, so that neither is mistaken for data.
 
     Args:
         d_token: Size of a token. A positive integer.
@@ -58,6 +57,17 @@ class FeatureTokenizer(keras.layers.Layer):
 
         print(tokens.shape)
         #> (2, 3, 8)
+        ```
+
+        `get_config` returns all arguments, and `from_config` makes a new layer of them, with new weights:
+
+        ```python
+        from kerasfactory.layers import FeatureTokenizer
+
+        tokenizer = FeatureTokenizer(8, feature_names=["age", "income", "region"], cardinalities={"region": 4})
+        copy = FeatureTokenizer.from_config(tokenizer.get_config())
+        print(copy.get_config() == tokenizer.get_config())
+        #> True
         ```
     """
 

@@ -27,12 +27,11 @@ _ATTENTION_ARGUMENTS = tuple(
 class InterpretableMultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention that lets you read its attention scores.
 
-    The layer wraps a `keras.layers.MultiHeadAttention` (the attribute `mha`) and gives the outputs that it gives
-    when it returns scores, in the fastest way that the backend has. What is added is `attention_scores`: the
-    weights of the latest call, in a form that fits the moment. After an eager call they are a tensor; in a
-    functional or `Sequential` model, trained or reloaded, they are a `KerasTensor` from which
-    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores. They are computed when
-    they are read, and cost nothing before.
+    The layer wraps a `keras.layers.MultiHeadAttention` (the attribute `mha`) and gives the outputs that Keras' layer
+    gives when it returns scores. It adds `attention_scores`, the weights of the latest call. After an eager call they
+    are a tensor. In a functional or `Sequential` model, trained or reloaded, they are a `KerasTensor`, from which
+    `keras.Model(model.inputs, layer.attention_scores)` makes a model that predicts scores. They are computed when you
+    read them.
 
     A query whose keys are all masked gets zeros before the output projection. In half precision the scores are
     computed in `float32` and then rounded.
@@ -48,21 +47,40 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
     [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), sections 3.2.1 and 3.2.2).
 
     Args:
-        d_model: Size of **each head** for query and key, and for value unless `value_dim` is given. A
-            positive integer. It is not the width of the model: the output is as wide as the query.
+        d_model: Size of **each head** for query and key, and for value unless `value_dim` is given. A positive integer.
+            It is not the width of the model: the output has the width of the query.
         n_head: Number of heads. A positive integer. It need not divide anything.
         dropout_rate: Share of attention scores dropped in training, in `[0, 1)`. The scores you read are
             taken before dropout.
-        **kwargs: Passed on to `keras.layers.MultiHeadAttention`: `value_dim`, `use_bias`, `output_shape`,
-            `attention_axes`, `kernel_initializer`, `bias_initializer`, `kernel_regularizer`,
-            `bias_regularizer`, `activity_regularizer`, `kernel_constraint`, `bias_constraint`, `seed`, and
-            whatever else the installed Keras offers there (`sliding_window`, `use_gate`, …). `name`, `dtype`
-            and `trainable` are the layer's own.
+        **kwargs: The arguments below, which are passed on to `keras.layers.MultiHeadAttention`, with whatever else
+            the installed Keras offers there. `name`, `dtype` and `trainable` are the layer's own.
+
+    Keyword Args:
+        value_dim: Size of each head for value. A positive integer. Defaults to `None`: the size for query and key,
+            `d_model`.
+        use_bias: Whether the four projections (of query, key, value and output) have biases. Defaults to `True`.
+        output_shape: Size of the output beside batch and positions: a positive integer, or a tuple of them. Defaults
+            to `None`: that of the query.
+        attention_axes: The axes to attend over: an integer, or a tuple of them. Defaults to `None`: all axes between
+            the first, the batch, and the last, the features.
+        kernel_initializer: How the kernels of the projections start. Defaults to `"glorot_uniform"`.
+        bias_initializer: How the biases of the projections start. Defaults to `"zeros"`.
+        kernel_regularizer: A penalty on the kernels, which is added to the loss. Defaults to `None`.
+        bias_regularizer: A penalty on the biases. Defaults to `None`.
+        activity_regularizer: A penalty on what the projections return. Defaults to `None`.
+        kernel_constraint: What the kernels are projected to after each step of the optimizer. Defaults to `None`.
+        bias_constraint: The same for the biases. Defaults to `None`.
+        seed: Of the dropout: an integer. Defaults to `None`: another one each time.
+        flash_attention: Whether the output is computed by flash attention. It takes no dropout. Defaults to `None`:
+            where Keras can.
+        sliding_window: Keep each query to the keys that lie fewer than this many positions away. A positive integer.
+            Defaults to `None`: all keys. Needs Keras 3.15.
+        use_gate: Whether a sigmoid of the query is multiplied onto the output of the heads. Defaults to `False`.
 
     Call arguments:
         - `query`: Tensor of shape `(batch, query, features)`.
-        - `key`: Tensor of shape `(batch, key, features)`. The query if not given. Mind the order: Keras' layer
-          takes `(query, value, key)`.
+        - `key`: Tensor of shape `(batch, key, features)`. The query if not given. Note the order: Keras' layer takes
+          `(query, value, key)`.
         - `value`: Tensor of shape `(batch, key, features)`. The key if not given.
         - `query_mask`, `key_mask`, `value_mask`, `attention_mask`, `use_causal_mask`, `training`,
           `return_attention_scores`: as in `keras.layers.MultiHeadAttention`. Masks that Keras attached to the
@@ -90,6 +108,17 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         #> (32, 10, 64)
         print(layer.attention_scores.shape)
         #> (32, 8, 10, 10)
+        ```
+
+        `get_config` returns all arguments, and `from_config` makes a new layer of them, with new weights:
+
+        ```python
+        from kerasfactory.layers import InterpretableMultiHeadAttention
+
+        layer = InterpretableMultiHeadAttention(d_model=64, n_head=8, value_dim=32)
+        copy = InterpretableMultiHeadAttention.from_config(layer.get_config())
+        print(copy.get_config() == layer.get_config())
+        #> True
         ```
     """
 
@@ -278,10 +307,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
         | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
 
-        Compiled calls (`fit`, `predict`, `evaluate`) keep their scores to themselves, and so does a model that is
-        rematerialized as a whole on JAX: the latest call that was not compiled decides. It is the latest
-        of all threads: where several call the layer, each has its own scores with `return_attention_scores=True`.
-        What `explain` does is no call.
+        Compiled calls (`fit`, `predict`, `evaluate`) do not count, nor does a model that is rematerialized as a whole
+        on JAX: you get the scores of the latest call that was not compiled. It is the latest call of all threads. If
+        several threads call the layer, each gets its own scores with `return_attention_scores=True`. Calls by `explain`
+        do not count.
 
         Raises:
             RuntimeError: If the layer has only ever been called inside compiled functions, or only inside the `call`

@@ -36,7 +36,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     H_h = \operatorname{mean}_i \frac{-\sum_j A_{hij} \ln A_{hij}}{\ln n_i} .
     $$
 
-    A head whose entropy stays at 1 weighs all keys alike.
+    A head whose entropy stays at 1 gives all keys the same weight.
 
     Args:
         history: A dictionary from the names of layers to Datasets with `entropy` and `confidence`, from 0 to 1, and

@@ -175,11 +175,11 @@ def interactive(
     top_k: int = 40,
     vmax: float | None = None,
 ) -> Html:
-    r"""A heat map to try, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
+    r"""An interactive heat map, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
 
-    The piece is complete and loads nothing from the network. A notebook shows it as it is, and it works in
-    your own page and beside other maps. It follows the colors of the page, and the keyboard is enough to use it: tab
-    to the map, then press the arrow keys. It shows the weights
+    The piece is complete and loads nothing from the network. A notebook displays it, and it works in your own page and
+    beside other maps. It follows the colors of the page, and the keyboard is enough to use it: tab to the map, then
+    press the arrow keys. It shows the weights
 
     $$
     A_{shij} , \qquad 0 \le A_{shij} \le 1 ,

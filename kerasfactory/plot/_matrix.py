@@ -50,8 +50,8 @@ def heatmap(
     $$
 
     Here, \(L_i\) are the samples and heads in which query \(i\) may look at any key, so that padding does not make the
-    map pale. A mean hides what samples and heads do not share: draw single ones too, as with
-    `scores.isel(sample=0, head=1)`, or draw all `heads`.
+    map pale. A mean hides what samples and heads do not share, so draw single ones too, as with `scores.isel(sample=0,
+    head=1)`, or draw all `heads`.
 
     The map of one text has its words, `query_token` and `key_token`, as names. It stays readable with many tokens. Of
     more than `top_k` named tokens, it shows those that receive most attention, on both axes. Positions without names
@@ -59,9 +59,10 @@ def heatmap(
     `explain.summarize`. So are more than `top_k` dates or durations, since their order says more than a choice of them
     would.
 
-    On the color bar, a line marks the weight that each key would have if a query looked at all keys in its view alike:
-    1 divided by their number. A map that has this color everywhere is flat. If queries differ in the number of keys in
-    view, as with a causal mask, it is a range. Scores whose rows do not sum to 1 have no such line.
+    On the color bar, a line marks the uniform share, 1 divided by the number of keys in view: the weight of each key if
+    a query gave all keys in its view the same weight. A map that has this color everywhere is uniform. If queries
+    differ in the number of keys in view, as with a causal mask, it is a range. Scores whose rows do not sum to 1 have
+    no such line.
 
     Args:
         scores: A DataArray (query, key), with at most `sample` and `head` before these, as from `explain.capture` or
@@ -128,8 +129,9 @@ def heads(
 ) -> Figure:
     r"""Draw all heads of one layer side by side, on one color scale.
 
-    All heads have one color scale, which the color bar states. With a scale for each, a head that looks everywhere
-    would seem as focused as one that looks at a single key. Each map is the mean over the samples, as in `heatmap`:
+    All heads have one color scale, which the color bar shows. If each head had its own scale, a head that looks
+    everywhere would seem as focused as one that looks at a single key. Each map is the mean over the samples, as in
+    `heatmap`:
 
     $$
     \bar A_{hij} = \frac{1}{|L_{hi}|} \sum_{s \in L_{hi}} A_{shij} .
@@ -203,17 +205,16 @@ def model(
 ) -> Figure:
     r"""Draw all heads of all layers in one figure: a row for each layer, a column for each head, one color scale.
 
-    One scale for all tells focused heads from those that look everywhere, and the color bar marks uniform attention, as
-    in `heatmap`. Each map is the mean over the samples, as in `heads`:
+    With one scale for all, focused heads can be told from those that look everywhere. The color bar marks the uniform
+    share, as in `heatmap`. Each map is the mean over the samples, as in `heads`:
 
     $$
     \bar A_{\ell hij} = \frac{1}{|L_{\ell hi}|} \sum_{s \in L_{\ell hi}} A_{\ell shij} .
     $$
 
-    A mean hides what samples do not share: choose one, as with
-    `{name: layer.isel(sample=[0]) for name, layer in scores.items()}`. Tokens stand in their order, without names, and
-    more than 64 of them are put into bins, as in `heatmap`. Draw what you find with `heads` or `heatmap`, which name
-    them.
+    A mean hides what samples do not share, so choose one sample, as with `{name: layer.isel(sample=[0]) for name, layer
+    in scores.items()}`. Tokens are in their order, without names, and more than 64 of them are put into bins, as in
+    `heatmap`. `heads` and `heatmap` draw the names.
 
     Args:
         scores: A dictionary from the names of layers to scores or summaries, each as for `heads`, as `explain.capture`

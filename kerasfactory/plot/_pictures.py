@@ -63,17 +63,17 @@ def image(
     \alpha_p = 0.9 \, \min\!\left(1, \frac{|a_{f(p)}|}{\text{vmax}}\right) ,
     $$
 
-    so that the picture is seen wherever the attribution is small. Values of at least 0 are blue. If any is negative,
-    positive values are blue, and negative ones are orange. The darkest gray is not black, on which no color would be
-    seen.
+    so that the picture is visible where the attribution is small. Values of at least 0 are blue. If any value is
+    negative, positive values are blue, and negative ones are orange. The darkest gray is not black, because no color
+    would be visible on black.
 
-    A feature without pixels, such as a class token, is left out. Which one that is, is never guessed: either the
-    numbers in `feature_mask` count it, or the attribution says that it is not `in_view`, as after
+    A feature without pixels, such as a class token, is left out. The function never guesses which feature that is.
+    Either the numbers in `feature_mask` count it, or the attribution says that it is not `in_view`, as after
     `explain.attribute(..., special_tokens=[0])`, and the numbers count the others.
 
     Args:
         attribution: A DataArray (sample, feature) or (feature), as from `explain.attribute`. Values have no unit and
-            may have any sign. What stands in the coordinate `sample` is the title of the picture.
+            may have any sign. The coordinate `sample` is the title of the picture.
         images: The pictures (sample, height, width), or with a last axis of 1, 3 or 4 channels; or a single picture,
             which all samples share. Numbers of any range: the least is drawn dark, and the largest white.
         ax: The axes to draw on, if there is one sample. By default, a new figure with axes for each sample.

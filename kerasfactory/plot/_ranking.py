@@ -57,10 +57,9 @@ def features(
     Args:
         attribution: One of three. A DataArray (sample, feature) or (feature), as from `explain.attribute`. A dictionary
             of such DataArrays, whose keys are the names of the methods: they share one axis, so they should have one
-            unit, as methods have whose rows sum to 1, and the first one sets the order. Or a Dataset of claims with
-            `effect` (feature), `interval` (feature, bound) and `verdict` (feature): "supported",
-            "needed, not claimed", "refuted" or "undetermined", which shapes and words tell apart. Values have no unit
-            and may have any sign.
+            unit, as have methods whose rows sum to 1. The first one sets the order. Or a Dataset of claims with
+            `effect` (feature), `interval` (feature, bound) and `verdict` (feature): "supported", "needed, not claimed",
+            "refuted" or "undetermined", which shapes and words tell apart. Values have no unit and may have any sign.
         ax: The axes to draw on. By default, a new figure.
         top_k: The largest number of features to show, at least 1. Those with the largest absolute mean are shown.
         level: The error level of the intervals, between 0 and 0.5: 0.05 draws 95% intervals. Claims bring their own
@@ -146,7 +145,7 @@ def features(
 
 
 def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
-    r"""Draw what `explain.head_statistics` measures of each head: four pictures for each layer.
+    r"""Draw what `explain.head_statistics` measures for each head: four pictures for each layer.
 
     Entropy, confidence and distance are points, on one axis for all layers. Redundancy is a matrix of the
     Jensen–Shannon distances between the heads of a layer,

@@ -106,18 +106,18 @@ def text(
     top_k: int = 3,
     vmax: float | None = None,
 ) -> Html | Axes:
-    r"""Sentences whose words are shaded by their weight: as HTML, or on your axes.
+    r"""Draw sentences with each word shaded by its weight: as HTML, or on your axes.
 
-    The HTML is one complete piece that loads nothing from the network. A notebook shows it as it is, it can stand in
-    your own page, and `pathlib.Path("words.html").write_text(...)` makes a file of it. With `ax`, matplotlib draws the
-    same sentences.
+    The HTML is one complete piece that loads nothing from the network. A notebook displays it, it works in your own
+    page, and `pathlib.Path("words.html").write_text(...)` makes a file of it. With `ax`, matplotlib draws the same
+    sentences.
 
-    Color is not the only sign. The words of largest weight have their number beside them, a checkbox shows the numbers
-    of all words, the number of each is also under the pointer, and screen readers read it. Weights of at least 0 are
+    Color is not the only sign. The words with the largest weights have their number beside them, a checkbox shows the
+    numbers of all words, the pointer shows the number of a word, and screen readers read it. Weights of at least 0 are
     shades of blue. If any is negative, positive words are blue, and negative ones are orange, with a dotted line and a
     minus.
 
-    Of scores, a word's weight is the mean over the queries that may look at any key and are no padding,
+    For scores, the weight of a word is the mean over the queries that may look at any key and are not padding,
 
     $$
     w_{shj} = \frac{1}{|L_{sh}|} \sum_{i \in L_{sh}} A_{shij} ,
@@ -127,14 +127,14 @@ def text(
     first, as with `scores.isel(query=0)`.
 
     Words are `feature_token` or `key_token`, coordinates (sample, feature) or (sample, key) that may repeat a word, or
-    else the names along `feature` or `key`. Hidden are words that are `""`, as padding is, features that are not
-    `in_view`, and keys that receive nothing from any query.
+    else the names along `feature` or `key`. These are hidden: words that are `""`, such as padding, features that are
+    not `in_view`, and keys that receive nothing from any query.
 
     Args:
         attribution: A DataArray with the dimension `feature`, as from `explain.attribute`, or `key`, as from
             `explain.capture` and `explain.rollout`. Before it come at most `sample`, `head` and `query`. Or a
-            dictionary with one such DataArray. Values have no unit; with `head` or `query`, they are at least 0. What
-            stands in the coordinate `sample` is the title of the sentence: set it to your labels or predictions.
+            dictionary with one such DataArray. Values have no unit; with `head` or `query`, they are at least 0. The
+            coordinate `sample` is the title of the sentence: set it to your labels or predictions.
         ax: The axes to draw on. Words wrap at their width, and scores are averaged over the heads. In a figure with
             `layout="constrained"`, the scale has room below them. By default, HTML.
         samples: The number of samples to show, from the first, at least 1. Choose others with `isel(sample=[...])`.

@@ -91,34 +91,35 @@ def audit(
     r"""Tests what a model attends to, and says which claims about it hold, in a form that others can check.
 
     **The first assumption is yours: the model was not trained on `x`.** On rows that it was trained on, everything that
-    it has learned by heart seems to matter, and no verdict below holds. That cannot be seen from the file. A skill near
-    1 makes it plausible, and the page says so.
+    it has learned by heart seems to matter, and no verdict below holds. The file cannot show whether the rows are new
+    to the model. A skill near 1 makes one suspect that they are not, and the page says so.
 
     The result gives the claims as a table and as a page. Each claim has a verdict, `supported`, `refuted` or
     `undetermined`, and the numbers behind it. With `path`, two files are written: the page, which opens in any browser
-    without a network, and beside it the same data as JSON. They also say what the model is, and on what data and with
+    without a network, and a JSON file with the same data. They also say what the model is, and on which data and with
     which versions it was audited. These are the claims:
 
     - **The capture is exact** (`capture`): the `recomposition_error` of each layer, and the outputs with and without
       observation, differ by rounding.
     - **Its attention changes its output** (`attention-uniform`, `attention-permuted`): in more than 2 % of the rows the
       output changes by more than `tolerance` times its spread if all keys get the same weight, and if the weights are
-      dealt out to the keys at random, as in `attention_controls`.
+      assigned to the keys at random, as in `attention_controls`.
     - **It does worse without its attention** (`attention-loss`): the loss is larger if all keys get the same weight.
     - **The ranking is faithful** (`ranking-comprehensiveness`, `ranking-sufficiency`): the two tests of `faithfulness`,
       against the same ranking with the features in view of each sample relabeled at random.
     - **The attribution is in the weights** (`randomization`): at most half of it is left when the weights of the
       attention layers are shuffled, as in `parameter_randomization`.
-    - **It would come out again** (`seeds`): the models in `models`, trained alike from other seeds, rank the same
-      features first, more than by chance, as in `seed_agreement`.
+    - **Other seeds agree** (`seeds`): the models in `models`, trained alike from other seeds, rank the same features
+      first, more than by chance, as in `seed_agreement`.
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
       `y`, a compiled loss and samples of at most 256 numbers, or a table. Nothing is claimed about positions of texts,
-      which hold another word in each; where a model reads a text beside other inputs, its features are undetermined.
+      because a position holds another word in each text. If a model reads a text and other inputs, its features are
+      undetermined.
 
-    With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss over that of the best constant. A
-    model without skill has nothing to lose, so nothing is refuted about its features.
+    With `y` and a loss, the audit also states the model's **skill**, 1 minus its loss divided by that of the best
+    constant. A model without skill cannot get worse without a feature, so nothing is refuted about its features.
 
     All p-values but the first claim's are adjusted together, by Focused Benjamini–Hochberg (Katsevich, Sabatti &
     Bogomolov 2023, [*Filtering the Rejection Set*](https://doi.org/10.1080/01621459.2021.1920958)): with the \(m\) of
@@ -130,19 +131,19 @@ def audit(
 
     A claim is supported only if its adjusted p-value is at most `level`. It is refuted if the data speak against it,
     and that is adjusted likewise: an effect, a share of rows or a rest that lies below the tolerance or the margin, or
-    a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim that the data leave
-    open, or that cannot be tested, is undetermined, and the reason is given. With fewer samples than claims, no test is
-    made.
+    a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim is undetermined if
+    the data leave it open or if it cannot be tested, and the reason is given. With fewer samples than claims, no test
+    is made.
 
-    **What the verdicts assume** besides: samples are independent, or `groups` or `block` says which are not; values
-    that are drawn for a feature could have come about with the sample's other values, which a classifier tries to
-    disprove; a ranking is tested by removal, which shows the model inputs that it may never have seen. The page says
+    **The verdicts also assume** that samples are independent, or that `groups` or `block` says which are not. They
+    assume that the values that are drawn for a feature fit the other values of the sample, which a classifier tries to
+    disprove. And a ranking is tested by removal, so the model gets inputs that it may never have seen. The page says
     all this beside the verdicts.
 
-    The same call writes the same files. They contain no time, host or path, and not the data either, and nothing but
-    what is computed and what you state (`statement`). Weights, configuration, data and labels are there as SHA-256. A
-    checksum makes damage noticeable; `verify` computes everything again, so that a forged number is found though its
-    checksum is right; who made the file, only a signature says: see [Sign an audit][signed-audits].
+    The same call writes the same files. They contain only what is computed and what you state (`statement`): no time,
+    host or path, and not the data. Weights, configuration, data and labels are there as SHA-256. A checksum shows
+    damage. `verify` computes everything again, so it finds a forged number even if its checksum is right. Only a
+    signature says who made the file: see [Sign an audit][signed-audits].
 
     Args:
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
@@ -157,12 +158,13 @@ def audit(
         task: What the outputs mean: `"classification"`, `"multilabel"` or `"regression"`. The compiled loss says so if
             it is one of Keras and this is not given. Nothing is guessed from values.
         target: Which of several outputs is meant, as for `attribute` and `faithfulness`.
-        query: The position or name of one query, as for `attribute`: that of a class token, if the model decides by it.
+        query: The position or name of one query, as for `attribute`: that of a class token, if the model reads its
+            answer from it.
         layers: Names of the layers, as for `capture`.
         models: The same model trained from other seeds, two or more if possible. Without them the claim about other
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
-            page shows it. `verify` compares it with the one that it is given, and does not make it again.
+            page shows it. `verify` compares it with the one that you pass, and does not compute it again.
         feature_names: Names of the features, as for `capture`. Of the words of texts only those in `special_tokens` are
             used: the file has their ids, and holds no words, which would be data.
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
@@ -280,28 +282,28 @@ def verify(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> list[str]:
-    """Computes an audit again and says what no longer holds. An empty list says: all that the file shows was checked.
+    """Computes an audit again and says what no longer holds: an empty list if all that the file shows was checked.
 
     One file alone, the page or the JSON, is enough. If both are there, both are checked, and must agree.
 
     1. **The file.** Its data must be what an audit may hold, and have the checksum with which they were written. The
-       page is rendered again from them, and must be the same, byte for byte. If not, that is the answer, and nothing is
-       computed.
+       page is rendered again from them, and must be the same, byte for byte. If it is not, `verify` says so, and
+       computes nothing.
     2. **What it says.** The audit is made again, for this model and these data, with the settings that the file names.
        Hashes, names, verdicts and sentences must be the same. Numbers may differ by 0.001 of their value, or by 1e-5
        if that is more (by 0.02 in half precision), and p-values by 0.02, small ones by less: by 0.002 and half of the
        larger. Other processors and backends round otherwise, and may differ by more.
-    3. **What cannot be checked** is a finding, too: labels, models, a calibration or a statement that the audit was
-       made with and that are not given here, and other versions of Python, Keras, the backend or a library.
+    3. **What cannot be checked** is in the list, too: labels, models, a calibration or a statement that the audit was
+       made with and that you do not pass, and other versions of Python, Keras, the backend or a library.
 
     `verify` cannot see who made the file. The file that `audit` writes for this model and these data with other
-    settings is an audit as well, and so is one in which numbers were moved by less than what rounding may do. Only a
-    signature tells such files from yours: see [Sign an audit][signed-audits].
+    settings is an audit as well, and so is one in which numbers were changed by less than rounding may change them.
+    Only a signature tells such files from yours: see [Sign an audit][signed-audits].
 
     Args:
         path: What `audit` returned, or the path of its page or of its JSON file. The other is looked for beside it.
-        model: The model that is to be the one that was audited.
-        x: The data that are to be those of the audit, as for `audit`.
+        model: The model that should be the audited one.
+        x: The data that should be those of the audit, as for `audit`.
         y: The labels, if the audit was made with labels. Without them the claims about single features and about the
             loss are not checked.
         models: The models from other seeds, if the audit was made with such. Without them the claim about other seeds
