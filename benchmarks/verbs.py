@@ -46,9 +46,9 @@ def trained(features):
     tokens = FeatureTokenizer(32)(inputs)
     for _ in range(2):
         tokens = keras.layers.LayerNormalization()(tokens + InterpretableMultiHeadAttention(8, 4)(tokens))
-    hidden = keras.layers.Dense(32, "relu")(keras.layers.Flatten()(tokens))
+    hidden = keras.layers.Dense(32, "gelu")(keras.layers.Flatten()(tokens))
     model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-    model.compile(keras.optimizers.Adam(0.005), "mse")
+    model.compile(keras.optimizers.Adam(0.003), "mse")
     x, y = data(4_000, features)
     model.fit(x, y, batch_size=256, epochs=5, verbose=0)
     return model

@@ -40,8 +40,14 @@ from kerasfactory.explain._engine.view import (
 
 _CELLS = 2**22  # numbers in a block of changed inputs: 16 MiB
 _DONORS = 3  # rows of the background for each sample
-_LOOKS = (50, 150, 500)  # samples that the null is made of: more only if those before leave it open
-_DRAWS_FOR_STEPS = 199  # with fewer, all samples at once: each step costs one draw
+_LOOKS = (
+    30,
+    60,
+    120,
+    240,
+    500,
+)  # samples that a draw of the null is compared in: more only if those before leave it open
+_APART = 3  # standard errors of a mean difference that is far from 0
 _RANKS = 2**24  # truth values in a block of relabeled rankings: 16 MiB
 _ROUNDING = 1e-6  # of the largest output: one that varies less does not vary
 _COMPARED = 40  # features; sets of more are hardly ever drawn twice
@@ -191,10 +197,11 @@ def faithfulness(
         - `aopc_comprehensiveness`, `aopc_sufficiency`: their means, one number each.
         - `null` (draw), `p_value`, `p_opposite`: the test of comprehensiveness. It uses at most 500 samples, drawn at
           random, and one row of `background` for each, because it takes up to 2 × draws × fractions × samples
-          predictions. From 199 draws on, it starts with 50 samples. If the attribution does not lie outside of all
-          draws, in both tests, it goes on to 150, and then to 500. Each such step adds 1 / (1 + draws) to the p-values,
-          which keeps the error level. A set of features that is drawn more than once is predicted once. `observed` in
-          the attributes is the AOPC comprehensiveness of the attribution in the same samples and rows.
+          predictions. Each draw is compared with the attribution in the same samples: in 30 at first, then in 60, 120,
+          240 and 500, until their mean difference is more than three standard errors. If more than `level` of the
+          draws lie on either side by then, the test has failed, and goes no further. A set of features that is drawn
+          more than once is predicted once. `observed` in the attributes is the AOPC comprehensiveness of the
+          attribution in the same samples and rows, and `null` is that plus the mean differences.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -204,8 +211,8 @@ def faithfulness(
 
         The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
-        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (50, 150 or 500,
-        or all), `observed`, `observed_sufficiency`, `level` and `seed`.
+        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (the most that a draw was compared in),
+        `observed`, `observed_sufficiency`, `level` and `seed`.
 
     Raises:
         ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features, or no sample
@@ -260,7 +267,7 @@ def faithfulness(
     counts = _counts(shares, in_view)
     both = np.full((2, len(counts), samples), np.nan)
     sets = _removed_sets(ranks[ranked], counts[:, ranked], in_view[ranked])
-    both[..., ranked] = changes(sets, ranked, donor).reshape(2, len(counts), -1)
+    both[..., ranked] = changes(sets.reshape(-1, *sets.shape[2:]), ranked, donor).reshape(2, len(counts), -1)
     progress.update(1)
 
     chosen = rng.permutation(ranked)[: _LOOKS[-1]]
@@ -268,7 +275,7 @@ def faithfulness(
     # A draw that puts the same features first counts as equal, whatever its rounding.
     rounding = 1e-6 * np.abs(own).max()
     nulls = _nulls(ranks[chosen], in_view[chosen], _words(model, x, features, chosen))
-    tests = [_against_chance(changes, *null_of, donor[0], draws, of, rounding, rng, progress) for of in nulls]
+    tests = [_against_chance(changes, *null_of, donor[0], draws, of, rounding, level, rng, progress) for of in nulls]
     observed, null, null_samples, (at_least, at_most) = _least_favorable(tests)
     results: dict[str, Any] = {"p_value_sufficiency": at_most[1], "p_opposite_sufficiency": at_least[1]}
     results |= {"p_value": at_least[0], "p_opposite": at_most[0]}
@@ -394,12 +401,12 @@ def _change_function(
 
 
 def _removed_sets(ranks: np.ndarray, counts: np.ndarray, in_view: np.ndarray) -> np.ndarray:
-    """Which features go, first for comprehensiveness and then for sufficiency: (set, …, sample, feature).
+    """Which features go for comprehensiveness, and for sufficiency: (kind, fraction, …, sample, feature).
 
     Of `ranks` (…, sample, feature), from 0, with what is out of view last, and `counts` (fraction, sample).
     """
-    first = [ranks < count[:, np.newaxis] for count in counts]
-    return np.stack(first + [~chosen & in_view for chosen in first])
+    first = np.stack([ranks < count[:, np.newaxis] for count in counts])
+    return np.stack([first, ~first & in_view])
 
 
 def _distinct(removed: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -446,44 +453,53 @@ def _against_chance(
     draws: int,
     relabeled: Callable[[np.random.Generator], Iterator[np.ndarray]],
     rounding: float,
+    level: float,
     rng: np.random.Generator,
     progress: Any,
 ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """AOPC comprehensiveness and sufficiency of the ranks, (kind,), and of the same with features relabeled.
 
-    Also the number of samples that it took, and the p-values of being as large and as small, (side, kind). Samples are
-    added in steps, up to the first after which no draw is like the ranks, or all are on one side of them. That may come
-    about by chance with a probability of 1 / (1 + draws) at each step, which is added to the p-values of later ones.
+    Also the number of samples that it took, and the p-values of being as large and as small, (side, kind). Each draw is
+    compared with the ranks in the same samples. It gets more of them until the mean difference is far from 0, and none
+    if the test plainly fails. Who wins a comparison does not depend on which of the two is the draw. So nothing but the
+    error of decisions is between these p-values and those from all samples.
     """
-    relabelings = int(rng.integers(2**32))  # the same at each step
-    steps = _LOOKS[:-1] if draws >= _DRAWS_FOR_STEPS else ()
-    looks = [0, *(size for size in steps if size < len(chosen)), len(chosen)]
-    sums = np.zeros((2, 1 + draws))
+
+    def of_samples(kind, rankings, part):
+        """AOPC in each sample of a part, (ranking, sample), of (ranking, sample, feature)."""
+        removed = _removed_sets(rankings, counts[:, part], in_view[part])[kind]
+        # One row for each sample will do: its chance is the same in the observed and in the null.
+        found = changes(removed.reshape(-1, *rankings.shape[1:]), chosen[part], donor[np.newaxis])
+        return found.reshape(len(counts), *rankings.shape[:2]).mean(axis=0)
+
+    own = np.concatenate([of_samples(kind, ranks[np.newaxis], slice(None)) for kind in (0, 1)])
+    relabelings = int(rng.integers(2**32))  # the same at each look
+    looks = [0, *(size for size in _LOOKS if size < len(chosen)), len(chosen)]
+    at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
+    sums, squares, seen = np.zeros((2, draws)), np.zeros((2, draws)), np.zeros((2, draws), int)
+    undecided = np.ones((2, draws), bool)
     for start, stop in itertools.pairwise(looks):
-        part = slice(start, stop)
-
-        def summed(rankings, part=part):
-            """AOPCs of several rankings, (ranking, sample, feature), summed over some samples: (kind, ranking)."""
-            some = rankings[:, part]
-            removed = _removed_sets(some, counts[:, part], in_view[part]).reshape(-1, *some.shape[1:])
-            # One row for each sample will do: its chance is the same in the observed and in the null.
-            found = changes(removed, chosen[part], donor[np.newaxis]).reshape(2, len(counts), *some.shape[:2])
-            return found.swapaxes(1, 2).reshape(2, len(some), -1).sum(axis=-1) / len(counts)
-
-        sums[:, :1] += summed(ranks[np.newaxis])
-        rankings = relabeled(np.random.default_rng(relabelings))
-        at_once = max(1, _RANKS // (2 * len(counts) * ranks.size))
+        part, rankings = slice(start, stop), relabeled(np.random.default_rng(relabelings))
         for first in range(0, draws, at_once):
-            last = min(first + at_once, draws)
-            sums[:, 1 + first : 1 + last] += summed(np.stack(list(itertools.islice(rankings, last - first))))
-            progress.update(1 + int((start * draws + (stop - start) * last) / looks[-1]))
-        observed, null = sums[:, 0] / stop, sums[:, 1:] / stop
-        larger, smaller = null >= observed[:, np.newaxis] - rounding, null <= observed[:, np.newaxis] + rounding
-        extreme = np.stack([larger, smaller]).sum(axis=-1)
-        if (extreme.min(axis=0) == 0).all():
+            some = np.stack([ranking[part] for ranking in itertools.islice(rankings, min(at_once, draws - first))])
+            for kind in np.flatnonzero(undecided[:, first : first + at_once].any(axis=1)):
+                wanted = np.flatnonzero(undecided[kind, first : first + at_once])
+                apart = of_samples(kind, some[wanted], part) - own[kind, part]
+                sums[kind, first + wanted] += apart.sum(axis=1)
+                squares[kind, first + wanted] += (apart**2).sum(axis=1)
+                seen[kind, first + wanted] = stop
+            progress.update(1 + int((start * draws + (stop - start) * (first + len(some))) / looks[-1]))
+        difference = sums / seen
+        error = np.sqrt(np.maximum(squares / seen - difference**2, 0) / seen)
+        undecided &= np.abs(difference) <= _APART * error + rounding
+        sides = np.stack([difference > 0, difference < 0]) & ~undecided
+        undecided[(sides.mean(axis=-1) > level).all(axis=0)] = False  # many draws on both sides
+        if not undecided.any():
             break
     progress.update(1 + draws)
-    return observed, null, stop, np.minimum((looks.index(stop) + extreme) / (1 + draws), 1)
+    observed = own[:, :stop].mean(axis=1)
+    extreme = np.stack([difference >= -rounding, difference <= rounding]).sum(axis=-1)
+    return observed, observed[:, np.newaxis] + difference, stop, (1 + extreme) / (1 + draws)
 
 
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:

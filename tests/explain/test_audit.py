@@ -539,18 +539,25 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert data(path)["data"]["feature_names"] == names
 
 
-def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, capsys):
+def test_the_model_stays_as_it_was_and_progress_is_shown(model, tmp_path, monkeypatch, capsys):
     weights = model.get_weights()
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
     x = X[:30].copy()
+    bar, told = keras.utils.Progbar.update, []  # of which it shows some each second
+    monkeypatch.setattr(
+        keras.utils.Progbar,
+        "update",
+        lambda self, *args, **options: told.append((self, args[0])) or bar(self, *args, **options),
+    )
     explain.audit(model, x, Y[:30], tmp_path / "audit.html", verbose=1)
     assert [dict(vars(layer)) for layer in model._flatten_layers()] == before
     assert all(map(np.array_equal, weights, model.get_weights()))
     np.testing.assert_array_equal(x, X[:30])
-    shown = re.findall(r"(\d+)/100", capsys.readouterr().out)
-    assert shown == sorted(shown, key=int)  # one bar, for all parts
-    assert shown[-1] == "100"
-    assert len(set(shown)) > 20
+    assert "100/100" in capsys.readouterr().out
+    (_,) = {id(bar) for bar, _ in told if bar.verbose}  # one bar, for all parts
+    reached = [percent for bar, percent in told if bar.verbose]
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 8  # for few samples it leaps
 
 
 @pytest.mark.backend_independent

@@ -95,9 +95,10 @@ def regression(rows: np.ndarray, column: np.ndarray, rows_are_data: bool) -> Reg
             continue  # a fitted value plus a residual would hardly ever be the frequent value itself
         smallest *= _PREFERENCE if in_scores else 1.0
         target = to_scores(column) if in_scores and not is_graded else column
+        own_scores = None if in_scores or is_graded else to_scores(target[chosen])
         for design in _designs(rows[chosen], transforms if in_scores else [None] * rows.shape[1]):
             for ridge, left_out in _ridge_fits(design(rows[chosen]), target[chosen]):
-                error = left_out if in_scores or is_graded else _in_scores(to_scores, target[chosen], left_out)
+                error = left_out if own_scores is None else own_scores - to_scores(target[chosen] - left_out)
                 if error @ error < smallest * (1 - 1e-9):
                     best, smallest = (in_scores, design, ridge, target), error @ error
     assert best is not None  # each of the linear terms spends at most half a degree of freedom at the largest ridge
@@ -157,10 +158,6 @@ def is_level(column: np.ndarray) -> bool:
     return len(np.unique(column)) <= LEVELS
 
 
-def _in_scores(to_scores: Callable, target: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-    return to_scores(target) - to_scores(target - left_out)
-
-
 def _designs(rows: np.ndarray, transforms: Sequence[Callable | None]) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
     """Functions from rows to the terms of a regression: linear, then also piecewise linear, then also products."""
 
@@ -179,33 +176,33 @@ def _designs(rows: np.ndarray, transforms: Sequence[Callable | None]) -> Iterato
 
     yield linear
     standard = linear(rows)
-    pairs = [(one, other) for one in range(standard.shape[1]) for other in range(one)]
     most, count = min(_TERMS, len(rows) // 2), standard.shape[1]
-    hinges = _hinges(standard, LEVELS)  # so that unordered categories have an effect each, if the rows allow it
-    if count + len(hinges) > most:
-        hinges = _hinges(standard, len(_KNOTS) + 2)
+    first, second = np.tril_indices(count, -1)
+    hinged, knots = _hinges(standard, LEVELS)  # so that unordered categories have an effect each, if the rows allow it
+    if count + len(knots) > most:
+        hinged, knots = _hinges(standard, len(_KNOTS) + 2)
 
     def with_hinges(table):
         plain = linear(table)
-        return np.column_stack([plain, *(np.maximum(plain[:, number] - knot, 0) for number, knot in hinges)])
+        return np.column_stack([plain, np.maximum(plain[:, hinged] - knots, 0)])
 
     def with_products(table):
         terms = with_hinges(table)
-        return np.column_stack([terms, *(terms[:, one] * terms[:, other] for one, other in pairs)])
+        return np.column_stack([terms, terms[:, first] * terms[:, second]])
 
-    if hinges and count + len(hinges) <= most:
+    if len(knots) and count + len(knots) <= most:
         yield with_hinges
-        if pairs and count + len(hinges) + len(pairs) <= most:
+        if len(first) and count + len(knots) + len(first) <= most:
             yield with_products
 
 
-def _hinges(table: np.ndarray, levels: int) -> list[tuple[int, float]]:
-    hinges = []
-    for number, column in enumerate(table.T):
+def _hinges(table: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of columns, each once for each of its knots, and the knots."""
+    knots = []
+    for column in table.T:
         distinct = np.unique(column)
-        knots = distinct[1:-1] if len(distinct) <= levels else np.unique(np.quantile(column, _KNOTS))
-        hinges += [(number, knot) for knot in knots]
-    return hinges
+        knots.append(distinct[1:-1] if len(distinct) <= levels else np.unique(np.quantile(column, _KNOTS)))
+    return np.repeat(np.arange(len(knots)), list(map(len, knots))), np.concatenate(knots)
 
 
 def _ridge_fits(terms: np.ndarray, target: np.ndarray) -> Iterator[tuple[float, np.ndarray]]:
@@ -413,11 +410,12 @@ def told_apart(sampler: Sampler, drawn: np.ndarray, columns: Sequence[int], fitt
     tables[1][:, columns] = drawn[chosen]
     if fitted is not None:
         tables = np.concatenate([tables, tables[:, :, columns] - fitted[chosen, None]], axis=2)
-    p_values = []
     for half in (halves, ~halves):
         classifier = ExtraTreesClassifier(50, min_samples_leaf=5, max_features=None, random_state=0)
         classifier.fit(tables[:, half].reshape(-1, tables.shape[2]), np.repeat([1, 0], half.sum()))
         true, other = (classifier.predict_proba(table[~half])[:, 1] for table in tables)
         lead = np.bincount(np.unique(sampler.clusters[chosen[~half]], return_inverse=True)[1], true - other)
-        p_values.append(stats.ttest_1samp(lead, 0, alternative="greater").pvalue if lead.any() else 1.0)
-    return bool(2 * min(p_values) <= _CERTAINTY)  # Bonferroni: each half is tested given the other
+        # Bonferroni: each half is tested given the other.
+        if lead.any() and 2 * stats.ttest_1samp(lead, 0, alternative="greater").pvalue <= _CERTAINTY:
+            return True
+    return False
