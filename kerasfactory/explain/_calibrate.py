@@ -479,8 +479,8 @@ def _summarized(found: dict[str, Any], n: int, settings: dict[str, Any]) -> xr.D
 
     summary = (
         f"On models like yours, “supported” was wrong in {said(0)} with permuted labels, and in {said(2)} with a "
-        f"planted feature. The planted feature, which gives a skill of {own['strength']:.2g}, was found in {said(4)}. "
-        f"It was needed, but not claimed, in {said(5)}, and refuted in {said(6)}."
+        f"planted feature. The planted feature, which allows a skill of {own['strength']:.2g}, was found in {said(4)}. "
+        f"In {said(5)} it was needed, but not claimed, and in {said(6)} it was refuted."
     )
     return xr.Dataset(
         {

@@ -53,8 +53,8 @@ _ALIKE = 0.02  # of their standard deviation
 _SMALLEST = 1e-12  # p-value: smaller ones say no more
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
 _DEPENDENT = (
-    "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
-    "together, with `groups` or `block`; shuffle them if they are independent and only sorted."
+    "Neighboring samples have similar losses, so they depend on each other or are sorted. If they depend on each "
+    "other, say which belong together, with `groups` or `block`. If they are only sorted, shuffle them."
 )
 _DOMINANT = 0.5  # of the loss of a constant: one sample with more decides the margin alone
 _NAMED = 4  # features in the name of a group, at most
@@ -64,7 +64,7 @@ _MANY = (
     "whole, with `faithfulness`."
 )
 _PADDED = "It is padding in some samples: no value can be drawn for it there."
-_UNTESTED = "It cannot be tested: it is constant, or there are too few samples."
+_UNTESTED = "It cannot be tested, because it is constant or there are too few samples."
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -282,9 +282,13 @@ def feature_claims(
 
     no_margin = ""
     if not skill["skill_interval"][0] > 0:
-        no_margin = "The model does no better than a constant: there is nothing to lose without the feature."
+        no_margin = (
+            "The model is not shown to do better than a constant, so it has nothing to lose without the feature."
+        )
     elif skill["largest_share"] > _DOMINANT:
-        no_margin = "One sample makes up most of the loss of a constant, and with it the margin: look at that sample."
+        no_margin = (
+            "One sample makes up most of the loss of a constant, and so it decides the margin. Look at that sample."
+        )
     is_dependent = groups is None and block is None and neighbors_are_alike(own_loss)
     variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), no_margin, is_dependent)
     names = [test.unit.name for test in tested]
@@ -491,22 +495,25 @@ def _verdict(
     if test.drawn is None:
         return "undetermined", test.unit.untestable or _UNTESTED
     if is_off_data:
-        return "undetermined", "The draws are off the data: a classifier can tell them from the true values."
+        return (
+            "undetermined",
+            "The drawn values do not look like the data: a classifier can tell them from the real ones.",
+        )
     if is_needed and test.unit.is_claimed:
-        return "supported", "The model does worse when its values are drawn again, given the other features."
+        return "supported", "The model does worse when the feature is resampled, given the other features."
     if is_needed:
-        return "needed, not claimed", "The model does worse without it, and its attribution is not above the mean."
+        return "needed, not claimed", "The model does worse without it, although its attribution is not above the mean."
     if not test.unit.is_claimed:
-        return "undetermined", "Its attribution is not above the mean: it is not claimed to be high."
+        return "undetermined", "Its attribution is not above the mean, so nothing is claimed about it."
     if group and verdict_of_group != "refuted":
-        return "undetermined", f"It is part of “{group}”: the data cannot tell which of these the model needs."
+        return "undetermined", f"It is part of “{group}”, and the data cannot tell which of these the model needs."
     if test.drawn.determined_by and not group:
-        return "undetermined", "The other features determine it, nearly: the data cannot tell what is its own."
+        return "undetermined", "The other features nearly determine it, so the data cannot tell what it adds."
     if is_negligible and no_margin:
         return "undetermined", no_margin
     if is_negligible:
-        return "refuted", "The model does no worse without it: its loss rises by less than the margin."
-    return "undetermined", "The data leave open whether the loss rises by more than the margin."
+        return "refuted", "The model does no worse without it: the loss rises by less than the margin."
+    return "undetermined", "The data do not decide whether the loss rises by more than the margin."
 
 
 def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.random.Generator) -> np.ndarray:

@@ -499,7 +499,7 @@ def test_claims_are_tested_on_some_samples_and_what_belongs_together_stays_so(mo
     np.testing.assert_allclose(
         [one["attribution"] for one in record["attribution"]["features"]], attribution, rtol=1e-4
     )
-    assert f"The claims are tested on {tested} of the 200, drawn at random" in page.read_text()
+    assert f"The claims are tested on {tested} of the 200 samples, drawn at random" in page.read_text()
     given = {"groups": whole["groups"]} if "groups" in whole else {}
     assert explain.verify(page, model, X, Y[:, None], **given, verbose=0) == []
 

@@ -619,7 +619,7 @@ def test_rows_that_depend_on_each_other_are_noticed_and_exchanged_in_blocks_or_g
         x, y = series[:, :3], series[:, 3]
         alone = feature_claims(model, x, y, claimed_all(x), seed=seed)
         assert (alone["verdict"] == "undetermined").all()
-        assert "have like losses" in alone["reason"].values[0]
+        assert "have similar losses" in alone["reason"].values[0]
     found = []
     for seed in range(12):
         generator = np.random.default_rng(seed)
@@ -667,7 +667,7 @@ def test_draws_that_are_off_the_data_decide_nothing():
     )
     assert result["p_value"].values[3] <= 0.05
     assert result["verdict"].values[3] == "undetermined"
-    assert "off the data" in result["reason"].values[3]
+    assert "do not look like the data" in result["reason"].values[3]
 
 
 @pytest.mark.backend_independent
