@@ -266,9 +266,9 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     x = feature_array("x", x)
     if x.ndim != 2:
         raise ValueError(
-            "`x` must be a table, (sample, feature): `calibrate` counts verdicts on single features, and only those of "
-            "tables have any. For texts, series and images test the ranking as a whole, with `explain.faithfulness`. "
-            f"Received: shape {x.shape}"
+            "`x` must be a table, (sample, feature), because `calibrate` counts verdicts on single features. For "
+            "texts, series and images, test the ranking as a whole with `explain.faithfulness`. Received: shape "
+            f"{x.shape}"
         )
     check_rows_finite(x, "`x`")
     y = _backend.as_numpy(y) if ops.is_tensor(y) else np.asarray(y)
@@ -280,8 +280,8 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     clusters = clusters_of(len(x), groups, block)
     if int(clusters.max()) < 1:
         raise ValueError(
-            "`groups` or `block` leave one group of samples: there is no other to exchange labels with, or to test on. "
-            f"Received: groups={groups!r}, block={block!r}"
+            "`groups` or `block` leave only one group of samples. Calibration needs at least two, to exchange labels "
+            f"and to hold samples out. Received: groups={groups!r}, block={block!r}"
         )
     columns, mask = [[column] for column in range(x.shape[1])], None
     if feature_mask is not None:
@@ -435,8 +435,9 @@ def _checked_model(model: Any) -> keras.Model:
         )
     if getattr(model, "loss", None) is None:
         raise ValueError(
-            "`train` must return a model that is compiled with a loss: features are tested by what the loss is without "
-            f"them. Call `model.compile(loss=...)`. Received: a model named {model.name!r} that is not compiled."
+            "`train` must return a model that is compiled with a loss: features are tested by how the loss changes "
+            f"without them. Call `model.compile(loss=...)`. Received: a model named {model.name!r} that is not "
+            "compiled."
         )
     return model
 

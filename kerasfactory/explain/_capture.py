@@ -294,10 +294,10 @@ def _warn_of_no_weights(batch: Batch, scores: dict[str, np.ndarray]) -> None:
         sums = rows.sum(axis=-1) if batch.found[name].path else np.zeros(1)
         if sums.max() > 1 + ROW_SUM or rows.min(initial=0) < 0:
             warn(
-                f"The scores of layer {name!r} are no weights: rows over the keys sum to up to {sums.max():.3g}, and "
-                f"the smallest entry is {rows.min():.3g}. Either the layer makes something else of its softmax, as "
-                "dropout does, or they are not what its values are weighted with. `explain.register_attention` tells "
-                "how to read such a layer."
+                f"The scores of layer {name!r} are not weights: rows over the keys sum to up to {sums.max():.3g}, and "
+                f"the smallest entry is {rows.min():.3g}. Either the layer changes its softmax, as dropout does, or "
+                "its values are weighted with something else. Use `explain.register_attention` to say how such a layer "
+                "is read."
             )
 
 
@@ -321,7 +321,8 @@ def _recomposed(call: Call) -> Any:
         return ops.max(ops.abs(made - real)), ops.max(ops.abs(real))
     if call.output is None:
         raise ValueError(
-            f"Layer {layer.name!r} calls its `_compute_attention` more than once: no single scores make its output."
+            f"Layer {layer.name!r} calls its `_compute_attention` more than once: there is no one set of scores that "
+            "makes its output."
         )
     heads, gate = combined(layer, call.scores, call.value), gate_of(layer, call.query)
     heads = heads if gate is None else ops.multiply(heads, gate)

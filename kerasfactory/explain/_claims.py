@@ -241,7 +241,7 @@ def feature_claims(
     """
     checked_level(level)
     if not 0 <= margin < 1:
-        raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
+        raise ValueError(f"`margin` must be at least 0 and below 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
     check_table(model, x, background)
@@ -319,8 +319,8 @@ def _checked_rows(table: Table, given: Any, background: Any) -> tuple[np.ndarray
 def _refuse_tokens(model: Any, given: Any) -> None:
     if any(reads_tokens(model, array) for array in named_inputs(given).values()):
         raise ValueError(
-            "`x` holds token ids: a position of a text is no column of a table, and its values cannot be drawn from "
-            "those of other rows. Test the ranking as a whole, with `explain.faithfulness`."
+            "`x` holds token ids: a position of a text is not a column of a table, so its values cannot be drawn from "
+            "other rows. Test the ranking as a whole, with `explain.faithfulness`."
         )
 
 
@@ -431,7 +431,7 @@ def _merged(group: list[int], units: list[_Unit]) -> _Unit:
 
 def _checked_labels(y: Any, samples: int) -> np.ndarray:
     if y is None:
-        raise ValueError("Without labels, `y`, there is no telling what a feature says about the outcome. Give them.")
+        raise ValueError("Give labels, `y`: without them it cannot be measured what a feature says about the outcome.")
     labels = ops.convert_to_numpy(y) if ops.is_tensor(y) else np.asarray(y)
     if labels.ndim == 0 or len(labels) != samples or labels.dtype.kind not in "biuf" or not labels.size:
         raise ValueError(

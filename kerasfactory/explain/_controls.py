@@ -358,8 +358,8 @@ def _runs(
     varies = tolerance * spread > rounding / 10 * np.abs(own_scores).max(axis=0)
     if not varies.any():
         raise NoSpreadError(
-            "The model's output is the same for all samples of `x`: there is no scale for a change. Give more "
-            "samples, or other ones."
+            "The model's output is the same for all samples of `x`, so there is no scale for a change. Give more "
+            "samples, or others."
         )
     scale = ops.convert_to_tensor(np.where(varies, spread, np.inf), "float32")
     is_logit = found.probabilities or found.task in ("classification", "multilabel")
@@ -392,7 +392,7 @@ def _captured(model: Any, x: Any, layers: Any, batch_size: int | None) -> dict[s
     for name, scores in captured.items():
         if scores.dims[0] != "sample" or scores.dims[-2:] != ("query", "key"):
             raise ValueError(
-                f"The scores of layer {name!r} have the axes {scores.dims}: they cannot be told apart by sample, "
+                f"The scores of layer {name!r} have the axes {scores.dims}: it is not clear which of these are sample, "
                 "query and key. Leave it out with `layers=[...]`."
             )
     return captured

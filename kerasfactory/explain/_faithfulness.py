@@ -322,7 +322,7 @@ def _rankable(in_view: np.ndarray) -> np.ndarray:
     if left_out:
         warn(
             f"{left_out} of {len(in_view)} samples have fewer than 2 features in view: there is nothing to rank in "
-            "them. They are NaN in the result, and in no mean and no test."
+            "them. They are NaN in the result, and no mean or test includes them."
         )
     return ranked
 
@@ -489,7 +489,7 @@ def _against_chance(
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     values = np.unique(np.asarray(fractions, "float64"))
     if values.size == 0 or not ((values > 0) & (values <= 1)).all():
-        raise ValueError(f"`fractions` must lie above 0 and at most at 1. Received: fractions={fractions!r}")
+        raise ValueError(f"`fractions` must be above 0 and at most 1. Received: fractions={fractions!r}")
     return values
 
 
@@ -518,7 +518,7 @@ def _background(
         return one, "none"
     if mask_value is not None:
         raise ValueError(
-            f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
+            f'`mask_value` is used only with `removal="mask"`. Set that, or leave `mask_value` out. Received: '
             f"mask_value={mask_value!r}, removal={removal!r}"
         )
     if removal == "blur":

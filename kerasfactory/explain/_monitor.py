@@ -87,8 +87,8 @@ class AttentionMonitor(keras.callbacks.Callback):
         super().__init__()
         if isinstance(x, Iterator):
             raise ValueError(
-                "`x` is read again in every epoch, and this can be read only once: give an array, or something that "
-                f"yields the same batches each time. Received: x of type {type(x).__name__}"
+                "`x` is read in every epoch, but this can be read only once. Give an array, or something that yields "
+                f"the same batches each time. Received: x of type {type(x).__name__}"
             )
         self.x = x
         self.layers = layers

@@ -203,7 +203,8 @@ def _owners(model: keras.Model, x: Any, batch_size: int | None) -> list[Any]:
         around = [layer for layer in with_weights if any(call.layer is inner for inner in all_layers(layer))]
         if not around:
             raise ValueError(
-                f"No layer around the attention {name!r} has weights, but the model itself. Shuffle all of them, with "
+                f"No layer around the attention {name!r} has weights, except the model itself. Shuffle all of its "
+                "weights, with "
                 '`parameters="all"`.'
             )
         owners.append(min(around, key=lambda layer: len(all_layers(layer))))
@@ -324,13 +325,15 @@ def seed_agreement(
         ```
     """
     if len(attributions) < 2:
-        raise ValueError(f"`attributions` must hold those of at least 2 models. Received: {len(attributions)}")
+        raise ValueError(
+            f"`attributions` must hold the attributions of at least 2 models. Received: {len(attributions)}"
+        )
     shapes = {np.shape(attribution) for attribution in attributions}
     coordinates = [getattr(attribution, "coords", {}).get("feature") for attribution in attributions]
     names = [coordinate.values.tolist() for coordinate in coordinates if coordinate is not None]
     if len(shapes) > 1 or any(other != names[0] for other in names):
         raise ValueError(
-            "`attributions` must be of the same samples and features. Received: "
+            "`attributions` must have the same samples and features. Received: "
             + (f"shapes {sorted(shapes)}" if len(shapes) > 1 else f"features {names}")
         )
     checked_level(level)

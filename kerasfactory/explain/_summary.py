@@ -360,9 +360,9 @@ def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, n
 
 def _several_axes(layer: Any) -> ValueError:
     return ValueError(
-        f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over. There are no "
-        "summaries for that: `capture` gives its scores. Leave it out here with `layers=[...]`. "
-        f"Received: attention_axes={tuple(attention_axes(layer))}"
+        f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over. `summarize` "
+        "cannot read such layers, but `capture` can. Leave it out here with `layers=[...]`. Received: "
+        f"attention_axes={tuple(attention_axes(layer))}"
     )
 
 

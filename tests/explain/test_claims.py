@@ -365,7 +365,7 @@ def audited(loss, tmp_path, monkeypatch, y=None):
     y = np.random.default_rng(1).integers(3, size=60) if y is None else y
     explain.audit(model, TABLE.astype("float32"), y, tmp_path / "audit.html", verbose=0)
     record = json.loads((tmp_path / "audit.json").read_text())
-    name = "increase of the loss without it"
+    name = "increase of the loss when its values are resampled"
     outputs = model.predict(TABLE.astype("float32"), verbose=0).astype("float64")
     return record["skill"], [claim for claim in record["claims"] if claim["statistic"]["name"] == name], outputs, y
 
@@ -395,7 +395,7 @@ def fails(y, outputs):
     [
         ({"classes": "mse", "other": "mse"}, "must be one function, of one output"),
         ("nonsense", "Could not interpret loss identifier: nonsense"),
-        (mean_of_all, r"and not their mean: a number for each sample.*shape \(\)"),
+        (mean_of_all, r"not their mean: a number for each sample.*shape \(\)"),
         (not_a_number, "The loss not_a_number is NaN or infinite"),
         (fails, "cannot be used. as somebody's own function may"),
     ],
@@ -505,7 +505,7 @@ WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
         ({"model": linear([1.0, 1, 1], loss=None)}, "The model has no loss. Compile it with one, or give `loss`"),
         ({"model": None}, "The model has no loss"),
         ({"level": 0.7}, "`level` must be a number between 0 and 0.5"),
-        ({"margin": -1}, "`margin` must be a number from 0"),
+        ({"margin": -1}, "`margin` must be at least 0"),
         ({"draws": 0}, "`draws` must be a positive integer"),
         ({"verbose": 3}, "`verbose` must be"),
         ({"loss": "square"}, "Could not interpret loss"),

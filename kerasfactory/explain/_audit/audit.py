@@ -615,8 +615,8 @@ def _checked_models(model: Any, models: Any) -> list[str]:
     digests = [digest_of(weight.value for weight in other.weights) for other in (model, *models)]
     if len(set(digests)) < len(digests):
         raise ValueError(
-            "Some of `model` and `models` have the same weights: a copy would agree with itself. Leave copies out, and "
-            "train each from a seed of its own, `keras.utils.set_random_seed`."
+            "Some of `model` and `models` have the same weights, and a copy would agree with itself. Leave copies out, "
+            "and train each model from its own seed, `keras.utils.set_random_seed`."
         )
     return digests[1:]
 
@@ -651,8 +651,8 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"`{name}` must hold finite numbers: {len(bad)} of {len(array)} samples have NaN or infinite ones, the "
-            f"first is number {bad[0]}. Fill them as in the training data, or leave these samples out."
+            f"`{name}` must hold finite numbers: {len(bad)} of {len(array)} samples have NaN or infinite values, and "
+            f"the first such sample is number {bad[0]}. Fill them as in the training data, or leave these samples out."
         )
     return array
 

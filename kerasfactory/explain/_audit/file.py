@@ -57,7 +57,7 @@ def as_json(record: dict[str, Any]) -> str:
 def _of_numpy(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is no kind of JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def plain(data: Any) -> Any:
@@ -89,7 +89,7 @@ def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
     if wrong:
         raise ValueError(
             f"This audit cannot be written, because `verify` would refuse it: {wrong}. Its numbers may be no larger "
-            f"than 1e100, and its page {_MOST_BYTES // 2**20} MiB: a larger `level` takes fewer draws."
+            f"than 1e100, and its page {_MOST_BYTES // 2**20} MiB: a larger `level` needs fewer draws."
         )
     partial = {file: file.with_name(f"{file.name}.{os.getpid()}.partial") for file in contents}
     try:
@@ -203,7 +203,7 @@ def _finite(text: str) -> float:
 
 
 def _refused(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _schema_of(record: Any) -> str:
