@@ -58,7 +58,7 @@ def attribute(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.DataArray:
-    r"""How much each feature counts for each sample, by one of several readings of a model's attention.
+    r"""Attributes a model's output to the features of each sample, by one of several readings of its attention.
 
     The readings disagree, and none of them is right by construction. Compare them, and test what they say ([*Reading
     attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a column of a table
@@ -171,20 +171,20 @@ def attribute(
         `in_view` (sample, feature), whether a key is in view. Words of each sample are the coordinate `feature_token`
         (sample, feature), which `plot.text`, `merge` and `by_token` read.
 
-        The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient), the
-        `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force in
-        them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
+        The attributes hold the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient),
+        the `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force
+        in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
         gradients have a `completeness_error`: the largest difference, over the samples, between the sum of a row and
         \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
             `special_tokens`; if ids among them cannot be looked up in `x`; if layers attend over several axes, or over
-            sequences of different lengths, or fold another axis into the batch. Of the two methods with gradients: if
-            the model has several outputs, no `target` is given and it is not known that they are classes. Of
-            `"attention_gradient"`: if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do
-            not sum to 1. Of `"value_norm"`: if an output kernel is quantized. Of `"integrated_gradients"`: if the model
-            has no tokens of which each becomes a key.
+            sequences of different lengths, or fold another axis into the batch. For the two methods with gradients: if
+            the model has several outputs, no `target` is given and it is not known that they are classes. For
+            `"attention_gradient"`: if the outputs are not made of the scores. For `"rollout"`: if rows of the scores do
+            not sum to 1. For `"value_norm"`: if an output kernel is quantized. For `"integrated_gradients"`: if the
+            model has no tokens of which each becomes a key.
         RuntimeError: As `capture`.
 
     Warns:
@@ -281,7 +281,7 @@ def attribute(
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
-    r"""The attention of several layers as one map: how much of each position arrives at each other position.
+    r"""Combines the attention of several layers into one map: how much of each input position reaches each output.
 
     From the second layer on, a position holds a mixture of those before it, and a weight says little about the input.
     Rollout multiplies the mixtures. It assumes that half of each position comes from the layer, and that half bypasses
@@ -309,9 +309,9 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
         row is that of the identity. The attribute `layers` names them in their order.
 
     Raises:
-        ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1, as with
-            an attention sink; if layers differ in their samples or lengths, or attend to other positions than they
-            attend from (cross-attention).
+        ValueError: If `weights` is empty, has other dimensions or rows that do not sum to 0 or 1, as with an attention
+            sink; if layers differ in their samples or lengths, or attend to other positions than they attend from
+            (cross-attention).
 
     Warns:
         UserWarning: If scores are NaN. They make the whole sample NaN.

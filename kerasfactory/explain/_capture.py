@@ -46,7 +46,7 @@ def capture(
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.DataArray]:
-    r"""The attention scores of a model, for every sample in `x`, as labeled arrays.
+    r"""Reads the attention scores of a model for every sample in `x`, as labeled arrays.
 
     The model may be in any state. It is not changed: its weights, seeds and compiled functions stay, and so does what
     its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores are read
@@ -135,21 +135,21 @@ def capture(
         attention sink, a coordinate `sink` (sample, head, query) is the weight that went to no key, from 0 to 1: 1
         minus the sum of the row. It is a variable of that name in a `store`.
 
-        A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, ….
-        The attributes say the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
-        `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
-        with and without observation, relative to the largest. `read_from` names the function that the scores were read
+        A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, …. The
+        attributes hold the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
+        `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch differ with
+        and without observation, relative to the largest. `read_from` names the function that the scores were read
         from: `_compute_attention`, the layer's own, returned them; `softmax` made them, and the values were multiplied
         by them; `dot_product_attention` was called, and they are computed again from its arguments; an `adapter` that
         was registered returned them.
 
     Raises:
-        ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
-            number of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or
-            its batches differ in length; if columns of a DataFrame hold something else than numbers, share a name, or
-            are the features of the model's tokenizer in another order.
-            Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments; if files in it
-            are lost, changed or symbolic links; or if it was made before stores had checksums.
+        ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the number
+            of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or its
+            batches differ in length; if columns of a DataFrame hold anything but numbers, share a name, or are the
+            features of the model's tokenizer in another order. Also if `store` is not a `*.zarr`, or belongs to other
+            weights, another `x` or other arguments; if files in it are lost, changed or symbolic links; or if it was
+            made before stores had checksums.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
         OSError: If the `store` cannot be written, as to a full disk. What was stored before stays valid.
         ImportError: If `store` is given, and Zarr is not installed.
@@ -211,7 +211,7 @@ def recomposition_error(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, float]:
-    r"""The difference between the output of each attention layer and the output that its captured scores give.
+    r"""Measures how far each attention layer's output differs from the output that its captured scores give.
 
     If the scores \(A_h\) that `capture` returns are the ones that the model used, then they and the projected
     values \(V_h\) give the layer's output again:

@@ -87,7 +87,7 @@ def feature_claims(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Tests for each feature of a table whether the model needs it, and whether an attribution says so.
+    r"""Tests for each feature of a table whether the model needs it, and whether an attribution ranks it high.
 
     With the loss \(\ell\), the model \(f\) and \(K\) draws \(\tilde x_{ij}^{(k)}\) of feature \(j\) of sample \(i\)
     given the sample's other features \(x_{i,-j}\),

@@ -71,7 +71,7 @@ def faithfulness(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Whether the features that an attribution puts first are those that the output depends on.
+    r"""Tests whether a model's output depends on the features that an attribution ranks first.
 
     For each sample \(x\), the \(k\) features with the largest attribution, the set \(T_k\), are removed, and then all
     the others. With the model's output \(f\) (DeYoung et al. 2020, [*ERASER: A Benchmark to Evaluate Rationalized NLP
@@ -175,7 +175,8 @@ def faithfulness(
         groups: Labels of samples that depend on each other, (sample,), such as patients. The intervals are those of the
             mean over such groups drawn again. The tests do not need them: they compare rankings on the same samples.
         block: For a series: the length of the runs of samples that the intervals draw again. Not with `groups`.
-        fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
+        fractions: Shares of the features in view, each above 0 and at most 1. They come back sorted, without
+            repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch, as for `capture`.
@@ -202,10 +203,10 @@ def faithfulness(
           section 12.5) over the samples, `groups` or blocks. The model, the attribution and the background stay as they
           are in it. NaN for a single one of these.
 
-        The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
+        The attributes hold `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
-        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (50, 150 or 500,
-        or all), `observed`, `observed_sufficiency`, `level` and `seed`.
+        outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (50, 150 or 500, or all), `observed`,
+        `observed_sufficiency`, `level` and `seed`.
 
     Raises:
         ValueError: If the attribution does not fit `x`, or holds NaN; if there are fewer than 2 features, or no sample

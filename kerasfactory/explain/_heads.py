@@ -209,7 +209,7 @@ def head_importance(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, xr.Dataset]:
-    r"""How much the loss depends on each head: a gradient that estimates it, beside the ablation that measures it.
+    r"""Measures how much the loss depends on each head, by ablation, and estimates it with a gradient.
 
     A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
     loss \(L(x, y; \xi)\) of one sample, and all masks 1 except the one in the formula,
@@ -256,8 +256,8 @@ def head_importance(
         with all heads, `loss_value`, the number of `samples`, the `backend` and the `keras_version`.
 
     Raises:
-        ValueError: As `capture`; if `x` is no array, or `y` has missing values, is not of numbers, or not as long; if
-            there is no loss, or it does not return values for each sample, or they are not finite; if the model's
+        ValueError: As `capture`; if `x` is not an array, or `y` has missing values, is not of numbers, or not as long;
+            if there is no loss, or it does not return values for each sample, or they are not finite; if the model's
             outputs are not made of its scores; and if a layer folds another axis into the batch, so that no head
             belongs to one sample.
 

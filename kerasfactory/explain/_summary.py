@@ -83,7 +83,7 @@ def summarize(
 
     The model runs eagerly, each batch once, as in `model.predict`, with dropout off, and is not changed. NumPy computes
     all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, and all calls of
-    `keras.ops.dot_product_attention` in other layers, also those that are not in `layers`. It does so in single
+    `keras.ops.dot_product_attention` in other layers, including those that are not in `layers`. It does so in single
     precision, from the model's own queries, keys and values. For a model in half precision that is more exact than its
     own arithmetic.
 
@@ -134,10 +134,11 @@ def summarize(
         gives `sequence` instead of `sample`. Axes `axis_2`, …, of which it is not known what they are, come before
         `head`, as in `capture`.
 
-        The attributes are those of `capture`. Only `prediction_difference` is another, since a run without observation
-        might form all scores: it is the largest difference between the output computed here and that of the layer's own
-        `_compute_attention` or of `keras.ops.dot_product_attention`, relative to the largest output. Up to 64 queries
-        and 1,024 keys of the first sample are compared. It is 0 where that method or function itself was used.
+        The attributes are those of `capture`. Only `prediction_difference` differs, because a run without observation
+        might form all scores. Here it is the largest difference between the output computed here and that of the
+        layer's own `_compute_attention` or of `keras.ops.dot_product_attention`, relative to the largest output. Up to
+        64 queries and 1,024 keys of the first sample are compared. It is 0 where that method or function itself was
+        used.
 
     Raises:
         ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer of Keras attends

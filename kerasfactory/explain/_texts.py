@@ -12,7 +12,7 @@ _PREFIXES = {"##": "WordPiece", "▁": "SentencePiece", "Ġ": "GPT-2"}
 
 
 def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
-    r"""Turns an attribution to the pieces that a tokenizer made of words into one to whole words.
+    r"""Turns an attribution to pieces of words, as a tokenizer makes them, into an attribution to whole words.
 
     The attribution of a word is the sum over its pieces, so each row keeps its sum.
 
@@ -86,7 +86,7 @@ def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
 
 
 def by_token(attribution: xr.DataArray) -> xr.Dataset:
-    r"""Which tokens an attribution puts first over many texts.
+    r"""Ranks the tokens of many texts by their mean attribution.
 
     Each place of a token that is in view is an occurrence. With the attribution \(a_{sf}\) to feature \(f\) of sample
     \(s\), and the set \(O_t\) of the occurrences of token \(t\),

@@ -70,7 +70,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         activity_regularizer: A penalty on what the projections return. Defaults to `None`.
         kernel_constraint: What the kernels are projected to after each step of the optimizer. Defaults to `None`.
         bias_constraint: The same for the biases. Defaults to `None`.
-        seed: Of the dropout: an integer. Defaults to `None`: another one each time.
+        seed: The seed of the dropout, an integer. Defaults to `None`: a different one each time.
         flash_attention: Whether the output is computed by flash attention. It takes no dropout. Defaults to `None`:
             where Keras can.
         sliding_window: Keep each query to the keys that lie fewer than this many positions away. A positive integer.

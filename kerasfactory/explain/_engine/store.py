@@ -156,8 +156,8 @@ class Store:
 
     Raises:
         ImportError: If Zarr is not installed, or too old.
-        ValueError: If `path` is no `*.zarr`, or holds something else, or has been changed; if the model, its weights,
-            `x` or the arguments are not those that the store was made with.
+        ValueError: If `path` is not a `*.zarr`, or holds something else, or has been changed; if the model, its
+            weights, `x` or the arguments are not those that the store was made with.
         RuntimeError: If another process is writing to it.
         OSError: If it cannot be written, as to a full disk. What is stored stays valid.
     """

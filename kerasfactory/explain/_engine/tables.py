@@ -19,8 +19,7 @@ def in_arrays(x: Any) -> Any:
     """The same with an array of numbers in place of each DataFrame. NumPy makes objects of several kinds of numbers.
 
     Raises:
-        ValueError: If a column holds something else than numbers, or a value is missing. A table of one column may
-            hold texts.
+        ValueError: If a column holds anything but numbers, or a value is missing. A table of one column may hold texts.
     """
     if isinstance(x, dict | list | tuple) and any(isinstance(leaf, pd.DataFrame) for leaf in tree.flatten(x)):
         return tree.map_structure(in_arrays, x)
