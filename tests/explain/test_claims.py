@@ -589,7 +589,7 @@ def test_a_constant_error_refutes_no_feature_and_a_shift_of_the_labels_is_no_ski
     assert list(results[0]["verdict"].values) == ["supported", "supported", "refuted", "undetermined"]
     assert not (results[20]["verdict"] == "refuted").any()
     assert results[20].attrs["skill"] < 0
-    assert "no better than a constant" in results[20]["reason"].values[2]
+    assert "not shown to do better than a constant" in results[20]["reason"].values[2]
     noise = np.mean((y - x[:, 0] - 0.8 * x[:, 1]) ** 2)
     np.testing.assert_allclose(results[0].attrs["skill"], 1 - noise / y.var(), rtol=1e-3)
     lower, upper = results[0].attrs["skill_interval"]

@@ -333,7 +333,7 @@ def test_statistics_of_heads_with_a_sink_are_those_of_the_rest_of_the_weight():
     rest = xr.DataArray(weights / weights.sum(axis=-1, keepdims=True), dims=scores.dims)
     expected = explain.head_statistics(rest)
     xr.testing.assert_allclose(explain.head_statistics(scores), expected, rtol=1e-4)
-    with pytest.raises(ValueError, match="are no weights"):
+    with pytest.raises(ValueError, match="are not weights"):
         explain.head_statistics(scores.drop_vars("sink"))
     recorded = before_training(model, explain.AttentionMonitor(TOKENS))["written"]
     xr.testing.assert_allclose(recorded.isel(epoch=0, drop=True), expected, rtol=1e-4)

@@ -148,7 +148,7 @@ def test_what_capture_returns_goes_in_as_it_is(monkeypatch):
     [
         (random_scores((2, 2, 3, 3)).rename(query="query_0", key="key_0"), r"several axes.*query_0, key_0"),
         (random_scores((2, 2, 3, 3)).mean("head"), r"dimensions \(sample, query, key\)"),
-        (random_scores((2, 2, 3, 3)) * 2, r"are no weights.*sum to 2 up to 2"),
+        (random_scores((2, 2, 3, 3)) * 2, r"are not weights.*sum to 2 up to 2"),
         (random_scores((2, 2, 3, 3))[:0], "at least one sample"),
         (np.ones((1, 1, 1, 1)), "`explain.capture` returns.*ndarray"),
         (xr.Dataset(), "Summaries do not contain.*Dataset"),
