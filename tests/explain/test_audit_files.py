@@ -244,7 +244,7 @@ HOSTILE = [
         "supported",
         "refuted",
         "needed, not claimed",
-        "But adjusted for 12 claims",
+        "But its p-value, adjusted for 12 claims",
         "p_value",
     ),
     *("nan", "1_000", "0.5", "checksum", "kerasfactory.audit/3", "\U000e0041"),

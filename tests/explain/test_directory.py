@@ -152,7 +152,7 @@ def test_of_two_first_runs_the_later_leaves_the_other_alone(
 
     lazy = {}
     with pytest.raises(
-        RuntimeError, match=r"has written to .*scores\.zarr since this call began. What it wrote is left"
+        RuntimeError, match=r"has written to .*scores\.zarr since this call began. Its results are kept"
     ):
         run(model if of_the_same_model else other_model, tmp_path / "scores.zarr", batches())
     assert [tree(path)] == before

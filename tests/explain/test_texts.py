@@ -217,9 +217,9 @@ WORDS = words_of(IDS)
         (
             IDS,
             VOCABULARY[:5].__getitem__,
-            "For the id 5 it raised IndexError: list index out of range. Is it of the same",
+            "For the id 5 it raised IndexError: list index out of range. Check that it",
         ),
-        (IDS, dict(enumerate(VOCABULARY[:5])).get, "For the id 5 it returned None. Is it of the same vocabulary"),
+        (IDS, dict(enumerate(VOCABULARY[:5])).get, "For the id 5 it returned None. Check that it belongs"),
         (IDS - 1, VOCABULARY.__getitem__, "`x` holds the id -1. Ids of tokens count from 0"),
         (IDS.astype("float32"), VOCABULARY.__getitem__, r"Convert ids that are floats with `x.astype\(int\)`"),
         (iter([IDS]), WORDS, "of each sample need `x` as arrays. For batches, give a function from ids"),

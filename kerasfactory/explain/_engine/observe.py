@@ -416,7 +416,7 @@ def warn_of_difference(model: Any, difference: float) -> None:
     """Warns if the first batch's outputs differed when they were observed, by more than rounding."""
     if not difference <= rounding_of(model):
         warn(
-            f"When the model is observed, its outputs for the first batch differ by {difference:.1e} of the largest. "
-            "The scores belong to the run that was observed, not to what `predict` returns. The cause may be outputs "
-            "that are random or depend on how often the model was called."
+            f"The model's outputs for the first batch differ by {difference:.1e} of the largest when the model is "
+            "observed. The scores belong to the run that was observed, not to what `predict` returns. The cause may be "
+            "outputs that are random or depend on how often the model was called."
         )
