@@ -178,8 +178,7 @@ def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
 def _attention(subject: Subject) -> Result:
     sentences = {
         "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
-        "permuted": "The output depends on which key gets which weight: it changes if the weights are assigned to the "
-        "keys at random.",
+        "permuted": "The output depends on which key gets which weight: it changes if weights are shuffled.",
     }
     worse = "The model does worse without its attention: its loss rises if all keys get the same weight."
     statistics = {**dict.fromkeys(sentences, "share of rows whose output changes"), "loss": "increase of the loss"}
@@ -276,7 +275,7 @@ def _ranking(subject: Subject) -> Result:
     method = subject.settings["method"]
     sentences = {
         "comprehensiveness": f"The output needs the features that “{method}” ranks first more than it needs others.",
-        "sufficiency": f"The features that “{method}” ranks first alone keep the output better than others do.",
+        "sufficiency": f"The features that “{method}” ranks first suffice for the output better than others do.",
     }
     if untestable := _no_ranking(subject):
         return None, [_claim(f"ranking-{name}", said, f"AOPC {name}", untestable) for name, said in sentences.items()]
@@ -331,8 +330,7 @@ def _removed(result: xr.Dataset, in_view: np.ndarray) -> tuple[np.ndarray, ...]:
 def _randomization(subject: Subject) -> Result:
     method, statistic = subject.settings["method"], "median share that is left"
     sentence = (
-        f"What “{method}” shows is in the learned weights of the attention layers: when these are shuffled, at most "
-        "half of it is left."
+        f"What “{method}” shows depends on the learned weights: at most half of it is left when they are shuffled."
     )
     if subject.untestable:
         return None, [_claim("randomization", sentence, statistic, subject.untestable)]
@@ -361,9 +359,7 @@ def _randomization(subject: Subject) -> Result:
 
 
 def _seeds(subject: Subject) -> Result:
-    sentence = (
-        "Models that are trained in the same way from other seeds agree on the first features more than by chance."
-    )
+    sentence = "Models trained in the same way from other seeds agree on the first features more than by chance."
     statistic = "overlap of what is ranked first"
     given = "" if subject.models else "No models from other seeds were given (`models=[...]`)."
     if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
