@@ -301,7 +301,7 @@ def test_what_was_not_checked_is_a_finding(model, written, monkeypatch):
     found = explain.verify(written, model, X, verbose=0)
     assert len(found) == 3
     assert f"cannot be checked with numpy 9.9.9: the audit was made with numpy {version}" in found[0]
-    assert "what is said of the loss and of single features was not checked" in found[1]
+    assert "the claims about the loss and about single features were not checked" in found[1]
     assert "claim about models from other seeds was not checked" in found[2]
 
 

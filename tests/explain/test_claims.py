@@ -481,7 +481,7 @@ WITH_NAN = np.where(np.arange(60)[:, None] == 7, np.nan, TABLE)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"y": None}, "Without labels, `y`.*Give them"),
+        ({"y": None}, "Give labels, `y`"),
         ({"y": TABLE[:50, 0]}, r"one label for each sample, 60\. Received: shape \(50,\)"),
         ({"y": ["a"] * 60}, "`y` must hold numbers"),
         ({"y": WITH_NAN[:, 0]}, "`y` is NaN or infinite in 1 of 60"),

@@ -397,7 +397,7 @@ def _compared(
         if now["controls"] and record["controls"]:
             now["controls"]["loss"] = record["controls"]["loss"]
         unchecked |= {"attention-loss"} | {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        findings.append("Without labels, `y`, what is said of the loss and of single features was not checked.")
+        findings.append("Without labels, `y`, the claims about the loss and about single features were not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
@@ -452,8 +452,8 @@ def _of_versions(before: dict[str, str], now: dict[str, str]) -> list[str]:
         return []
     installed, recorded = (", ".join(f"{name} {found[name]}" for name in changed) for found in (now, before))
     return [
-        f"This page cannot be checked with {installed}: the audit was made with {recorded}. What else is said here was "
-        "computed with the versions that are installed."
+        f"This page cannot be checked with {installed}: the audit was made with {recorded}. The other findings were "
+        "computed with the installed versions."
     ]
 
 

@@ -240,13 +240,19 @@ def _verdict_on_change(control: dict[str, Any], attributes: dict[str, Any], leve
     tolerance, least = attributes["tolerance"], attributes["smallest_share"]
     changed = f"by more than {tolerance:g}, {attributes['change']},"
     if control["p_value"] <= level:
-        return "supported", f"It changes {changed} in more than {least:.0%} of the rows."
+        return "supported", f"The output changes {changed} in more than {least:.0%} of the rows."
     if control["mean_change"] > tolerance:
-        reason = f"It is not shown to change {changed} in more than {least:.0%} of the rows."
+        reason = f"The output is not shown to change {changed} in more than {least:.0%} of the rows."
         return "undetermined", f"{reason} But its mean change is larger than that: a few rows decide."
     if control["p_opposite"] <= level:
-        return "refuted", f"It changes {changed} in less than {least:.0%} of the rows, and its mean change is smaller."
-    return "undetermined", f"There are too few rows to tell whether it changes {changed} in {least:.0%} of them."
+        return (
+            "refuted",
+            f"The output changes {changed} in less than {least:.0%} of the rows, and its mean change is smaller.",
+        )
+    return (
+        "undetermined",
+        f"There are too few rows to tell whether the output changes {changed} in {least:.0%} of them.",
+    )
 
 
 def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level: float) -> tuple[dict[str, Any], Claim]:
@@ -385,8 +391,8 @@ def _seeds(subject: Subject) -> Result:
         ],
     }
     reason = (
-        f"{1 + len(others)} models, compared by their first {found['top_k']} of {len(subject.features)} features. The "
-        f"overlap by chance is {found['chance']:.2g}."
+        f"{1 + len(others)} models, compared by the first {found['top_k']} of {len(subject.features)} features in each "
+        f"ranking. The overlap by chance is {found['chance']:.2g}."
     )
     numbers = (found["overlap"], found["p_value"], found["interval"], found["p_opposite"])
     return found, [_claim("seeds", sentence, statistic, reason, _against_chance(found, subject), *numbers)]

@@ -148,7 +148,7 @@ def _examined(file: Path) -> tuple[dict[str, Any], list[str]]:
             f"{_short(schema)}. Verify it with the version that made it, or make a new audit."
         ]
     if not has_checksum:
-        return record, [f"The data in {file.name} were changed: they do not have their checksum any more."]
+        return record, [f"The data in {file.name} were changed: they no longer match their checksum."]
     if wrong := problem_of_record(record):
         return record, [f"The data in {file.name} are not those of an audit: {_short(wrong)}."]
     if record["environment"]["kerasfactory"] != kerasfactory.__version__:

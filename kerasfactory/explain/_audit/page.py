@@ -162,7 +162,7 @@ def _claims(record: dict[str, Any]) -> str:
 
 def _skill(skill: dict[str, Any] | None) -> str:
     if skill is None or skill["skill"] is None:
-        return "The model's skill is not known. It takes labels, and a compiled loss whose value is above 0."
+        return "The model's skill is not known. Computing it takes labels, and a compiled loss whose value is above 0."
     interval = f" ({_interval(skill['skill_interval'])})" if skill["skill_interval"] else ""
     said = (
         f"The model's loss is {_number(skill['loss'])}. The best constant has a loss of {_number(skill['base_loss'])}. "
@@ -384,10 +384,11 @@ def _seeds(record: dict[str, Any]) -> str:
     if found is None:
         return _section(title, note, f"<p>Not tested. {as_html(claim['reason'])}</p>\n")
     models = 1 + len(found["models"])
+    first = "feature" if found["top_k"] == 1 else f"{found['top_k']} features"
     caption = (
-        f"Histogram of the overlap of the first {found['top_k']} features in {found['draws']} sets of {models} random "
-        f"rankings, from {_number(min(found['null']))} to {_number(max(found['null']))}. The line at "
-        f"{_number(found['overlap'])} is the overlap of the models"
+        f"Histogram of the overlap of the first {first} in {found['draws']} sets of {models} random rankings, from "
+        f"{_number(min(found['null']))} to {_number(max(found['null']))}. The line at {_number(found['overlap'])} is "
+        "the overlap of the models"
     )
     in_view = [one for one in found["features"] if None not in (one["mean"], one["spread"])]
     ranked = sorted(in_view, key=lambda one: -one["mean"])
