@@ -48,9 +48,9 @@ def capture(
 ) -> dict[str, xr.DataArray]:
     r"""Reads the attention scores of a model for every sample in `x`, as labeled arrays.
 
-    The model may be in any state. It is not changed: its weights, seeds and compiled functions stay, and so does what
-    its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores are read
-    beside each attention layer's own computation,
+    The model may be in any state, and is not changed: its weights, seeds and compiled functions stay the same, and so
+    does what its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores
+    are read beside each attention layer's own computation,
 
     $$
     A_h = \operatorname{softmax}\!\left(\frac{Q_h K_h^\top}{\sqrt{d}} + M\right) ,
@@ -84,8 +84,8 @@ def capture(
     does not count as attention.
 
     A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
-    and layers that are called attention and in which no scores were seen. Linear attention forms no scores, and
-    deformable attention has no keys. For layers that fold axes into the batch or hide their kernel there is
+    and layers whose class is called attention but in which no scores were seen. Linear attention forms no scores, and
+    deformable attention has no keys. For layers that fold axes into the batch or hide their kernel, use
     `register_attention`. A function that a layer compiles by itself, by `jax.jit` or `tf.function`, is noticed only
     while it is traced: if it has run before, attention in it may be missing without a warning.
 
@@ -111,7 +111,7 @@ def capture(
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
-            batch. After a crash, a kill or a full disk, the same call continues where it stopped, also with another
+            batch. After a crash, a kill or a full disk, the same call continues where it stopped, even with another
             `batch_size`. Stored samples are read from `x` again, to make sure that they are the same, and only the
             first batch of them runs through the model again. The call starts over if the result for a batch depends on
             earlier batches, as with random numbers. A call after the end returns what is stored. A lost or changed file
@@ -145,7 +145,7 @@ def capture(
 
     Raises:
         ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the number
-            of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or its
+            of feature names is wrong, or a function returns no string for an id; if `x` is empty or without end, or its
             batches differ in length; if columns of a DataFrame hold anything but numbers, share a name, or are the
             features of the model's tokenizer in another order. Also if `store` is not a `*.zarr`, or belongs to other
             weights, another `x` or other arguments; if files in it are lost, changed or symbolic links; or if it was
