@@ -134,8 +134,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         rate: Any = dropout_rate  # to a type checker a float is not a Real
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
             raise ValueError(
-                "`dropout_rate` is the share of attention scores to drop in training. It must be at least 0 and below "
-                f"1. Received: dropout_rate={dropout_rate!r}"
+                "`dropout_rate` must be at least 0 and below 1: it is the share of attention scores to drop in "
+                f"training. Received: dropout_rate={dropout_rate!r}"
             )
         self.dropout_rate = float(rate)
         for name in ("value_dim", "sliding_window"):

@@ -139,10 +139,7 @@ def test_many_samples_are_cut_and_the_figure_says_so():
         ),
         (lambda: plot.image(attribution_of(), IMAGES, feature_mask=MASK, samples=0), "`samples` must be"),
         (lambda: plot.image(attribution_of(), IMAGES, feature_mask=MASK, columns=0), "`columns` must be"),
-        (
-            lambda: plot.image(attribution_of(), IMAGES, feature_mask=MASK, vmax=-1),
-            "`vmax` is where the color scale ends",
-        ),
+        (lambda: plot.image(attribution_of(), IMAGES, feature_mask=MASK, vmax=-1), "`vmax` must be"),
     ],
 )
 def test_what_cannot_be_laid_over_pictures_is_refused(call, message):

@@ -142,5 +142,5 @@ def test_layers_that_cannot_be_drawn_are_named(scores, message):
 
 
 def test_the_end_of_the_scale_is_checked():
-    with pytest.raises(ValueError, match="`vmax` is where the color scale ends"):
+    with pytest.raises(ValueError, match="`vmax` must be"):
         plot.model({"a": scores_of()}, vmax=0)

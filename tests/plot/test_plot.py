@@ -254,7 +254,7 @@ def test_scores_that_cannot_be_drawn_are_refused(draw, wrong):
     ("call", "message"),
     [
         (lambda s: plot.heatmap(s, top_k=0), "`top_k` must be a positive integer"),
-        (lambda s: plot.heatmap(s, vmax=0), "`vmax` is where the color scale ends. It must be a number above 0"),
+        (lambda s: plot.heatmap(s, vmax=0), "`vmax` must be a number above 0"),
         (lambda s: plot.heads(s, columns=0), "`columns` must be a positive integer"),
         (lambda s: plot.heads(s[:, 0]), "must have a dimension `head`"),
         (lambda s: plot.interactive(s, samples=0), "`samples` must be a positive integer"),
