@@ -23,6 +23,8 @@ EXAMPLES = ROOT / "examples"
 RUN_TIMES = EXAMPLES / "run_times.json"
 FRONT_PICTURE = ROOT / "docs" / "assets" / "quickstart.png"  # on the first page and in the README
 
+DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
+
 # Outputs must not depend on the machine. Kernels inherit this, here and in the tests.
 ENVIRONMENT = {
     "KERAS_BACKEND": "tensorflow",

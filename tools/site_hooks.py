@@ -21,10 +21,9 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
-from notebooks import EXAMPLES, ROOT, RUN_TIMES, cover
+from notebooks import DOTS_PER_INCH, EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
-DOTS_PER_INCH = 130  # of the figures, as tools/ipython says
 
 _command = "build"
 _titles: dict[str, str] = {}  # of the recipes, in the order of the navigation

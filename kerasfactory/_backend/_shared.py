@@ -119,8 +119,8 @@ def after_fork(function):
 def forked(library):
     """What to tell a process that was forked when the library had started."""
     return (
-        f"This process was forked when {library} had started, whose threads only its parent has: anything that "
-        f"{library} computes here would wait for ever, `model.predict` too. Start processes with "
+        f"This process was forked after {library} had started. The threads stayed in its parent, so anything that "
+        f"{library} computes here, such as `model.predict`, would wait forever. Start processes with "
         '`multiprocessing.get_context("spawn")`, and load the model in them.'
     )
 

@@ -33,10 +33,10 @@ PRIVATE_NAMES = {
 # Keras hands the buffers of the weights to its compiled step, which deletes them, and puts new ones into the model at
 # the end of an epoch.
 _IN_USE = (
-    "The model is in use by `fit`, `evaluate` or `predict`, in another thread or around this call. On JAX they take "
-    "its weights until they end, and neither `model(x)` nor `explain` can read them meanwhile. Wait for the end, or "
-    "make a copy of the model before. To see attention while a model trains, give `explain.AttentionMonitor` to `fit`; "
-    "a callback of your own finds the weights in `self.model`."
+    "The model is in use by `fit`, `evaluate` or `predict`, in another thread or around this call. On JAX, these hold "
+    "the model's weights until they end, so neither `model(x)` nor `explain` can read them. Wait until they end, or "
+    "copy the model before. To see attention while a model trains, give `explain.AttentionMonitor` to `fit`; a "
+    "callback of your own finds the weights in `self.model`."
 )
 
 # The options of `jax.nn.dot_product_attention` with which its scores can be computed again.

@@ -34,8 +34,8 @@ from kerasfactory.explain._engine.view import masks_of, reached, special_keys
 _METHODS = ("attention", "rollout", "attention_gradient", "value_norm", "integrated_gradients", "uniform", "random")
 _WITH_GRADIENT = ("attention_gradient", "integrated_gradients")
 _NO_GRADIENT = (
-    "No gradient arrives at {}: it is 0 for every sample. Either the output does not depend on them, or it passes no "
-    "gradient on, as outputs that are rounded and labels do (`argmax`). Explain a model that returns probabilities or "
+    "The gradient is 0 for every sample at {}. Either the output does not depend on them, or it passes on no gradient, "
+    "as with a rounded output or a label (`argmax`). Explain a model that returns probabilities or "
     "logits: `keras.Model(model.inputs, model.outputs)` leaves out a `predict_step` of your own, and "
     "`keras.Model(model.inputs, model.get_layer(NAME).output)` all layers after one."
 )
@@ -58,7 +58,7 @@ def attribute(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.DataArray:
-    r"""How much each feature counts for each sample, by one of several readings of a model's attention.
+    r"""Attributes a model's output to the features of each sample, by one of several readings of its attention.
 
     The readings disagree, and none of them is right by construction. Compare them, and test what they say ([*Reading
     attention honestly*][reading-attention-honestly]). A feature is a position of the key axis: a column of a table
@@ -171,20 +171,20 @@ def attribute(
         `in_view` (sample, feature), whether a key is in view. Words of each sample are the coordinate `feature_token`
         (sample, feature), which `plot.text`, `merge` and `by_token` read.
 
-        The attributes say the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient), the
-        `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force in
-        them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
+        The attributes hold the `method`, the `target` (a number, `"predicted"`, or `"any"` if there is no gradient),
+        the `query` (or `"mean"`, or `"any"`), the `layers` in the order in which they are called, the `masks` in force
+        in them (or `"none"`), the `special_tokens`, if there are any, the `backend` and the `keras_version`. Integrated
         gradients have a `completeness_error`: the largest difference, over the samples, between the sum of a row and
         \(y(x) - y(0)\), divided by the largest sum of absolute values of a row; NaN if all are 0.
 
     Raises:
         ValueError: As `capture`; if the `method`, `task`, `target` or `query` does not exist, or a name among the
             `special_tokens`; if ids among them cannot be looked up in `x`; if layers attend over several axes, or over
-            sequences of different lengths, or fold another axis into the batch. Of the two methods with gradients: if
-            the model has several outputs, no `target` is given and it is not known that they are classes. Of
-            `"attention_gradient"`: if the outputs are not made of the scores. Of `"rollout"`: if rows of the scores do
-            not sum to 1. Of `"value_norm"`: if an output kernel is quantized. Of `"integrated_gradients"`: if the model
-            has no tokens of which each becomes a key.
+            sequences of different lengths, or fold another axis into the batch. For the two methods with gradients: if
+            the model has several outputs, no `target` is given and it is not known that they are classes. For
+            `"attention_gradient"`: if the outputs are not made of the scores. For `"rollout"`: if rows of the scores do
+            not sum to 1. For `"value_norm"`: if an output kernel is quantized. For `"integrated_gradients"`: if the
+            model has no tokens of which each becomes a key.
         RuntimeError: As `capture`.
 
     Warns:
@@ -281,7 +281,7 @@ def attribute(
 
 
 def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
-    r"""The attention of several layers as one map: how much of each position arrives at each other position.
+    r"""Combines the attention of several layers into one map: how much of each input position reaches each output.
 
     From the second layer on, a position holds a mixture of those before it, and a weight says little about the input.
     Rollout multiplies the mixtures. It assumes that half of each position comes from the layer, and that half bypasses
@@ -309,9 +309,9 @@ def rollout(weights: Mapping[str, xr.DataArray] | xr.DataArray) -> xr.DataArray:
         row is that of the identity. The attribute `layers` names them in their order.
 
     Raises:
-        ValueError: If `weights` is empty, has other dimensions or rows that sum to something else than 0 or 1, as with
-            an attention sink; if layers differ in their samples or lengths, or attend to other positions than they
-            attend from (cross-attention).
+        ValueError: If `weights` is empty, has other dimensions or rows that do not sum to 0 or 1, as with an attention
+            sink; if layers differ in their samples or lengths, or attend to other positions than they attend from
+            (cross-attention).
 
     Warns:
         UserWarning: If scores are NaN. They make the whole sample NaN.
@@ -441,8 +441,8 @@ def _number_of_keys(shapes: Mapping[str, tuple[int, ...]]) -> int:
     keys = {name: keys for name, (_, keys) in shapes.items()}
     if len(set(keys.values())) > 1:
         raise ValueError(
-            f"The layers attend over different numbers of keys, {keys}: they do not see the same features. Choose "
-            "those that do, with `layers=[...]`."
+            f"The layers attend over different numbers of keys, {keys}, so they do not see the same features. Choose "
+            "layers that do, with `layers=[...]`."
         )
     return next(iter(keys.values()))
 
@@ -451,8 +451,7 @@ def _check_no_sink(names: Sequence[str]) -> None:
     if names:
         raise ValueError(
             f"Rollout needs rows of scores that sum to 1. Those of {', '.join(map(repr, names))} sum to less, because "
-            "an attention sink takes a part of the weight and holds nothing. Leave them out with `layers=[...]`, or "
-            "take another method."
+            "an attention sink takes part of the weight. Leave them out with `layers=[...]`, or take another method."
         )
 
 
@@ -460,8 +459,8 @@ def _check_square(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if len({size for shape in shapes.values() for size in shape}) > 1:
         sizes = ", ".join(f"{name}: {queries} x {keys}" for name, (queries, keys) in shapes.items())
         raise ValueError(
-            "Layers can be multiplied only if all of them attend from the same positions to the same positions. These "
-            f"are (queries x keys): {sizes}. Leave out cross-attention and layers of another length, with "
+            "Rollout multiplies layers, so all of them must attend from the same positions to the same positions. "
+            f"These are (queries x keys): {sizes}. Leave out cross-attention and layers of another length, with "
             "`layers=[...]`."
         )
 
@@ -495,9 +494,9 @@ def _heads_merged(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_one_axis(layer: Any, shape: tuple[int, ...]) -> None:
     if len(shape) != 4 or len(attention_axes(layer)) != 1:
         raise ValueError(
-            f"Layer {layer.name!r} attends over several axes, or has one beside that: its scores have shape "
-            f"{tuple(shape)}, and a key is not a feature. Choose other layers with `layers=[...]`, or read its scores "
-            "with `explain.capture`."
+            f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over: its scores "
+            f"have shape {tuple(shape)}, and a key is not a feature. Choose other layers with `layers=[...]`, or read "
+            "its scores with `explain.capture`."
         )
 
 
@@ -553,8 +552,8 @@ def _rolled_out(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         sums = values.sum(axis=-1, keepdims=True)
         if (np.abs(sums[attends] - 1) > _NO_DISTRIBUTION).any():
             raise ValueError(
-                f"Rollout needs rows of scores that sum to 1, as those of a softmax. Layer {name!r} has some that sum "
-                f"to {np.nanmin(sums[attends]):.2f} and to {np.nanmax(sums[attends]):.2f}. Choose other layers."
+                f"Rollout needs rows of scores that sum to 1, such as those of a softmax. Layer {name!r} has rows that "
+                f"sum to {np.nanmin(sums[attends]):.2f} and to {np.nanmax(sums[attends]):.2f}. Choose other layers."
             )
         identity = np.eye(values.shape[-1], dtype=values.dtype)
         mixed = np.where(attends[..., None], (values / np.where(sums == 0, 1, sums) + identity) / 2, identity)
@@ -567,8 +566,8 @@ def _projected(call: Call, value: Any) -> Any:
     dense = output_projection(call.layer)
     if getattr(dense, "quantization_mode", None):
         raise ValueError(
-            f"The output kernel of layer {call.layer.name!r} is quantized, {dense.quantization_mode!r}: take the norms "
-            "of the model before it was, or another method."
+            f"The output kernel of layer {call.layer.name!r} is quantized, {dense.quantization_mode!r}: take the value "
+            "norms before quantizing, or another method."
         )
     heads, size = value.shape[2:]
     kernel = ops.reshape(ops.cast(dense.kernel, value.dtype), (heads, size, -1))
@@ -692,9 +691,9 @@ def _completeness_error(completeness: list[tuple[float, float]]) -> float:
     error = float(difference / size) if size else float("nan")
     if error > _INCOMPLETE:
         warn(
-            f"The integrated gradients miss the change of the output that they should sum to by up to {error:.0%} of "
-            "the largest attribution of a sample: along the path the gradient changes too fast, or some of the output "
-            "passes no gradient on. Compare with another method before you use the ranking."
+            f"The integrated gradients should sum to the change of the output, but miss it by up to {error:.0%} of the "
+            "largest attribution of a sample: the gradient changes too fast along the path, or part of the output "
+            "passes on no gradient. Compare with another method before you use the ranking."
         )
     return error
 

@@ -65,7 +65,7 @@ def calibrate(
     store: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How often `feature_claims` is wrong, and how often it is right, on models like yours.
+    r"""Measures how often `feature_claims` is wrong, and how often it is right, on models like yours.
 
     A verdict is about data whose truth no one knows. Here, `train` gets your `x` with labels whose truth is known, the
     model that it returns is tested with `feature_claims`, and the verdicts are counted. There are two arms of `n`
@@ -99,12 +99,12 @@ def calibrate(
     Only verdicts on features are counted. The claims about a ranking as a whole (`faithfulness`) can be true of a model
     that was trained with permuted labels, because its output still depends on its features.
 
-    This can mislead. All models have your `x`, so the intervals cover other labels, halves and seeds, but no other
-    data. Permuted labels are independent of each other unless `groups` or `block` is given: if your samples are not,
-    say so here and to `feature_claims`. With `block`, labels are shifted along the series. If features and labels drift
-    over the whole series, they are still related after the shift. The planted signal rises with its feature. A model
-    may find one that rises and falls, or is in several features together, less often. `audit` adjusts its verdicts for
-    all of its claims, so it supports fewer features.
+    Some things can mislead. All models have your `x`, so the intervals cover other labels, halves and seeds, but no
+    other data. Permuted labels are independent of each other unless `groups` or `block` is given: if your samples are
+    not, say so here and to `feature_claims`. With `block`, labels are shifted along the series. If features and labels
+    drift over the whole series, they are still related after the shift. The planted signal rises with its feature. A
+    model may find one that rises and falls, or is in several features together, less often. `audit` adjusts its
+    verdicts for all of its claims, so it supports fewer features.
 
     Args:
         train: A function of the arrays `(x, y)` that builds, compiles and trains a model and returns it. It is called
@@ -112,7 +112,7 @@ def calibrate(
             afterward.
         x: Your data, (sample, feature): an array or a DataFrame of finite numbers. `train` gets an array.
         y: Your labels, in the form that the model's loss takes: numbers, classes or one-hot rows, one for each sample.
-        method: Of the attribution that claims which features are high, as for `attribute`.
+        method: The method of the attribution that says which features are high, as for `attribute`.
         task: As for `attribute`.
         target: As for `attribute`.
         layers: Names of the layers, as for `capture`.
@@ -130,7 +130,7 @@ def calibrate(
         store: A file, `*.jsonl`, to which the counts of each model are written as soon as they are known. Another call
             with the same data and arguments continues from there. Only `n` may differ. Whether `train` is the same
             function is not checked.
-        seed: Of all that is drawn. The seed of each model is made of it and of the number of the model.
+        seed: The seed of all that is drawn. The seed of each model is made of it and of the number of the model.
 
     Returns:
         xr.Dataset: Over `outcome`: `count`, the number of models of the arm in which it happened, `share`, and
@@ -151,12 +151,11 @@ def calibrate(
         your labels), `method`, `level` and `seed`.
 
     Raises:
-        ValueError: If `x` is no table, or `x` or `y` hold something else than finite numbers; if `train` is no
-            function, or returns something else than a compiled `keras.Model`; if half of the samples are too few to
-            test any feature; if `store` holds something else, or another call; if another argument is out of range; and
-            as `attribute` and `feature_claims`. What `train` raises is passed on, with a note that says which model it
-            was.
-        FileNotFoundError: If there is no folder for `store`.
+        ValueError: If `x` is not a table, or `x` or `y` hold anything but finite numbers; if `train` is not a function,
+            or returns anything but a compiled `keras.Model`; if half of the samples are too few to test any feature; if
+            `store` holds something else, or another call; if another argument is out of range; and as `attribute` and
+            `feature_claims`. What `train` raises is passed on, with a note that names the model.
+        FileNotFoundError: If the folder of `store` does not exist.
 
     Warns:
         UserWarning: As `attribute` and `feature_claims`, of the first model alone.
@@ -266,9 +265,9 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     x = feature_array("x", x)
     if x.ndim != 2:
         raise ValueError(
-            "`x` must be a table, (sample, feature): `calibrate` counts verdicts on single features, and only those of "
-            "tables have any. For texts, series and images test the ranking as a whole, with `explain.faithfulness`. "
-            f"Received: shape {x.shape}"
+            "`x` must be a table, (sample, feature), because `calibrate` counts verdicts on single features. For "
+            "texts, series and images, test the ranking as a whole with `explain.faithfulness`. Received: shape "
+            f"{x.shape}"
         )
     check_rows_finite(x, "`x`")
     y = _backend.as_numpy(y) if ops.is_tensor(y) else np.asarray(y)
@@ -280,8 +279,8 @@ def _checked_data(x: Any, y: Any, feature_mask: Any, groups: Any, block: int | N
     clusters = clusters_of(len(x), groups, block)
     if int(clusters.max()) < 1:
         raise ValueError(
-            "`groups` or `block` leave one group of samples: there is no other to exchange labels with, or to test on. "
-            f"Received: groups={groups!r}, block={block!r}"
+            "`groups` or `block` leave only one group of samples. Calibration needs at least two, to exchange labels "
+            f"and to hold samples out. Received: groups={groups!r}, block={block!r}"
         )
     columns, mask = [[column] for column in range(x.shape[1])], None
     if feature_mask is not None:
@@ -435,8 +434,9 @@ def _checked_model(model: Any) -> keras.Model:
         )
     if getattr(model, "loss", None) is None:
         raise ValueError(
-            "`train` must return a model that is compiled with a loss: features are tested by what the loss is without "
-            f"them. Call `model.compile(loss=...)`. Received: a model named {model.name!r} that is not compiled."
+            "`train` must return a model that is compiled with a loss: features are tested by how the loss changes "
+            f"without them. Call `model.compile(loss=...)`. Received: a model named {model.name!r} that is not "
+            "compiled."
         )
     return model
 
@@ -479,8 +479,8 @@ def _summarized(found: dict[str, Any], n: int, settings: dict[str, Any]) -> xr.D
 
     summary = (
         f"On models like yours, “supported” was wrong in {said(0)} with permuted labels, and in {said(2)} with a "
-        f"planted feature. The planted feature, which gives a skill of {own['strength']:.2g}, was found in {said(4)}. "
-        f"It was needed, but not claimed, in {said(5)}, and refuted in {said(6)}."
+        f"planted feature. The planted feature, which allows a skill of {own['strength']:.2g}, was found in {said(4)}. "
+        f"In {said(5)} it was needed, but not claimed, and in {said(6)} it was refuted."
     )
     return xr.Dataset(
         {

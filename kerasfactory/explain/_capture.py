@@ -46,11 +46,11 @@ def capture(
     verbose: int | str = "auto",
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, xr.DataArray]:
-    r"""The attention scores of a model, for every sample in `x`, as labeled arrays.
+    r"""Reads the attention scores of a model for every sample in `x`, as labeled arrays.
 
-    The model may be in any state. It is not changed: its weights, seeds and compiled functions stay, and so does what
-    its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores are read
-    beside each attention layer's own computation,
+    The model may be in any state, and is not changed: its weights, seeds and compiled functions stay the same, and so
+    does what its layers remember of their latest call. It runs as in `model.predict`, with dropout off, and the scores
+    are read beside each attention layer's own computation,
 
     $$
     A_h = \operatorname{softmax}\!\left(\frac{Q_h K_h^\top}{\sqrt{d}} + M\right) ,
@@ -84,8 +84,8 @@ def capture(
     does not count as attention.
 
     A warning names each layer that cannot be captured, with the reason: attention inside a `vmap` or a compiled loop,
-    and layers that are called attention and in which no scores were seen. Linear attention forms no scores, and
-    deformable attention has no keys. For layers that fold axes into the batch or hide their kernel there is
+    and layers whose class is called attention but in which no scores were seen. Linear attention forms no scores, and
+    deformable attention has no keys. For layers that fold axes into the batch or hide their kernel, use
     `register_attention`. A function that a layer compiles by itself, by `jax.jit` or `tf.function`, is noticed only
     while it is traced: if it has run before, attention in it may be missing without a warning.
 
@@ -111,7 +111,7 @@ def capture(
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.
         store: A directory, `"scores.zarr"`, for results that do not fit into memory. They are written there batch by
-            batch. After a crash, a kill or a full disk, the same call continues where it stopped, also with another
+            batch. After a crash, a kill or a full disk, the same call continues where it stopped, even with another
             `batch_size`. Stored samples are read from `x` again, to make sure that they are the same, and only the
             first batch of them runs through the model again. The call starts over if the result for a batch depends on
             earlier batches, as with random numbers. A call after the end returns what is stored. A lost or changed file
@@ -135,21 +135,21 @@ def capture(
         attention sink, a coordinate `sink` (sample, head, query) is the weight that went to no key, from 0 to 1: 1
         minus the sum of the row. It is a variable of that name in a `store`.
 
-        A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, ….
-        The attributes say the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
-        `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch lie apart
-        with and without observation, relative to the largest. `read_from` names the function that the scores were read
+        A layer that is called more than once in a forward pass has one entry for each call: `name#1`, `name#2`, …. The
+        attributes hold the `layer`, its `class`, the `call`, the `masks` in force, by their names in Keras, the
+        `backend`, the `keras_version`, and `prediction_difference`: how far the outputs for the first batch differ with
+        and without observation, relative to the largest. `read_from` names the function that the scores were read
         from: `_compute_attention`, the layer's own, returned them; `softmax` made them, and the values were multiplied
         by them; `dot_product_attention` was called, and they are computed again from its arguments; an `adapter` that
         was registered returned them.
 
     Raises:
-        ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the
-            number of feature names is wrong, or a function gives an id no string; if `x` is empty or without end, or
-            its batches differ in length; if columns of a DataFrame hold something else than numbers, share a name, or
-            are the features of the model's tokenizer in another order.
-            Also if `store` is no `*.zarr`, or belongs to other weights, another `x` or other arguments; if files in it
-            are lost, changed or symbolic links; or if it was made before stores had checksums.
+        ValueError: If the model has no attention layer, or none that can be captured; if a layer's name or the number
+            of feature names is wrong, or a function returns no string for an id; if `x` is empty or without end, or its
+            batches differ in length; if columns of a DataFrame hold anything but numbers, share a name, or are the
+            features of the model's tokenizer in another order. Also if `store` is not a `*.zarr`, or belongs to other
+            weights, another `x` or other arguments; if files in it are lost, changed or symbolic links; or if it was
+            made before stores had checksums.
         RuntimeError: If a later batch calls other layers than the first, or if another process writes to the `store`.
         OSError: If the `store` cannot be written, as to a full disk. What was stored before stays valid.
         ImportError: If `store` is given, and Zarr is not installed.
@@ -211,7 +211,7 @@ def recomposition_error(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, float]:
-    r"""The difference between the output of each attention layer and the output that its captured scores give.
+    r"""Measures how far each attention layer's output differs from the output that its captured scores give.
 
     If the scores \(A_h\) that `capture` returns are the ones that the model used, then they and the projected
     values \(V_h\) give the layer's output again:
@@ -294,10 +294,10 @@ def _warn_of_no_weights(batch: Batch, scores: dict[str, np.ndarray]) -> None:
         sums = rows.sum(axis=-1) if batch.found[name].path else np.zeros(1)
         if sums.max() > 1 + ROW_SUM or rows.min(initial=0) < 0:
             warn(
-                f"The scores of layer {name!r} are no weights: rows over the keys sum to up to {sums.max():.3g}, and "
-                f"the smallest entry is {rows.min():.3g}. Either the layer makes something else of its softmax, as "
-                "dropout does, or they are not what its values are weighted with. `explain.register_attention` tells "
-                "how to read such a layer."
+                f"The scores of layer {name!r} are not weights: rows over the keys sum to up to {sums.max():.3g}, and "
+                f"the smallest entry is {rows.min():.3g}. Either the layer changes its softmax, as dropout does, or "
+                "its values are weighted with something else. Use `explain.register_attention` to say how such a layer "
+                "is read."
             )
 
 
@@ -321,7 +321,8 @@ def _recomposed(call: Call) -> Any:
         return ops.max(ops.abs(made - real)), ops.max(ops.abs(real))
     if call.output is None:
         raise ValueError(
-            f"Layer {layer.name!r} calls its `_compute_attention` more than once: no single scores make its output."
+            f"Layer {layer.name!r} calls its `_compute_attention` more than once: there is no one set of scores that "
+            "makes its output."
         )
     heads, gate = combined(layer, call.scores, call.value), gate_of(layer, call.query)
     heads = heads if gate is None else ops.multiply(heads, gate)

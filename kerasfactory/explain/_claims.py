@@ -53,8 +53,8 @@ _ALIKE = 0.02  # of their standard deviation
 _SMALLEST = 1e-12  # p-value: smaller ones say no more
 _FEWEST = 20  # samples, or clusters of them: fewer give neither a conditional distribution nor an interval to rely on
 _DEPENDENT = (
-    "Samples that follow each other have like losses: they depend on each other, or are sorted. Say which belong "
-    "together, with `groups` or `block`; shuffle them if they are independent and only sorted."
+    "Neighboring samples have similar losses, so they depend on each other or are sorted. If they depend on each "
+    "other, say which belong together, with `groups` or `block`. If they are only sorted, shuffle them."
 )
 _DOMINANT = 0.5  # of the loss of a constant: one sample with more decides the margin alone
 _NAMED = 4  # features in the name of a group, at most
@@ -64,7 +64,7 @@ _MANY = (
     "whole, with `faithfulness`."
 )
 _PADDED = "It is padding in some samples: no value can be drawn for it there."
-_UNTESTED = "It cannot be tested: it is constant, or there are too few samples."
+_UNTESTED = "It cannot be tested, because it is constant or there are too few samples."
 _DETERMINED = 1e-5  # of a column's standard deviation: smaller residuals are rounding
 
 
@@ -87,7 +87,7 @@ def feature_claims(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Tests for each feature of a table whether the model needs it, and whether an attribution says so.
+    r"""Tests for each feature of a table whether the model needs it, and whether an attribution ranks it high.
 
     With the loss \(\ell\), the model \(f\) and \(K\) draws \(\tilde x_{ij}^{(k)}\) of feature \(j\) of sample \(i\)
     given the sample's other features \(x_{i,-j}\),
@@ -241,7 +241,7 @@ def feature_claims(
     """
     checked_level(level)
     if not 0 <= margin < 1:
-        raise ValueError(f"`margin` must be a number from 0 up to, but not including, 1. Received: margin={margin!r}")
+        raise ValueError(f"`margin` must be at least 0 and below 1. Received: margin={margin!r}")
     draws = positive_integer("draws", draws)
     rng = generator(seed, "feature_claims")
     check_table(model, x, background)
@@ -282,9 +282,13 @@ def feature_claims(
 
     no_margin = ""
     if not skill["skill_interval"][0] > 0:
-        no_margin = "The model does no better than a constant: there is nothing to lose without the feature."
+        no_margin = (
+            "The model is not shown to do better than a constant, so it has nothing to lose without the feature."
+        )
     elif skill["largest_share"] > _DOMINANT:
-        no_margin = "One sample makes up most of the loss of a constant, and with it the margin: look at that sample."
+        no_margin = (
+            "One sample makes up most of the loss of a constant, and so it decides the margin. Look at that sample."
+        )
     is_dependent = groups is None and block is None and neighbors_are_alike(own_loss)
     variables = _judged(tested, sampler, level, margin * abs(skill["base_loss"]), no_margin, is_dependent)
     names = [test.unit.name for test in tested]
@@ -315,8 +319,8 @@ def _checked_rows(table: Table, given: Any, background: Any) -> tuple[np.ndarray
 def _refuse_tokens(model: Any, given: Any) -> None:
     if any(reads_tokens(model, array) for array in named_inputs(given).values()):
         raise ValueError(
-            "`x` holds token ids: a position of a text is no column of a table, and its values cannot be drawn from "
-            "those of other rows. Test the ranking as a whole, with `explain.faithfulness`."
+            "`x` holds token ids: a position of a text is not a column of a table, so its values cannot be drawn from "
+            "other rows. Test the ranking as a whole, with `explain.faithfulness`."
         )
 
 
@@ -427,7 +431,7 @@ def _merged(group: list[int], units: list[_Unit]) -> _Unit:
 
 def _checked_labels(y: Any, samples: int) -> np.ndarray:
     if y is None:
-        raise ValueError("Without labels, `y`, there is no telling what a feature says about the outcome. Give them.")
+        raise ValueError("Give labels, `y`: without them it cannot be measured what a feature says about the outcome.")
     labels = ops.convert_to_numpy(y) if ops.is_tensor(y) else np.asarray(y)
     if labels.ndim == 0 or len(labels) != samples or labels.dtype.kind not in "biuf" or not labels.size:
         raise ValueError(
@@ -491,22 +495,25 @@ def _verdict(
     if test.drawn is None:
         return "undetermined", test.unit.untestable or _UNTESTED
     if is_off_data:
-        return "undetermined", "The draws are off the data: a classifier can tell them from the true values."
+        return (
+            "undetermined",
+            "The drawn values do not look like the data: a classifier can tell them from the real ones.",
+        )
     if is_needed and test.unit.is_claimed:
-        return "supported", "The model does worse when its values are drawn again, given the other features."
+        return "supported", "The model does worse when the feature is resampled, given the other features."
     if is_needed:
-        return "needed, not claimed", "The model does worse without it, and its attribution is not above the mean."
+        return "needed, not claimed", "The model does worse without it, although its attribution is not above the mean."
     if not test.unit.is_claimed:
-        return "undetermined", "Its attribution is not above the mean: it is not claimed to be high."
+        return "undetermined", "Its attribution is not above the mean, so nothing is claimed about it."
     if group and verdict_of_group != "refuted":
-        return "undetermined", f"It is part of “{group}”: the data cannot tell which of these the model needs."
+        return "undetermined", f"It is part of “{group}”, and the data cannot tell which of these the model needs."
     if test.drawn.determined_by and not group:
-        return "undetermined", "The other features determine it, nearly: the data cannot tell what is its own."
+        return "undetermined", "The other features nearly determine it, so the data cannot tell what it adds."
     if is_negligible and no_margin:
         return "undetermined", no_margin
     if is_negligible:
-        return "refuted", "The model does no worse without it: its loss rises by less than the margin."
-    return "undetermined", "The data leave open whether the loss rises by more than the margin."
+        return "refuted", "The model does no worse without it: the loss rises by less than the margin."
+    return "undetermined", "The data do not decide whether the loss rises by more than the margin."
 
 
 def _exchanged(losses: np.ndarray, clusters: np.ndarray, fewest: float, rng: np.random.Generator) -> np.ndarray:

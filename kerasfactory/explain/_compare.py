@@ -49,7 +49,7 @@ def compare(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Compares several attributions of one model: do they agree, and which features does the model use?
+    r"""Compares several attributions of one model: how far they agree, and which of them is faithful.
 
     `faithfulness` tests each method, on the same samples, rows of the background and relabelings. Each pair of methods
     is compared as `seed_agreement` compares two models: with \(T_i\), the \(k\) features with the largest mean share of
@@ -87,7 +87,7 @@ def compare(
         feature_names: Names of the features, as for `attribute`.
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`.
         special_tokens: What stands for no feature, as for `attribute`.
-        removal: What removed features are replaced by, as for `faithfulness`.
+        removal: What replaces removed features, as for `faithfulness`.
         background: Samples to draw from, as for `faithfulness`.
         groups: Labels of samples that depend on each other, as for `faithfulness`.
         block: For a series: the length of runs that depend on each other. Not with `groups`.
@@ -96,7 +96,7 @@ def compare(
         level: The error level: intervals cover \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch, as for `capture`.
         verbose: As for `capture`. The steps are the methods.
-        seed: Of all that is drawn.
+        seed: The seed of all that is drawn.
 
     Returns:
         xr.Dataset: With the coordinates `reading` and `reading_other`, the names of the methods, and these variables.

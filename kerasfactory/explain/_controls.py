@@ -66,7 +66,7 @@ def attention_controls(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How much a model's output depends on where it attends.
+    r"""Measures how much a model's output depends on where it attends.
 
     The model runs with other scores than its own, in all layers at once:
 
@@ -151,7 +151,7 @@ def attention_controls(
           \(n^2 / \sum n_g^2\) samples: as many as there are groups, if they are of one size (as Korn & Graubard 1998,
           Survey Methodology 24:193–201, for groups of copies).
         - `p_value` (control): of the exact binomial test that the share is above 2 %; and `p_opposite`, that it is
-          below. They say nothing of the adversary, which keeps to the tolerance.
+          below. They say nothing about the adversary, which stays within the tolerance.
         - With `y`: `loss_increase`, the mean of the loss with uniform attention minus that with the model's own, which
           is taken to be 0 in samples that change by at most `tolerance`; its `mean_interval` (bound), a studentized
           bootstrap over samples or groups; `p_value_loss`, that it is above 0; and `p_opposite_loss`, that it is below
@@ -164,10 +164,10 @@ def attention_controls(
         `loss_value`.
 
     Raises:
-        ValueError: As `capture`; if `x` is no array or has fewer than 2 samples; if an argument is out of range; if the
-            outputs are NaN, the same for all samples, or not made of the model's scores; if there are several and no
-            `target` says which; if scores cannot be told apart by sample, query and key; if there are labels and no
-            loss that takes them.
+        ValueError: As `capture`; if `x` is not an array or has fewer than 2 samples; if an argument is out of range; if
+            the outputs are NaN, the same for all samples, or not made of the model's scores; if there are several and
+            no `target` says which; if it is not clear which axes of the scores are sample, query and key; if there are
+            labels and no loss that takes them.
 
     Example:
         ```python
@@ -358,8 +358,8 @@ def _runs(
     varies = tolerance * spread > rounding / 10 * np.abs(own_scores).max(axis=0)
     if not varies.any():
         raise NoSpreadError(
-            "The model's output is the same for all samples of `x`: there is no scale for a change. Give more "
-            "samples, or other ones."
+            "The model's output is the same for all samples of `x`, so there is no scale for a change. Give more "
+            "samples, or others."
         )
     scale = ops.convert_to_tensor(np.where(varies, spread, np.inf), "float32")
     is_logit = found.probabilities or found.task in ("classification", "multilabel")
@@ -392,7 +392,7 @@ def _captured(model: Any, x: Any, layers: Any, batch_size: int | None) -> dict[s
     for name, scores in captured.items():
         if scores.dims[0] != "sample" or scores.dims[-2:] != ("query", "key"):
             raise ValueError(
-                f"The scores of layer {name!r} have the axes {scores.dims}: they cannot be told apart by sample, "
+                f"The scores of layer {name!r} have the axes {scores.dims}: it is not clear which of these are sample, "
                 "query and key. Leave it out with `layers=[...]`."
             )
     return captured

@@ -77,7 +77,7 @@ def faithfulness(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Whether the features that an attribution puts first are those that the output depends on.
+    r"""Tests whether a model's output depends on the features that an attribution ranks first.
 
     For each sample \(x\), the \(k\) features with the largest attribution, the set \(T_k\), are removed, and then all
     the others. With the model's output \(f\) (DeYoung et al. 2020, [*ERASER: A Benchmark to Evaluate Rationalized NLP
@@ -181,7 +181,8 @@ def faithfulness(
         groups: Labels of samples that depend on each other, (sample,), such as patients. The intervals are those of the
             mean over such groups drawn again. The tests do not need them: they compare rankings on the same samples.
         block: For a series: the length of the runs of samples that the intervals draw again. Not with `groups`.
-        fractions: Of the features in view, each above 0 and at most 1. They come back sorted, without repetition.
+        fractions: Shares of the features in view, each above 0 and at most 1. They come back sorted, without
+            repetition.
         draws: How often relabeled features are drawn, for the null distributions.
         level: The error level: the interval covers \(1 - \text{level}\). Between 0 and 0.5.
         batch_size: Samples in a batch, as for `capture`.
@@ -209,7 +210,7 @@ def faithfulness(
           section 12.5) over the samples, `groups` or blocks. The model, the attribution and the background stay as they
           are in it. NaN for a single one of these.
 
-        The attributes say `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
+        The attributes hold `removal`, `mask_value` if it was used, `background`, `background_rows` (drawn for each
         sample), `change` (`"signed"`, `"absolute"`, or `"absolute, relative to the standard deviation"` of all
         outputs), `task` (or `"unknown"`), `target`, `draws`, `null_samples` (the most that a draw was compared in),
         `observed`, `observed_sufficiency`, `level` and `seed`.
@@ -329,7 +330,7 @@ def _rankable(in_view: np.ndarray) -> np.ndarray:
     if left_out:
         warn(
             f"{left_out} of {len(in_view)} samples have fewer than 2 features in view: there is nothing to rank in "
-            "them. They are NaN in the result, and in no mean and no test."
+            "them. They are NaN in the result, and no mean or test includes them."
         )
     return ranked
 
@@ -505,7 +506,7 @@ def _against_chance(
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     values = np.unique(np.asarray(fractions, "float64"))
     if values.size == 0 or not ((values > 0) & (values <= 1)).all():
-        raise ValueError(f"`fractions` must lie above 0 and at most at 1. Received: fractions={fractions!r}")
+        raise ValueError(f"`fractions` must be above 0 and at most 1. Received: fractions={fractions!r}")
     return values
 
 
@@ -534,7 +535,7 @@ def _background(
         return one, "none"
     if mask_value is not None:
         raise ValueError(
-            f'`mask_value` is used with `removal="mask"` only. Add that, or leave `mask_value` out. Received: '
+            f'`mask_value` is used only with `removal="mask"`. Set that, or leave `mask_value` out. Received: '
             f"mask_value={mask_value!r}, removal={removal!r}"
         )
     if removal == "blur":

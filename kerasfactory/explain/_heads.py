@@ -113,8 +113,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
     if not isinstance(weights, xr.DataArray):
         raise ValueError(
             "`weights` must be a DataArray of attention scores, or a dictionary of them, as `explain.capture` returns. "
-            "Summaries do not say how many keys each query has in view. "
-            f"Received: weights of type {type(weights).__name__}"
+            "Summaries do not contain how many keys each query has in view. Received: weights of type "
+            f"{type(weights).__name__}"
         )
     name = weights.name if weights.name is not None else "weights"
     check_dims(name, [str(dim) for dim in weights.dims])
@@ -151,7 +151,7 @@ def add_sums(sums: dict[str, Any], scores: np.ndarray, name: Any, has_sink: bool
     missed = total - 1 if has_sink else np.abs(total - 1)
     if (missed > ROW_SUM)[attends].any() or (scores < 0).any():
         raise ValueError(
-            f"The scores of layer {name!r} are no weights: each row over the keys must be at least 0 and sum to 1, or "
+            f"The scores of layer {name!r} are not weights: each row over the keys must be at least 0 and sum to 1, or "
             f"be 0 if the query may look at nothing. Received rows that sum to {total.min():.3g} up to "
             f"{total.max():.3g}, and a smallest entry of {scores.min():.3g}"
         )
@@ -209,7 +209,7 @@ def head_importance(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> dict[str, xr.Dataset]:
-    r"""How much the loss depends on each head: a gradient that estimates it, beside the ablation that measures it.
+    r"""Measures how much the loss depends on each head, by ablation, and estimates it with a gradient.
 
     A mask \(\xi_h\) is put on each head, so that a layer's output is \(\sum_h \xi_h A_h V_h W^O_h + b^O\). With the
     loss \(L(x, y; \xi)\) of one sample, and all masks 1 except the one in the formula,
@@ -256,8 +256,8 @@ def head_importance(
         with all heads, `loss_value`, the number of `samples`, the `backend` and the `keras_version`.
 
     Raises:
-        ValueError: As `capture`; if `x` is no array, or `y` has missing values, is not of numbers, or not as long; if
-            there is no loss, or it does not return values for each sample, or they are not finite; if the model's
+        ValueError: As `capture`; if `x` is not an array, or `y` has missing values, is not of numbers, or not as long;
+            if there is no loss, or it does not return values for each sample, or they are not finite; if the model's
             outputs are not made of its scores; and if a layer folds another axis into the batch, so that no head
             belongs to one sample.
 
@@ -318,8 +318,8 @@ def head_importance(
 
     if not any(map(np.any, gradient.values())) and any(map(np.any, ablation.values())):
         warn(
-            "The loss depends on the heads, and yet its gradient is 0 for every head of every sample: it passes no "
-            "gradient on, as a loss that rounds its values or computes with NumPy. Only `ablation` says something."
+            "The loss depends on the heads, but its gradient is 0 for every head and sample: the loss passes on no "
+            "gradient, as when it rounds its values or computes with NumPy. Only `ablation` is informative."
         )
     of_loss = {"loss": loss_name(loss), "loss_value": sum_of_losses / samples, "samples": samples}
     return {
@@ -350,8 +350,8 @@ def _checked_targets(x: Any, y: Any) -> Any:
     """The targets as arrays, of numbers, one for each sample of `x`."""
     if not (isinstance(x, dict | list | tuple) or hasattr(x, "__array__")):
         raise ValueError(
-            "`x` must be an array, or a dictionary or list of arrays, so that `y` goes with it. "
-            f"Received: x of type {type(x).__name__}"
+            "`x` must be an array, or a dictionary or list of arrays, so that it can be matched with `y`. Received: x "
+            f"of type {type(x).__name__}"
         )
     y = tree.map_structure(np.asarray, y) if isinstance(y, dict) else np.asarray(y)
     samples, arrays = len(tree.flatten(x)[0]), tree.flatten(y)

@@ -16,7 +16,7 @@ from kerasfactory.explain._heads import add_sums, check_dims, statistics_of
 
 
 class AttentionMonitor(keras.callbacks.Callback):
-    r"""A callback that records what the heads of a model do with some fixed samples while the model trains.
+    r"""Records, as a callback, what the heads of a model do with fixed samples while the model trains.
 
     Before the first epoch and after every `every`-th one, the samples run through the model as in `capture`, batch by
     batch, and the four numbers of `head_statistics` are kept for each head. (With an attention sink, they are those of
@@ -45,8 +45,8 @@ class AttentionMonitor(keras.callbacks.Callback):
             model. Numbers are NaN once the model's weights are.
 
     Raises:
-        ValueError: If `every` is no positive integer, or `x` can be read only once. In `fit`, before the first epoch,
-            what `capture` and `head_statistics` raise.
+        ValueError: If `every` is not a positive integer, or `x` can be read only once. In `fit`, before the first
+            epoch, what `capture` and `head_statistics` raise.
         ImportError: If `log_dir` is given, and nothing is installed that writes for TensorBoard.
 
     Warns:
@@ -87,8 +87,8 @@ class AttentionMonitor(keras.callbacks.Callback):
         super().__init__()
         if isinstance(x, Iterator):
             raise ValueError(
-                "`x` is read again in every epoch, and this can be read only once: give an array, or something that "
-                f"yields the same batches each time. Received: x of type {type(x).__name__}"
+                "`x` is read in every epoch, but this can be read only once. Give an array, or something that yields "
+                f"the same batches each time. Received: x of type {type(x).__name__}"
             )
         self.x = x
         self.layers = layers

@@ -6,22 +6,22 @@ from kerasfactory._arguments import positive_integer
 
 
 def patches(height: int, width: int, size: int | tuple[int, int]) -> np.ndarray:
-    """The number of the patch that each pixel of a picture belongs to: a `feature_mask` for `faithfulness` and `audit`.
+    """Numbers the patches of a picture: makes a `feature_mask` for `faithfulness` and `audit`.
 
     Patches are numbered row by row, from the top left, as in vision transformers. A mask may lack the last axes of a
     sample, so that it fits pictures (sample, height, width, channel) as it is: all channels of a pixel belong to one
     patch. For pictures with the channels first it is `np.broadcast_to(mask, (channels, height, width))`.
 
     Args:
-        height: Of a picture, in pixels.
-        width: Of a picture, in pixels.
-        size: Of a patch, in pixels: one number, or (rows, columns). It must divide the picture.
+        height: The height of a picture, in pixels.
+        width: The width of a picture, in pixels.
+        size: The size of a patch, in pixels: one number, or (rows, columns). It must divide the picture.
 
     Returns:
         np.ndarray: Integers (height, width), from 0.
 
     Raises:
-        ValueError: If an argument is no positive integer, or patches of this size do not fill the picture.
+        ValueError: If an argument is not a positive integer, or patches of this size do not fill the picture.
 
     Example:
         ```python

@@ -9,7 +9,7 @@ from kerasfactory.explain._engine.adapters import register
 
 
 def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[..., Any] | None) -> None:
-    r"""Tells `explain` how to read the attention of a class of layers: one that folds axes, or hides its kernel.
+    r"""Tells `explain` how to read the attention of a class of layers that folds axes or hides its kernel.
 
     Most attention is read without this (see `capture`). Two kinds of layers need an adapter, which is a function that
     you write:
@@ -37,14 +37,14 @@ def register_attention(layer_class: type[keras.layers.Layer], adapter: Callable[
     return scores of the same samples as the layer's input, in their order.
 
     Args:
-        layer_class: A subclass of `keras.layers.Layer`. Classes that derive from it count as well, unless they, or one
-            nearer to them, have their own adapter. It may be a block that has the attention layer in it: what was
-            seen anywhere within its call is adapted, and named by the block.
+        layer_class: A subclass of `keras.layers.Layer`. The adapter also applies to subclasses, unless a subclass,
+            or a class between the two, has its own. The class may be a block that has the attention layer in it: what
+            was seen anywhere within its call is adapted, and named by the block.
         adapter: The function, in place of an earlier one; `None` removes it.
 
     Raises:
-        ValueError: If `layer_class` is not a subclass of `keras.layers.Layer`, or `adapter` is no function. What runs a
-            model raises it if the adapter returns something else than scores of at least 4 axes; and
+        ValueError: If `layer_class` is not a subclass of `keras.layers.Layer`, or `adapter` is not a function. What
+            runs a model raises it if the adapter returns anything but scores of at least 4 axes; and
             `recomposition_error`, if there is nothing to compare: the adapter returns no output, and no scores were
             seen.
 

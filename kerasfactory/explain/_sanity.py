@@ -44,7 +44,7 @@ def parameter_randomization(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""How much of an attribution is left after the learned weights are shuffled.
+    r"""Measures how much of an attribution is left after the learned weights are shuffled.
 
     An attribution that stays the same without the learned weights shows the architecture or the data, not the model
     (Adebayo et al. 2018, [*Sanity Checks for Saliency Maps*](https://arxiv.org/abs/1810.03292)). That paper initializes
@@ -107,8 +107,8 @@ def parameter_randomization(
         The attributes are `method`, `parameters`, `samples`, `draws`, `tolerance`, `level` and `seed`.
 
     Raises:
-        ValueError: As `attribute`; if `x` is no array, or an argument is out of range; if the function `method` returns
-            something that is not (sample, feature), or holds NaN, or has another shape with other weights; if
+        ValueError: As `attribute`; if `x` is not an array, or an argument is out of range; if the function `method`
+            returns something that is not (sample, feature), or holds NaN, or has another shape with other weights; if
             `parameters` is `"attention"`, and the model has none that can be seen, or only one around which no layer
             but the model itself has weights.
 
@@ -203,7 +203,8 @@ def _owners(model: keras.Model, x: Any, batch_size: int | None) -> list[Any]:
         around = [layer for layer in with_weights if any(call.layer is inner for inner in all_layers(layer))]
         if not around:
             raise ValueError(
-                f"No layer around the attention {name!r} has weights, but the model itself. Shuffle all of them, with "
+                f"No layer around the attention {name!r} has weights, except the model itself. Shuffle all of its "
+                "weights, with "
                 '`parameters="all"`.'
             )
         owners.append(min(around, key=lambda layer: len(all_layers(layer))))
@@ -251,7 +252,7 @@ def seed_agreement(
     level: float = 0.05,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Whether models that differ only in the seed of their training rank the same features first.
+    r"""Tests whether models that differ only in the seed of their training rank the same features first.
 
     The attributions are of the same samples by several models. Each is turned into shares of the features in view of
     the sample, \(a_{sf} = |\text{attribution}_{sf}| / \sum_f |\text{attribution}_{sf}|\). Where \(n_s\) features are in
@@ -277,7 +278,7 @@ def seed_agreement(
 
     Args:
         attributions: Those of at least 2 models, (sample, feature) each, as from `attribute`. What is out of view is
-            said by their coordinate `in_view`. Of arrays without it, a feature is out of view of a sample if it is
+            said by their coordinate `in_view`. In arrays without it, a feature is out of view of a sample if it is
             exactly 0 in all of them.
         groups: Labels of samples that belong together, (sample,), such as patients: the bootstrap draws these.
         block: For a series: the length of the runs of samples that the bootstrap draws. Not with `groups`.
@@ -324,13 +325,15 @@ def seed_agreement(
         ```
     """
     if len(attributions) < 2:
-        raise ValueError(f"`attributions` must hold those of at least 2 models. Received: {len(attributions)}")
+        raise ValueError(
+            f"`attributions` must hold the attributions of at least 2 models. Received: {len(attributions)}"
+        )
     shapes = {np.shape(attribution) for attribution in attributions}
     coordinates = [getattr(attribution, "coords", {}).get("feature") for attribution in attributions]
     names = [coordinate.values.tolist() for coordinate in coordinates if coordinate is not None]
     if len(shapes) > 1 or any(other != names[0] for other in names):
         raise ValueError(
-            "`attributions` must be of the same samples and features. Received: "
+            "`attributions` must have the same samples and features. Received: "
             + (f"shapes {sorted(shapes)}" if len(shapes) > 1 else f"features {names}")
         )
     checked_level(level)

@@ -83,7 +83,7 @@ def summarize(
 
     The model runs eagerly, each batch once, as in `model.predict`, with dropout off, and is not changed. NumPy computes
     all its `MultiHeadAttention` and `GroupQueryAttention` layers in blocks, and all calls of
-    `keras.ops.dot_product_attention` in other layers, also those that are not in `layers`. It does so in single
+    `keras.ops.dot_product_attention` in other layers, including those that are not in `layers`. It does so in single
     precision, from the model's own queries, keys and values. For a model in half precision that is more exact than its
     own arithmetic.
 
@@ -134,10 +134,11 @@ def summarize(
         gives `sequence` instead of `sample`. Axes `axis_2`, …, of which it is not known what they are, come before
         `head`, as in `capture`.
 
-        The attributes are those of `capture`. Only `prediction_difference` is another, since a run without observation
-        might form all scores: it is the largest difference between the output computed here and that of the layer's own
-        `_compute_attention` or of `keras.ops.dot_product_attention`, relative to the largest output. Up to 64 queries
-        and 1,024 keys of the first sample are compared. It is 0 where that method or function itself was used.
+        The attributes are those of `capture`. Only `prediction_difference` differs, because a run without observation
+        might form all scores. Here it is the largest difference between the output computed here and that of the
+        layer's own `_compute_attention` or of `keras.ops.dot_product_attention`, relative to the largest output. Up to
+        64 queries and 1,024 keys of the first sample are compared. It is 0 where that method or function itself was
+        used.
 
     Raises:
         ValueError: As `capture`; if `top_k`, `map_size` or `rows` are out of range; and if a layer of Keras attends
@@ -360,9 +361,9 @@ def _summary_of(call: Call, wanted: _Wanted, buffers: dict) -> tuple[dict[str, n
 
 def _several_axes(layer: Any) -> ValueError:
     return ValueError(
-        f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over. There are no "
-        "summaries for that: `capture` gives its scores. Leave it out here with `layers=[...]`. "
-        f"Received: attention_axes={tuple(attention_axes(layer))}"
+        f"Layer {layer.name!r} attends over several axes, or has axes beside the one it attends over. `summarize` "
+        "cannot read such layers, but `capture` can. Leave it out here with `layers=[...]`. Received: "
+        f"attention_axes={tuple(attention_axes(layer))}"
     )
 
 

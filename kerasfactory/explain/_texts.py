@@ -12,7 +12,7 @@ _PREFIXES = {"##": "WordPiece", "▁": "SentencePiece", "Ġ": "GPT-2"}
 
 
 def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
-    r"""Turns an attribution to the pieces that a tokenizer made of words into one to whole words.
+    r"""Turns an attribution to pieces of words, as a tokenizer makes them, into an attribution to whole words.
 
     The attribution of a word is the sum over its pieces, so each row keeps its sum.
 
@@ -86,7 +86,7 @@ def merge(attribution: xr.DataArray, *, words: Any = None) -> xr.DataArray:
 
 
 def by_token(attribution: xr.DataArray) -> xr.Dataset:
-    r"""Which tokens an attribution puts first over many texts.
+    r"""Ranks the tokens of many texts by their mean attribution.
 
     Each place of a token that is in view is an occurrence. With the attribution \(a_{sf}\) to feature \(f\) of sample
     \(s\), and the set \(O_t\) of the occurrences of token \(t\),
@@ -142,14 +142,14 @@ def by_token(attribution: xr.DataArray) -> xr.Dataset:
     seen = in_view & (words != "")
     if not seen.any():
         raise ValueError(
-            "`attribution` has no word in view. Look at its coordinates `in_view` and `feature_token`: is everything "
-            "masked, or padding?"
+            "`attribution` has no word in view. Check its coordinates `in_view` and `feature_token`: everything may be "
+            "masked or padding."
         )
     unknown = seen & np.isnan(values)
     if unknown.any():
         warn(
-            f"The attribution is NaN at {unknown.sum()} words, the first of them {words[unknown][0]!r}: these places "
-            "are in no mean. Look for NaN in the samples, and in the model's weights."
+            f"The attribution is NaN at {unknown.sum()} words, the first of them {words[unknown][0]!r}: no mean "
+            "includes these words. Look for NaN in the samples, and in the model's weights."
         )
         seen &= ~unknown
     tokens, numbers = np.unique(words[seen].astype(str), return_inverse=True)
@@ -198,7 +198,7 @@ def _prefix(pieces: np.ndarray, words: Any) -> str | None:
     found = [prefix for prefix in _PREFIXES if any(_has(one, prefix) for one in known)]
     if len(found) != 1 and words is None:
         raise ValueError(
-            "The tokens do not say which of them are pieces of one word. Of the prefixes "
+            "The tokens do not show which of them are pieces of one word. Of the prefixes "
             f"{', '.join(map(repr, _PREFIXES))} they have: {', '.join(map(repr, found)) or 'none'}. Say which is "
             'meant, as with `words="##"`, or give the number of the word that each belongs to, an array of integers '
             "(sample, feature)."

@@ -70,7 +70,7 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         activity_regularizer: A penalty on what the projections return. Defaults to `None`.
         kernel_constraint: What the kernels are projected to after each step of the optimizer. Defaults to `None`.
         bias_constraint: The same for the biases. Defaults to `None`.
-        seed: Of the dropout: an integer. Defaults to `None`: another one each time.
+        seed: The seed of the dropout, an integer. Defaults to `None`: a different one each time.
         flash_attention: Whether the output is computed by flash attention. It takes no dropout. Defaults to `None`:
             where Keras can.
         sliding_window: Keep each query to the keys that lie fewer than this many positions away. A positive integer.
@@ -134,8 +134,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         rate: Any = dropout_rate  # to a type checker a float is not a Real
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
             raise ValueError(
-                "`dropout_rate` must be a number from 0 up to, but not including, 1: the share of attention "
-                f"scores to drop in training. Received: dropout_rate={dropout_rate!r}"
+                "`dropout_rate` must be at least 0 and below 1: it is the share of attention scores to drop in "
+                f"training. Received: dropout_rate={dropout_rate!r}"
             )
         self.dropout_rate = float(rate)
         for name in ("value_dim", "sliding_window"):
@@ -325,10 +325,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
             raise RuntimeError(
                 f"The scores of layer {self.name!r} are not available: all its calls so far ran inside a compiled "
                 "function (such as `fit`, `predict` or `evaluate`), or while Keras worked out the shapes of a model "
-                "around it. Both keep their tensors to themselves. Call the model on some data, `model(x)`, and read "
-                "`attention_scores` then; or capture the scores of all its attention layers with "
-                "`explain.capture(model, x)`; or return the scores from the compiled function by calling the layer "
-                "with `return_attention_scores=True`."
+                "around it. Tensors cannot be read from either. Do one of these: call the model on some data, "
+                "`model(x)`, and then read `attention_scores`; capture the scores of all its attention layers with "
+                "`explain.capture(model, x)`; or call the layer with `return_attention_scores=True`, so that the "
+                "compiled function returns its scores."
             )
         if callable(of_call.scores):
             of_call.scores = of_call.scores()

@@ -102,7 +102,7 @@ def training(history: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
 
 
 def faithfulness(result: xr.Dataset) -> Figure:
-    r"""Draw whether an attribution names the features that the model needs, and whether chance would do as well.
+    r"""Draw how far the output falls without the features that an attribution ranks first, beside what chance gives.
 
     The upper picture shows the change of the output over the fraction of features: with the features of highest
     attribution removed (comprehensiveness: high is good), and with only these kept (sufficiency: low is good; DeYoung

@@ -175,7 +175,7 @@ def interactive(
     top_k: int = 40,
     vmax: float | None = None,
 ) -> Html:
-    r"""An interactive heat map, as a piece of HTML: sliders for head and sample, and the weight under the pointer.
+    r"""Draw an interactive heat map as HTML, with sliders for head and sample, and the weight under the pointer.
 
     The piece is complete and loads nothing from the network. A notebook displays it, and it works in your own page and
     beside other maps. It follows the colors of the page, and the keyboard is enough to use it: tab to the map, then

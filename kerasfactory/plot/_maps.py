@@ -180,7 +180,7 @@ def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:
         largest = float(f"{values.max():.6g}")  # so that the scale of a sum just below 1 has a tick at 1
         return largest or 1.0, f"from 0 to {largest:.2g}, the largest" if largest else "all 0"
     if not vmax > 0:
-        raise ValueError(f"`vmax` must be a number above 0, where the color scale ends. Received: vmax={vmax!r}")
+        raise ValueError(f"`vmax` must be a number above 0: it is where the color scale ends. Received: vmax={vmax!r}")
     return float(vmax), f"from 0 to {vmax:.2g}"
 
 

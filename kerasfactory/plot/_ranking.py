@@ -326,7 +326,7 @@ def _read_claims(claims: xr.Dataset) -> _Ranking:
     if unknown:
         raise ValueError(f"A verdict must be one of {list(_VERDICTS)}. Received: {sorted(map(str, unknown))}")
     if not claims.sizes["feature"]:
-        raise ValueError("A Dataset of claims must not be empty. Received none.")
+        raise ValueError("A Dataset of claims must hold at least one claim. Received none.")
     bounds = claims["interval"].transpose("bound", "feature").values
     return _feature_names(claims), {"": claims["effect"].values}, {"": bounds}, ["effect, with its interval"]
 

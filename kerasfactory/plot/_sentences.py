@@ -225,9 +225,9 @@ def _words(array: xr.DataArray, axis: str) -> np.ndarray:
     else:
         raise ValueError(
             f"`attribution` must have words: a coordinate `{axis}_token` (sample, {axis}), or names along `{axis}`. "
-            "Give them to what made it, as with `explain.attribute(..., feature_names=words)`, or add them, as with "
-            f"`attribution.assign_coords({axis}_token=(('sample', '{axis}'), words))`. Received the coordinates: "
-            f"{[str(name) for name in array.coords]}"
+            "Give them to the function that made it, as with `explain.attribute(..., feature_names=words)`, or add "
+            f"them, as with `attribution.assign_coords({axis}_token=(('sample', '{axis}'), words))`. Received the "
+            f"coordinates: {[str(name) for name in array.coords]}"
         )
     return np.broadcast_to(words, (array.sizes["sample"], array.sizes[axis]))
 
@@ -235,8 +235,9 @@ def _words(array: xr.DataArray, axis: str) -> np.ndarray:
 def _check(values: np.ndarray, kept: np.ndarray, averages: bool) -> None:
     if not kept.any():
         raise ValueError(
-            'All words of `attribution` are hidden, because they are "", not `in_view`, or receive nothing. Received '
-            f"{kept.size} words in {len(kept)} samples: look whether the words stand where the data do."
+            'All words of `attribution` are hidden: each is "", is not `in_view`, or has an attribution of 0. Received '
+            f"{kept.size} words in {len(kept)} samples: check whether the words stand at the same positions as the "
+            "data."
         )
     shown = np.moveaxis(values, 3, 1)[kept]
     wrong = ~np.isfinite(shown)
@@ -247,8 +248,8 @@ def _check(values: np.ndarray, kept: np.ndarray, averages: bool) -> None:
         )
     if averages and shown.min() < -1e-6:
         raise ValueError(
-            "Weights of heads and queries must not be negative, since their mean would cancel. Choose one, as with "
-            f"`attribution.isel(head=0, query=0)`. Received: {shown.min():.3g}"
+            "Weights of heads and queries must not be negative, because they would cancel in the mean. Choose one, as "
+            f"with `attribution.isel(head=0, query=0)`. Received: {shown.min():.3g}"
         )
 
 

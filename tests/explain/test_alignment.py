@@ -54,7 +54,7 @@ def test_features_in_another_order_are_no_attribution_of_these(linear, attributi
 
 def test_columns_in_another_order_are_no_table_for_the_model(attending):
     other = X[list("dcba")]
-    message = r"in another order: the model would take one for the other.*\['a', 'b', 'c', 'd'\]"
+    message = r"in another order, so the model would mistake one for another.*\['a', 'b', 'c', 'd'\]"
     calls = [
         lambda: explain.faithfulness(attending, other, ATTRIBUTION.values, **SETTINGS),
         lambda: explain.feature_claims(attending, other, Y, ATTRIBUTION.values, **SETTINGS),

@@ -580,7 +580,7 @@ def test_batches_of_different_lengths_are_refused():
     x = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
     model = keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x)))
     for method in METHODS:
-        with pytest.raises(ValueError, match=r"4 queries and 4 keys in one batch, and 5 and 5.*Pad them"):
+        with pytest.raises(ValueError, match=r"4 queries and 4 keys in one batch, but 5 and 5.*Pad them"):
             attribute(model, iter([SEQUENCE, SEQUENCE[:, :4]]), method=method)
 
 

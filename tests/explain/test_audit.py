@@ -301,7 +301,7 @@ def test_what_was_not_checked_is_a_finding(model, written, monkeypatch):
     found = explain.verify(written, model, X, verbose=0)
     assert len(found) == 3
     assert f"cannot be checked with numpy 9.9.9: the audit was made with numpy {version}" in found[0]
-    assert "what is said of the loss and of single features was not checked" in found[1]
+    assert "the claims about the loss and about single features were not checked" in found[1]
     assert "claim about models from other seeds was not checked" in found[2]
 
 
@@ -499,7 +499,7 @@ def test_claims_are_tested_on_some_samples_and_what_belongs_together_stays_so(mo
     np.testing.assert_allclose(
         [one["attribution"] for one in record["attribution"]["features"]], attribution, rtol=1e-4
     )
-    assert f"The claims are tested on {tested} of the 200, drawn at random" in page.read_text()
+    assert f"The claims are tested on {tested} of the 200 samples, drawn at random" in page.read_text()
     given = {"groups": whole["groups"]} if "groups" in whole else {}
     assert explain.verify(page, model, X, Y[:, None], **given, verbose=0) == []
 

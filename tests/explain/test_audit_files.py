@@ -244,7 +244,7 @@ HOSTILE = [
         "supported",
         "refuted",
         "needed, not claimed",
-        "But adjusted for 12 claims",
+        "But its p-value, adjusted for 12 claims",
         "p_value",
     ),
     *("nan", "1_000", "0.5", "checksum", "kerasfactory.audit/3", "\U000e0041"),
@@ -319,7 +319,7 @@ def test_a_statement_is_shown_as_the_authors_word_and_is_under_the_checksum(comp
     text, record = written.read_text(), data(written)
     assert record["statement"] == STATEMENT
     (section,) = re.findall("<section>\n<h2>Statement</h2>.*?</section>", text, re.DOTALL)
-    assert "Whoever made this audit says so. No computation checks it" in section
+    assert "The author of this audit states this. No computation checks it" in section
     assert "&lt;b&gt;all&lt;/b&gt; patients" in section
     assert "1.4\\n(2026)" in section
     other = {**STATEMENT, "author": "B. Smith"}

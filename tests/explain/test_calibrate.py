@@ -350,7 +350,7 @@ def test_errors_say_what_to_do(train):
         calibrate(train, np.where(x > 2, np.nan, x), y)
     with pytest.raises(ValueError, match="between 0 and 1"):
         calibrate(train, x, y, strength=1)
-    with pytest.raises(ValueError, match="leave one group"):
+    with pytest.raises(ValueError, match="leave only one group"):
         calibrate(train, x, y, block=120)
     with pytest.raises(ValueError, match="No feature can be tested on 15 samples"):
         calibrate(train, x[:30], y[:30])

@@ -152,7 +152,7 @@ def test_of_two_first_runs_the_later_leaves_the_other_alone(
 
     lazy = {}
     with pytest.raises(
-        RuntimeError, match=r"has written to .*scores\.zarr since this call began. What it wrote is left"
+        RuntimeError, match=r"has written to .*scores\.zarr since this call began. Its results are kept"
     ):
         run(model if of_the_same_model else other_model, tmp_path / "scores.zarr", batches())
     assert [tree(path)] == before
@@ -391,7 +391,7 @@ def test_zarr_writes_and_deletes_by_our_methods_only(tmp_path):
         files.set("late", zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(b"late")),
         files.delete("folder/notes.txt"),
     ):
-        with pytest.raises(RuntimeError, match="The run that this file was to be written for has ended"):
+        with pytest.raises(RuntimeError, match="The run that should have written this file has ended"):
             asyncio.run(method)
     assert tree(tmp_path) == {"folder": None, "folder/notes.txt": b"not ours"}
 

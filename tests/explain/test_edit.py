@@ -240,5 +240,5 @@ class Twisted(layers.MultiHeadAttention):
 
 def test_outputs_that_are_not_made_of_scores_are_refused():
     model = two_layers(lambda name: Twisted(2, 4, name=name))
-    with pytest.raises(ValueError, match=r"are not made of its attention scores.*Leave out layers"):
+    with pytest.raises(ValueError, match=r"do not follow from its attention scores.*Leave out layers"):
         editor(model, batch(), None)

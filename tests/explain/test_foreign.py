@@ -233,7 +233,7 @@ class Gate(layers.Layer):
 def test_gates_and_class_probabilities_are_no_attention():
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, layers.Dense(3, "softmax")(Gate(name="gate")(inputs)))
-    with pytest.raises(ValueError, match="has no attention that can be seen"):
+    with pytest.raises(ValueError, match="has no attention that this package can see"):
         explain.capture(model, X, verbose=0)
 
 

@@ -320,7 +320,7 @@ def test_the_weights_of_an_attention_without_any_are_those_of_the_layer_around_i
     assert (result["distance"] > 0.001).all()
     inputs = keras.Input((5, 8))
     nowhere = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(layers.Attention(name="alone")([inputs, inputs]))))
-    with pytest.raises(ValueError, match="attention 'alone' has weights, but the model itself"):
+    with pytest.raises(ValueError, match="attention 'alone' has weights, except the model itself"):
         explain.parameter_randomization(nowhere, TOKENS, draws=2, verbose=0)
 
 
@@ -333,7 +333,7 @@ def test_statistics_of_heads_with_a_sink_are_those_of_the_rest_of_the_weight():
     rest = xr.DataArray(weights / weights.sum(axis=-1, keepdims=True), dims=scores.dims)
     expected = explain.head_statistics(rest)
     xr.testing.assert_allclose(explain.head_statistics(scores), expected, rtol=1e-4)
-    with pytest.raises(ValueError, match="are no weights"):
+    with pytest.raises(ValueError, match="are not weights"):
         explain.head_statistics(scores.drop_vars("sink"))
     recorded = before_training(model, explain.AttentionMonitor(TOKENS))["written"]
     xr.testing.assert_allclose(recorded.isel(epoch=0, drop=True), expected, rtol=1e-4)
@@ -409,5 +409,7 @@ def test_windows_in_the_batch_are_refused_by_name(verb):
 
 @pytest.mark.parametrize("verb", ["attention", "attention_gradient", "value_norm", "integrated_gradients"])
 def test_an_axis_of_windows_is_refused_by_name(verb):
-    with pytest.raises(ValueError, match=r"Layer 'windows' attends over several axes, or has one beside that"):
+    with pytest.raises(
+        ValueError, match=r"Layer 'windows' attends over several axes, or has axes beside the one it attends over"
+    ):
         REFUSING[verb](in_windows(folds=False), TOKENS[:, :4], verbose=0)

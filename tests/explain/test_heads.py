@@ -148,10 +148,10 @@ def test_what_capture_returns_goes_in_as_it_is(monkeypatch):
     [
         (random_scores((2, 2, 3, 3)).rename(query="query_0", key="key_0"), r"several axes.*query_0, key_0"),
         (random_scores((2, 2, 3, 3)).mean("head"), r"dimensions \(sample, query, key\)"),
-        (random_scores((2, 2, 3, 3)) * 2, r"are no weights.*sum to 2 up to 2"),
+        (random_scores((2, 2, 3, 3)) * 2, r"are not weights.*sum to 2 up to 2"),
         (random_scores((2, 2, 3, 3))[:0], "at least one sample"),
         (np.ones((1, 1, 1, 1)), "`explain.capture` returns.*ndarray"),
-        (xr.Dataset(), "Summaries do not say.*Dataset"),
+        (xr.Dataset(), "Summaries do not contain.*Dataset"),
     ],
 )
 def test_what_is_no_scores_is_refused(weights, message):
@@ -360,7 +360,7 @@ def test_heads_of_layers_that_fold_the_batch_belong_to_no_sample():
         ({"loss": None}, "not compiled with a loss"),
         ({"loss": ["mse", "mse"]}, "compiled with several losses"),
         ({"loss": "square"}, "Could not interpret loss"),
-        ({"loss": lambda y, outputs: ops.mean(y - outputs)}, "and not their mean"),
+        ({"loss": lambda y, outputs: ops.mean(y - outputs)}, "not their mean"),
         ({"y": Y[:-1]}, r"one target for each of the 40 samples.*\(39,\)"),
         ({"y": np.full(40, "sick")}, "must hold numbers"),
         ({"y": np.where(np.arange(40) == 3, np.nan, Y)}, "missing values"),
@@ -383,7 +383,7 @@ def test_a_loss_without_a_gradient_is_told_and_its_ablation_is_right():
 
     model = two_layers()
     targets = (model.predict(X, verbose=0)[:, 0] + 0.4).astype("float32")
-    with pytest.warns(UserWarning, match="passes no gradient on"):
+    with pytest.warns(UserWarning, match="passes on no gradient"):
         importance = explain.head_importance(model, X, targets, loss=far_off, verbose=0)
     assert all((of["gradient"] == 0).all() for of in importance.values())
     assert max(of["ablation"].max() for of in importance.values()) > 0

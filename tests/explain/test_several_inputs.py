@@ -201,7 +201,7 @@ def test_a_text_beside_a_table_is_tested_by_its_words_and_padding_stays():
     report = explain.audit(model, x, x["table"][:, 0], feature_mask=masks, verbose=0)
     assert report.claims.loc["ranking-comprehensiveness", "value"] > 0
     assert report.claims.loc["feature/0", "verdict"] == "undetermined"
-    assert "nothing else can be drawn given a text" in report.claims.loc["feature/0", "reason"]
+    assert "no other feature can be resampled given a text" in report.claims.loc["feature/0", "reason"]
     with pytest.raises(ValueError, match="`x` holds token ids"):
         explain.feature_claims(model, x, x["table"][:, 0], attribution, feature_mask=masks, verbose=0)
 

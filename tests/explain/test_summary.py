@@ -433,7 +433,7 @@ IMAGE = RNG.normal(size=(2, 3, 4, 8)).astype("float32")
         (self_attention, {"x": SEQUENCE[:0]}, "`x` is empty"),
         (self_attention, {"x": None}, "`x` must be an array"),
         (self_attention, {"x": iter([SEQUENCE, SEQUENCE[:, :5]])}, "differ in length"),
-        (two_axes, {"x": IMAGE}, r"over several axes.*`capture` gives.*Received: attention_axes=\(1, 2\)"),
+        (two_axes, {"x": IMAGE}, r"over several axes.*but `capture` can.*Received: attention_axes=\(1, 2\)"),
         (one_axis_of_two, {"x": IMAGE}, r"beside the one it attends over.*Received: attention_axes=\(1,\)"),
         (lambda: layers.Dense(2), {}, "`model` must be a keras.Model"),
     ],

@@ -158,7 +158,7 @@ def test_an_audit_of_texts_claims_nothing_about_positions(trained, tmp_path):
     report = explain.audit(model, ids, labels, feature_names=words_of(ids), **arguments)
     assert report.claims["feature"].isna().all()
     assert report.claims["p_value"].notna().sum() >= 6
-    assert "says nothing of words" in report.claims.loc["seeds", "reason"]
+    assert "says nothing about words" in report.claims.loc["seeds", "reason"]
     assert report.record["settings"]["special_tokens"] == [2]
     assert report.features.index.tolist() == [str(position) for position in range(LENGTH)]
     written = report.path.read_text() + report.path.with_suffix(".json").read_text()
@@ -217,12 +217,12 @@ WORDS = words_of(IDS)
         (
             IDS,
             VOCABULARY[:5].__getitem__,
-            "For the id 5 it raised IndexError: list index out of range. Is it of the same",
+            "For the id 5 it raised IndexError: list index out of range. Check that it",
         ),
-        (IDS, dict(enumerate(VOCABULARY[:5])).get, "For the id 5 it returned None. Is it of the same vocabulary"),
+        (IDS, dict(enumerate(VOCABULARY[:5])).get, "For the id 5 it returned None. Check that it belongs"),
         (IDS - 1, VOCABULARY.__getitem__, "`x` holds the id -1. Ids of tokens count from 0"),
         (IDS.astype("float32"), VOCABULARY.__getitem__, r"Convert ids that are floats with `x.astype\(int\)`"),
-        (iter([IDS]), WORDS, "of each sample need `x` as arrays. Of batches, give a function from ids"),
+        (iter([IDS]), WORDS, "of each sample need `x` as arrays. For batches, give a function from ids"),
         (IDS, ["a", "b"], "attends over 6 keys.*Received 2 names"),
         (IDS, ["a"] * 6, "must differ from each other"),
     ],

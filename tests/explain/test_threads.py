@@ -375,7 +375,7 @@ def test_a_forked_child_captures_or_says_why_not():
             assert float(told) == pytest.approx(expected, abs=1e-5)
         else:
             assert status == 1
-            assert told.startswith("RuntimeError: This process was forked when")
+            assert told.startswith("RuntimeError: This process was forked after")
     finally:
         if threads:
             torch.set_num_threads(threads)

@@ -400,7 +400,7 @@ def dropped(layer, x):
 
 def test_what_is_no_distribution_is_said():
     model = model_of(dropped)
-    with pytest.warns(UserWarning, match="layer 'attending' are no weights: rows over the keys sum to up to 2"):
+    with pytest.warns(UserWarning, match="layer 'attending' are not weights: rows over the keys sum to up to 2"):
         scores = explain.capture(model, X, verbose=0)["attending"]
     np.testing.assert_allclose(scores, OF_SELF * 2 * (np.arange(5) % 2), atol=3e-6)
 

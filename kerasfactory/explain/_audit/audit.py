@@ -88,11 +88,11 @@ def audit(
     verbose: int | str = "auto",
     seed: int = 0,
 ) -> Audit:
-    r"""Tests what a model attends to, and says which claims about it hold, in a form that others can check.
+    r"""Tests claims about a model's attention, and returns their verdicts in a form that others can check.
 
     **The first assumption is yours: the model was not trained on `x`.** On rows that it was trained on, everything that
     it has learned by heart seems to matter, and no verdict below holds. The file cannot show whether the rows are new
-    to the model. A skill near 1 makes one suspect that they are not, and the page says so.
+    to the model. A skill near 1 raises the suspicion that they are not, and the page says so.
 
     The result gives the claims as a table and as a page. Each claim has a verdict, `supported`, `refuted` or
     `undetermined`, and the numbers behind it. With `path`, two files are written: the page, which opens in any browser
@@ -109,8 +109,8 @@ def audit(
       against the same ranking with the features in view of each sample relabeled at random.
     - **The attribution is in the weights** (`randomization`): at most half of it is left when the weights of the
       attention layers are shuffled, as in `parameter_randomization`.
-    - **Other seeds agree** (`seeds`): the models in `models`, trained alike from other seeds, rank the same features
-      first, more than by chance, as in `seed_agreement`.
+    - **Other seeds agree** (`seeds`): the models in `models`, trained in the same way from other seeds, rank the same
+      features first, more than by chance, as in `seed_agreement`.
     - **Each feature** (`feature/NAME`) whose attribution is above the mean tells the model what the other features do
       not, as in `feature_claims`. A feature that the model needs and that the attribution does not put above the mean
       is `needed, not claimed`. Columns that determine each other are also tested together (`feature/A + B`). This needs
@@ -122,18 +122,18 @@ def audit(
     constant. A model without skill cannot get worse without a feature, so nothing is refuted about its features.
 
     All p-values but the first claim's are adjusted together, by Focused Benjamini–Hochberg (Katsevich, Sabatti &
-    Bogomolov 2023, [*Filtering the Rejection Set*](https://doi.org/10.1080/01621459.2021.1920958)): with the \(m\) of
-    all that is tested, and in focus what is claimed,
+    Bogomolov 2023, [*Filtering the Rejection Set*](https://doi.org/10.1080/01621459.2021.1920958)): with \(m\), the
+    number of all tests, and in focus the features that are claimed,
 
     $$
     \tilde p_j = \min_{t \ge p_j} \frac{m \, t}{\#\{i \text{ in focus}: p_i \le t\}} .
     $$
 
     A claim is supported only if its adjusted p-value is at most `level`. It is refuted if the data speak against it,
-    and that is adjusted likewise: an effect, a share of rows or a rest that lies below the tolerance or the margin, or
-    a ranking that does worse than a share \(1 - \text{level}\) of those that know nothing. A claim is undetermined if
-    the data leave it open or if it cannot be tested, and the reason is given. With fewer samples than claims, no test
-    is made.
+    and that p-value is adjusted in the same way. The data speak against a claim if an effect, a share of rows or what
+    is left lies below the tolerance or the margin, or if a ranking does worse than a share \(1 - \text{level}\) of
+    those that know nothing. A claim is undetermined if the data leave it open or if it cannot be tested, and the reason
+    is given. With fewer samples than claims, no test is made.
 
     **The verdicts also assume** that samples are independent, or that `groups` or `block` says which are not. They
     assume that the values that are drawn for a feature fit the other values of the sample, which a classifier tries to
@@ -147,14 +147,14 @@ def audit(
 
     Args:
         model: A `keras.Model`, as for `capture`, with one output of shape (sample,) or (sample, output).
-        x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature),
-            (sample, position, channel) or token ids, (sample, position). Or a DataFrame, with a name for each column.
-            With `feature_mask`, arrays of any shape, or a dictionary or list of them for a model with several inputs.
+        x: Held-out data, an array of finite numbers with the features along axis 1: (sample, feature), (sample,
+            position, channel) or token ids, (sample, position). Or a DataFrame, whose columns name the features. With
+            `feature_mask`, arrays of any shape, or a dictionary or list of them for a model with several inputs.
         y: Labels, one for each sample, in the form that the model's loss takes. Without them, and without a loss of
             single samples to compute, claims about single features are undetermined.
         path: The page to write, `*.html`. The data go beside it, `*.json`. An earlier audit is overwritten; other files
             are not. Without it, nothing is written.
-        method: Of the attribution, as for `attribute`.
+        method: The method of the attribution, as for `attribute`.
         task: What the outputs mean: `"classification"`, `"multilabel"` or `"regression"`. The compiled loss says so if
             it is one of Keras and this is not given. Nothing is guessed from values.
         target: Which of several outputs is meant, as for `attribute` and `faithfulness`.
@@ -165,8 +165,8 @@ def audit(
             seeds is undetermined.
         calibration: What `calibrate` returned for models like this one: how often verdicts on features are wrong. The
             page shows it. `verify` compares it with the one that you pass, and does not compute it again.
-        feature_names: Names of the features, as for `capture`. Of the words of texts only those in `special_tokens` are
-            used: the file has their ids, and holds no words, which would be data.
+        feature_names: Names of the features, as for `capture`. Words of texts are data, so the file holds none: only
+            those in `special_tokens` are used, as ids.
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
             claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
             groups of the columns of a table.
@@ -176,19 +176,19 @@ def audit(
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
         block: The length of runs of a series, in samples, that depend on each other. Not with `groups`.
-        max_samples: How many samples the claims are tested on, at most. Of more, some are drawn: whole groups or
-            blocks that fit, or else runs of 100, so that it can still be seen if neighbors depend on each other. The
+        max_samples: How many samples the claims are tested on, at most. If there are more, some are drawn: whole groups
+            or blocks that fit, or else runs of 100 samples, which still show if neighbors depend on each other. The
             attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
-        level: Of all tests, and 1 minus that of all intervals; between 0 and 0.5. A test draws as many times as there
-            are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
+        level: The error level of all tests, between 0 and 0.5. Intervals cover 1 - `level`. A test draws as many times
+            as there are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
         batch_size: Samples in a batch, as for `capture`.
         verbose: 0 for silence, 1 for a progress bar with the time left, 2 for one line; `"auto"` as for
             `capture`.
-        seed: Of all that is drawn.
+        seed: The seed of all that is drawn.
 
     Returns:
         Audit: The tables `claims` and `features`, the `path` of the page, and the page itself in a notebook. The JSON
@@ -204,8 +204,8 @@ def audit(
             in `.html`, or another argument is out of range; if the page would be larger than
             32 MiB; if two of `model` and `models` are copies; and as `attribute`, `faithfulness` and
             `recomposition_error`.
-        FileExistsError: If one of the files is there and is no audit.
-        FileNotFoundError: If there is no folder for them.
+        FileExistsError: If one of the files exists and is not an audit.
+        FileNotFoundError: If their folder does not exist.
 
     Warns:
         UserWarning: As `capture`.
@@ -282,7 +282,7 @@ def verify(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> list[str]:
-    """Computes an audit again and says what no longer holds: an empty list if all that the file shows was checked.
+    """Computes an audit again, and returns a list of what no longer holds or was not checked.
 
     One file alone, the page or the JSON, is enough. If both are there, both are checked, and must agree.
 
@@ -312,8 +312,8 @@ def verify(
         background: The background data, if the audit was made with such. Without them nothing is compared.
         groups: The labels of what belongs together, if the audit was made with such. Without them nothing is compared.
         statement: What the author states, if the audit has a statement: the same texts, in the same order.
-        batch_size: Samples in a batch; as in the audit, if not given. Another one is no finding: what is drawn at
-            random does not depend on it.
+        batch_size: Samples in a batch; as in the audit, if not given. A different one is not a finding, because what is
+            drawn at random does not depend on it.
         verbose: As for `audit`.
 
     Returns:
@@ -323,8 +323,8 @@ def verify(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no audit at all, or an audit that was not written; if `x`, `y` or `background` are not as
-            for `audit`; if `calibration` or `statement` are not.
+        ValueError: If it is not an audit at all, or an audit that was not written; if `x`, `y` or `background` are not
+            as for `audit`; if `calibration` or `statement` are not.
 
     Example:
         ```python
@@ -397,7 +397,7 @@ def _compared(
         if now["controls"] and record["controls"]:
             now["controls"]["loss"] = record["controls"]["loss"]
         unchecked |= {"attention-loss"} | {claim["id"] for claim in record["claims"] if claim["feature"] is not None}
-        findings.append("Without labels, `y`, what is said of the loss and of single features was not checked.")
+        findings.append("Without labels, `y`, the claims about the loss and about single features were not checked.")
     if record["seeds"] and not models:
         now["seeds"] = record["seeds"]
         unchecked |= {"seeds"}
@@ -452,8 +452,8 @@ def _of_versions(before: dict[str, str], now: dict[str, str]) -> list[str]:
         return []
     installed, recorded = (", ".join(f"{name} {found[name]}" for name in changed) for found in (now, before))
     return [
-        f"This page cannot be checked with {installed}: the audit was made with {recorded}. What else is said here was "
-        "computed with the versions that are installed."
+        f"This page cannot be checked with {installed}: the audit was made with {recorded}. The other findings were "
+        "computed with the installed versions."
     ]
 
 
@@ -615,8 +615,8 @@ def _checked_models(model: Any, models: Any) -> list[str]:
     digests = [digest_of(weight.value for weight in other.weights) for other in (model, *models)]
     if len(set(digests)) < len(digests):
         raise ValueError(
-            "Some of `model` and `models` have the same weights: a copy would agree with itself. Leave copies out, and "
-            "train each from a seed of its own, `keras.utils.set_random_seed`."
+            "Some of `model` and `models` have the same weights, and a copy would agree with itself. Leave copies out, "
+            "and train each model from its own seed, `keras.utils.set_random_seed`."
         )
     return digests[1:]
 
@@ -651,8 +651,8 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"`{name}` must hold finite numbers: {len(bad)} of {len(array)} samples have NaN or infinite ones, the "
-            f"first is number {bad[0]}. Fill them as in the training data, or leave these samples out."
+            f"`{name}` must hold finite numbers: {len(bad)} of {len(array)} samples have NaN or infinite values, and "
+            f"the first such sample is number {bad[0]}. Fill them as in the training data, or leave these samples out."
         )
     return array
 

@@ -166,11 +166,11 @@ def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
     all_errors = [found["prediction_difference"], *(layer["recomposition_error"] for layer in found["layers"])]
     worst = None if None in all_errors else max(all_errors)
     if found["not_captured"] or worst is None:
-        verdict, reason = "undetermined", " ".join(found["not_captured"]) or "An error is not a number."
+        verdict, reason = "undetermined", " ".join(found["not_captured"]) or "One of the errors is NaN."
     else:
         exact = worst <= found["tolerance"]
         verdict = "supported" if exact else "refuted"
-        reason = f"It is {'at most' if exact else 'above'} {found['tolerance']:g}, the largest that rounding makes."
+        reason = f"It is {'at most' if exact else 'above'} {found['tolerance']:g}, the most that rounding explains."
     sentence = "The captured scores are those that the model uses, and capturing them changes nothing."
     return found, [_claim("capture", sentence, "largest relative error", reason, verdict, worst)]
 
@@ -178,9 +178,9 @@ def exact_capture(subject: Subject) -> tuple[dict[str, Any], list[Claim]]:
 def _attention(subject: Subject) -> Result:
     sentences = {
         "uniform": "The output depends on where the model attends: it changes if all keys get the same weight.",
-        "permuted": "The output depends on which key gets which weight: it changes if they are dealt out at random.",
+        "permuted": "The output depends on which key gets which weight: it changes if weights are shuffled.",
     }
-    worse = "The model does worse without its attention: its loss is larger if all keys get the same weight."
+    worse = "The model does worse without its attention: its loss rises if all keys get the same weight."
     statistics = {**dict.fromkeys(sentences, "share of rows whose output changes"), "loss": "increase of the loss"}
 
     def untested(reason):
@@ -240,13 +240,19 @@ def _verdict_on_change(control: dict[str, Any], attributes: dict[str, Any], leve
     tolerance, least = attributes["tolerance"], attributes["smallest_share"]
     changed = f"by more than {tolerance:g}, {attributes['change']},"
     if control["p_value"] <= level:
-        return "supported", f"It changes {changed} in more than {least:.0%} of the rows."
+        return "supported", f"The output changes {changed} in more than {least:.0%} of the rows."
     if control["mean_change"] > tolerance:
-        reason = f"It is not shown to change {changed} in {least:.0%} of the rows, but its mean change is larger."
-        return "undetermined", f"{reason} A few rows decide."
+        reason = f"The output is not shown to change {changed} in more than {least:.0%} of the rows."
+        return "undetermined", f"{reason} But its mean change is larger than that: a few rows decide."
     if control["p_opposite"] <= level:
-        return "refuted", f"It changes {changed} in less than {least:.0%} of the rows, and its mean change is smaller."
-    return "undetermined", f"The rows are too few to tell whether it changes {changed} in {least:.0%} of them."
+        return (
+            "refuted",
+            f"The output changes {changed} in less than {least:.0%} of the rows, and its mean change is smaller.",
+        )
+    return (
+        "undetermined",
+        f"There are too few rows to tell whether the output changes {changed} in {least:.0%} of them.",
+    )
 
 
 def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level: float) -> tuple[dict[str, Any], Claim]:
@@ -260,7 +266,7 @@ def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level:
         "p_opposite": result["p_opposite_loss"].item(),
     }
     most = f"{result.attrs['tolerance']:.0%} of the loss"
-    verdict, reason = "undetermined", f"The interval does not decide whether it is at most {most}."
+    verdict, reason = "undetermined", f"The data do not decide whether it is above 0 or at most {most}."
     if found["p_opposite"] <= level:
         verdict, reason = "refuted", f"It is at most {most}."
     elif found["p_value"] <= level and found["interval"] and found["interval"][0] > 0:
@@ -274,8 +280,8 @@ def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level:
 def _ranking(subject: Subject) -> Result:
     method = subject.settings["method"]
     sentences = {
-        "comprehensiveness": f"The output needs the features that “{method}” ranks first, more than others.",
-        "sufficiency": f"The features that “{method}” ranks first are enough for the output, more than others.",
+        "comprehensiveness": f"The output needs the features that “{method}” ranks first more than it needs others.",
+        "sufficiency": f"The features that “{method}” ranks first suffice for the output better than others do.",
     }
     if untestable := _no_ranking(subject):
         return None, [_claim(f"ranking-{name}", said, f"AOPC {name}", untestable) for name, said in sentences.items()]
@@ -308,7 +314,7 @@ def _ranking(subject: Subject) -> Result:
         tests.append(found)
         sign = 1 if name == "comprehensiveness" else -1
         worse = int((sign * result[f"null{suffix}"].values < sign * found["observed"]).sum())
-        reason = f"It does better than {worse} of {subject.draws} rankings that know nothing."
+        reason = f"The ranking does better than {worse} of {subject.draws} rankings that know nothing."
         numbers = (found["aopc"], found["p_value"], found["interval"])
         verdict = _against_chance(found, subject)
         sentence, statistic = sentences[name], f"AOPC {name}"
@@ -330,8 +336,7 @@ def _removed(result: xr.Dataset, in_view: np.ndarray) -> tuple[np.ndarray, ...]:
 def _randomization(subject: Subject) -> Result:
     method, statistic = subject.settings["method"], "median share that is left"
     sentence = (
-        f"What “{method}” shows is in the weights of the attention layers: when they are shuffled, at most half of it "
-        "is left."
+        f"What “{method}” shows depends on the learned weights: at most half of it is left when they are shuffled."
     )
     if subject.untestable:
         return None, [_claim("randomization", sentence, statistic, subject.untestable)]
@@ -347,24 +352,24 @@ def _randomization(subject: Subject) -> Result:
         "p_opposite": result["p_opposite"].item(),
     }
     if found["median_kept"] is None:
-        reason = "It does not tell one feature from another: nothing can be left."
+        reason = "The attribution is the same for all features, so nothing can be left of it."
         return found, [_claim("randomization", sentence, statistic, reason)]
-    verdict, reason = "undetermined", "The interval does not decide it."
+    verdict, reason = "undetermined", f"The interval includes {found['tolerance']:g}."
     low, high = found["interval"]
     if high <= found["tolerance"]:
-        verdict, reason = "supported", "A model that was never trained passes as well: this is no proof of more."
+        verdict, reason = "supported", "A model that was never trained passes, too: this is no proof of faithfulness."
     elif low > found["tolerance"]:
-        verdict, reason = "refuted", "The data, or the form of the model, make it look as it does."
+        verdict, reason = "refuted", "The data or the architecture make it look as it does, not the learned weights."
     numbers = (found["median_kept"], found["p_value"], found["interval"], found["p_opposite"])
     return found, [_claim("randomization", sentence, statistic, reason, verdict, *numbers)]
 
 
 def _seeds(subject: Subject) -> Result:
-    sentence = "Models trained alike from other seeds rank the same features first, more than by chance."
+    sentence = "Models trained in the same way from other seeds agree on the first features more than by chance."
     statistic = "overlap of what is ranked first"
-    given = "" if subject.models else "No models from other seeds were given, `models=[...]`."
+    given = "" if subject.models else "No models from other seeds were given (`models=[...]`)."
     if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
-        given = "A position of a text holds another word in each: which positions come first says nothing of words."
+        given = "A position holds a different word in each text, so a ranking of positions says nothing about words."
     if untestable := subject.untestable or _one_feature(subject) or given:
         return None, [_claim("seeds", sentence, statistic, untestable)]
     settings = subject.chosen(*_OF_ATTRIBUTE, "seed")
@@ -386,18 +391,18 @@ def _seeds(subject: Subject) -> Result:
         ],
     }
     reason = (
-        f"{1 + len(others)} models, first {found['top_k']} of {len(subject.features)} features; chance gives "
-        f"{found['chance']:.2g}."
+        f"{1 + len(others)} models, compared by the first {found['top_k']} of {len(subject.features)} features in each "
+        f"ranking. The overlap by chance is {found['chance']:.2g}."
     )
     numbers = (found["overlap"], found["p_value"], found["interval"], found["p_opposite"])
     return found, [_claim("seeds", sentence, statistic, reason, _against_chance(found, subject), *numbers)]
 
 
 def _features(subject: Subject) -> Result:
-    statistic = "increase of the loss without it"
+    statistic = "increase of the loss when its values are resampled"
 
     def claim(name, reason, *found, is_made=True):
-        sentence = f"{name}: its attribution is high, and it tells the model what the other features do not."
+        sentence = f"{name}: its attribution is high, and it tells the model something that other features do not."
         claim = _claim(f"feature/{name}", sentence, statistic, reason, *found)
         return {**claim, "feature": name, "is_made": is_made}
 
@@ -435,12 +440,13 @@ def _no_features(subject: Subject) -> str:
     """Why no single feature can be tested, if so."""
     if any(reads_tokens(subject.model, array) for array in named_inputs(subject.x).values()):
         return (
-            "A position of a text is no column of a table: its token cannot be drawn from those of other texts, and "
-            "nothing else can be drawn given a text."
+            "The model reads a text. A token cannot be resampled given the rest of its text, and no other feature can "
+            "be resampled given a text."
         )
     if subject.settings["target"] is not None and subject.y is not None and subject.y[0].size > 1:
         return (
-            "The loss is that of all outputs, and `target` asks for one: audit a model of that output, with its labels."
+            "The loss is that of all outputs, but `target` asks for one. Audit a model that has only this output, with "
+            "its labels."
         )
     return _no_ranking(subject) or subject.unusable_loss
 
@@ -473,7 +479,7 @@ def judge(claims: list[Claim], level: float) -> None:
         if claim["verdict"] != "undetermined" and (p_against if is_against else p_adjusted) > level:
             claim["verdict"] = "undetermined"
             which = "the p-value against it" if is_against else "its p-value"
-            claim["reason"] += f" But adjusted for {len(tested)} claims {which} is above {level:g}."
+            claim["reason"] += f" But {which}, adjusted for {len(tested)} claims, is above {level:g}."
 
 
 def as_float(number: float) -> float | None:
@@ -494,7 +500,7 @@ def _against_chance(found: dict[str, Any], subject: Subject) -> str:
 
 
 def _one_feature(subject: Subject) -> str:
-    return "There is one feature: nothing to rank." if len(subject.features) < 2 else ""
+    return "There is only one feature, so there is nothing to rank." if len(subject.features) < 2 else ""
 
 
 def _no_ranking(subject: Subject) -> str:
@@ -515,9 +521,9 @@ def measured_skill(
     Raises a `ValueError` for labels that do not fit the loss.
     """
     if y is None:
-        return None, "Without labels, `y`, the loss of the model is not known."
+        return None, "Without labels (`y`), the loss of the model is not known."
     if getattr(model, "loss", None) is None:
-        return None, "The model is not compiled with a loss: there is no telling what it does worse."
+        return None, "The model is not compiled with a loss, so it cannot be seen whether it does worse."
     try:
         loss = resolve_loss(model, None)
         outputs, labels = predictions(model, x, batch_size, settings["target"]), y.reshape(len(y), -1)

@@ -57,7 +57,7 @@ def as_json(record: dict[str, Any]) -> str:
 def _of_numpy(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is no kind of JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def plain(data: Any) -> Any:
@@ -89,7 +89,7 @@ def save(record: dict[str, Any], html_file: Path, json_file: Path) -> None:
     if wrong:
         raise ValueError(
             f"This audit cannot be written, because `verify` would refuse it: {wrong}. Its numbers may be no larger "
-            f"than 1e100, and its page {_MOST_BYTES // 2**20} MiB: a larger `level` takes fewer draws."
+            f"than 1e100, and its page {_MOST_BYTES // 2**20} MiB: a larger `level` needs fewer draws."
         )
     partial = {file: file.with_name(f"{file.name}.{os.getpid()}.partial") for file in contents}
     try:
@@ -148,7 +148,7 @@ def _examined(file: Path) -> tuple[dict[str, Any], list[str]]:
             f"{_short(schema)}. Verify it with the version that made it, or make a new audit."
         ]
     if not has_checksum:
-        return record, [f"The data in {file.name} were changed: they do not have their checksum any more."]
+        return record, [f"The data in {file.name} were changed: they no longer match their checksum."]
     if wrong := problem_of_record(record):
         return record, [f"The data in {file.name} are not those of an audit: {_short(wrong)}."]
     if record["environment"]["kerasfactory"] != kerasfactory.__version__:
@@ -203,7 +203,7 @@ def _finite(text: str) -> float:
 
 
 def _refused(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _schema_of(record: Any) -> str:

@@ -149,7 +149,7 @@ def _claims(record: dict[str, Any]) -> str:
     ]
     needed = [claim["feature"] for claim in claims if claim["verdict"] == _NEEDED]
     missed = (
-        f" The model needs features that the attribution does not put first: {', '.join(needed)}." if needed else ""
+        f" The model needs features that the attribution does not rank high: {', '.join(needed)}." if needed else ""
     )
     return _section(
         "Claims",
@@ -162,21 +162,25 @@ def _claims(record: dict[str, Any]) -> str:
 
 def _skill(skill: dict[str, Any] | None) -> str:
     if skill is None or skill["skill"] is None:
-        return "The model's skill is not known: that takes labels, and a loss above 0 that it is compiled with."
+        return "The model's skill is not known. Computing it takes labels, and a compiled loss whose value is above 0."
+    interval = f" ({_interval(skill['skill_interval'])})" if skill["skill_interval"] else ""
     said = (
-        f"The model's loss is {_number(skill['loss'])}, and that of the best constant {_number(skill['base_loss'])}: "
-        f"its skill, 1 minus their ratio, is {_number(skill['skill'])} ({_interval(skill['skill_interval'])})."
+        f"The model's loss is {_number(skill['loss'])}. The best constant has a loss of {_number(skill['base_loss'])}. "
+        f"The skill, 1 minus their ratio, is {_number(skill['skill'])}{interval}."
     )
     if skill["skill_interval"] is None or skill["skill_interval"][0] <= 0:
-        return f"{said} It does no better than a constant, so that nothing is refuted about a feature."
+        return f"{said} The model is not shown to do better than a constant, so no claim about a feature is refuted."
     if skill["skill"] > _TOO_GOOD:
-        return f"{said} So small a loss is often that of rows that the model was trained on. Then no verdict holds."
+        return (
+            f"{said} So high a skill is suspicious: the model may have been trained on these samples. If it was, no "
+            "verdict holds."
+        )
     return said
 
 
 _OF_MASK = (
-    "A feature is what `feature_mask` says: all its entries are removed together, and entries of no feature stay. The "
-    "keys of the attention are the features in their order."
+    "`feature_mask` says which entries belong to which feature. All entries of a feature are removed together, and "
+    "entries of no feature stay. The keys of the attention are the features, in the same order."
 )
 
 
@@ -184,12 +188,13 @@ def _assumptions(record: dict[str, Any]) -> str:
     """What the verdicts assume, beside them."""
     settings, level, features = record["settings"], record["settings"]["level"], record["features"] or {}
     if record["data"]["groups"]:
-        independent = "The groups of samples that were given are independent of each other."
+        independent = "The given groups of samples are independent of each other."
     elif settings["block"]:
-        independent = f"Runs of {settings['block']} samples, in their order, are independent of each other."
+        independent = f"Blocks of {settings['block']} consecutive samples are independent of each other."
     else:
         independent = (
-            "The samples are independent. Rows of one patient, of one day or of a series are not: give groups."
+            "The samples are independent of each other. Rows of one patient, of one day or of one series are not: such "
+            "samples need groups or blocks."
         )
     if copies := features.get("copies"):
         independent += f" {copies} samples are exact copies of others."
@@ -197,19 +202,20 @@ def _assumptions(record: dict[str, Any]) -> str:
     samples = (next(iter(shape.values())) if isinstance(shape, dict) else shape)[0]
     if tested < samples:
         independent += (
-            f" The claims are tested on {tested:,} of the {samples:,}, drawn at random; how exact that is, the "
-            "intervals say. The attribution and the skill are those of all."
+            f" The claims are tested on {tested:,} of the {samples:,} samples, drawn at random. The intervals show "
+            "how exact the results are. The attribution and the skill are computed on all samples."
         )
     assumed = [
         "The model was not trained on these samples. If it was, no verdict holds, and this file cannot show it.",
         independent,
-        "A value that is drawn for a feature could have come about with the sample's other values. Where a classifier "
-        "tells the draws from true values, the verdict is undetermined; no such check finds everything.",
+        "The values that are drawn for a feature are plausible, given the sample's other values. If a classifier can "
+        "tell the drawn values from the real ones, the verdict is undetermined. No such check finds every flaw.",
         *([_OF_MASK] if settings["feature_mask"] is not None else []),
-        "What is removed from a ranking gets values from other samples, without regard to those that stay.",
-        f"Among the supported claims, and among the refuted ones, at most {level:.0%} are expected to be false: "
-        "p-values are adjusted for all claims together (Focused Benjamini–Hochberg). "
-        f"Intervals cover {1 - level:.0%} each.",
+        "To test a ranking, features are replaced with their values in other samples, whatever the values of the "
+        "features that stay. The model may never have seen such combinations.",
+        f"At most {level:.0%} of the supported claims are expected to be wrong, and at most {level:.0%} of the refuted "
+        "ones. For this, the p-values are adjusted for all claims together (Focused Benjamini–Hochberg). Each interval "
+        f"has a coverage of {1 - level:.0%}.",
         "A verdict is about this model and these data. It does not say what causes the outcome.",
     ]
     entries = "".join(f"<li>{as_html(text)}</li>\n" for text in assumed)
@@ -232,27 +238,35 @@ def _features(record: dict[str, Any]) -> str:
     if not is_tested:
         return _section(
             "Features",
-            f"What “{record['attribution']['method']}” says of each position, the mean over the samples. Nothing is "
-            "claimed about positions: each holds another word in each text.",
+            f"The attribution to each position by “{record['attribution']['method']}”, as a mean over the samples. "
+            "Nothing is claimed about positions, because a position holds a different word in each text.",
             _table(
                 "The mean attribution to each position, with its interval",
-                ["Position", "Attribution, drawn", "Attribution"],
+                ["Position", "Attribution (bar)", "Attribution"],
                 rows,
             ),
         )
-    heads = ["Feature", "Verdict", "Attribution, drawn", "Attribution", "Loss without it", "p"]
-    parts = [_table("The mean attribution to each feature, the test of each, and their intervals", heads, rows)]
+    heads = ["Feature", "Verdict", "Attribution (bar)", "Attribution", "Increase of the loss", "p"]
+    parts = [
+        _table(
+            "The mean attribution to each feature, how much the loss rises when its values are resampled, and the "
+            "intervals of both",
+            heads,
+            rows,
+        )
+    ]
     if together:
         caption = (
-            "Features that are tested together: the data cannot tell which of them the model needs, or you said so"
+            "Features that are tested together, because the data cannot tell which of them the model needs, or because "
+            "a feature mask joins them"
         )
         rows = [[_cell(claim["feature"], "long"), *_tested(claim)] for claim in together]
-        parts.append(_table(caption, ["Features", "Verdict", "Loss without them", "p"], rows))
+        parts.append(_table(caption, ["Features", "Verdict", "Increase of the loss", "p"], rows))
     return _section(
         "Features",
-        f"What “{record['attribution']['method']}” says of each feature, and whether it is to be believed. The "
-        "claim is that the attribution is high and that the feature tells the model what the others do not. A feature "
-        "that the model needs and that is not ranked high is needed, not claimed.",
+        f"The attribution to each feature by “{record['attribution']['method']}”, and whether it can be believed. The "
+        "claim about a feature is that its attribution is high, and that it tells the model something that the other "
+        "features do not. If the model needs a feature that is not ranked high, the verdict is “needed, not claimed”.",
         *parts,
     )
 
@@ -268,9 +282,9 @@ def _tested(claim: dict[str, Any] | None) -> list[str]:
 def _controls(record: dict[str, Any]) -> str:
     title = "Does attention matter?"
     note = (
-        "The model runs with other attention than its own: the same for all keys (uniform), and its own weights dealt "
-        "out at random (permuted). Whether the output changes is one question; whether the model does worse is "
-        "another, and needs labels."
+        "The model runs with its attention replaced: every key gets the same weight (uniform), or the model's own "
+        "weights are assigned to the keys at random (permuted). This table shows whether the output changes. Whether "
+        "the model also does worse is another question. That needs labels, and the answer is among the claims."
     )
     controls, claims = record["controls"], _by_id(record)
     if controls is None:
@@ -291,23 +305,28 @@ def _controls(record: dict[str, Any]) -> str:
             ]
         )
     caption = (
-        f"Share of {controls['samples']} samples whose output changes under other attention by more than "
-        f"{controls['tolerance']:g}, and the median change, {controls['change']}"
+        f"Share of {controls['samples']} samples whose output changes by more than {controls['tolerance']:g} when the "
+        f"attention is replaced, and the median change. Changes are {controls['change']}"
     )
     return _section(
         title,
         note,
-        _table(caption, ["Attention", "Share, drawn", "Share", "Median change", "JSD of the scores", "Claim"], rows),
+        _table(
+            caption,
+            ["Attention", "Share (bar)", "Share", "Median change", "Distance of the scores (JSD)", "Claim"],
+            rows,
+        ),
     )
 
 
 def _faithfulness(record: dict[str, Any]) -> str:
     title = "Is the ranking faithful?"
     note = (
-        "Comprehensiveness is the change of the output when the features that come first are removed, and should "
-        "be large; sufficiency is the change when all others are, and should be small. AOPC is the mean over "
-        "several numbers of features. Each stands beside the same ranking with its features relabeled at random: "
-        "both with one background row for each sample, so that the line is not quite at the AOPC of the claims."
+        "Comprehensiveness is the change of the output when the features that are ranked first are removed. It should "
+        "be large. Sufficiency is the change when all other features are removed. It should be small. AOPC is the mean "
+        "of these changes over several numbers of removed features. Each histogram shows the same ranking with its "
+        "features relabeled at random, which knows nothing about the model. Here every removed feature takes its value "
+        "from one background sample, so the line can differ a little from the AOPC in the table of claims."
     )
     ranking, claims, parts = record["faithfulness"], _by_id(record), []
     if ranking is None:
@@ -317,22 +336,24 @@ def _faithfulness(record: dict[str, Any]) -> str:
         null, observed, verdict = found["null"], found["observed"], claims[f"ranking-{found['name']}"]["verdict"]
         caption = (
             f"Histogram of the AOPC {found['name']} of {len(null)} rankings that know nothing, from "
-            f"{_number(min(null))} to {_number(max(null))}, and a line at {_number(observed)}, that of the ranking"
+            f"{_number(min(null))} to {_number(max(null))}. The line at {_number(observed)} is the ranking of the "
+            "attribution"
         )
         counts = dict(sorted(zip(found["removed"], found["mean_change"], strict=True)))  # two fractions may be one
         changes = "; ".join(f"{removed}: {_number(change)}" for removed, change in counts.items())
-        below = f"Change of the output by the number of features that are removed: {changes}."
+        below = f"Change of the output for each number of removed features: {changes}."
         heading = f"<h3>{as_html(found['name'].capitalize())}</h3>\n"
         parts.append(heading + _null_figure(null, observed, caption, verdict, below))
     return _section(title, note, *parts)
 
 
 def _randomization(record: dict[str, Any]) -> str:
-    title = "Is it in the weights?"
+    title = "Does the attribution depend on the learned weights?"
     note = (
-        "The weights of the attention layers are shuffled, and the attribution is made again. Its distance to the "
-        "one above, the mean total variation, stands beside that of the same attribution with its features "
-        "relabeled at random. 1 is left if it stays as it was, 0 if it is no nearer than with other names."
+        "The weights of the attention layers are shuffled, and the attribution is computed again. The table shows its "
+        "distance from the attribution of the trained model (mean total variation). It also shows the distance that "
+        "relabeling the features at random gives. What is left is 1 minus the ratio of the two: 1 if the attribution "
+        "stays the same, and 0 if it is no nearer than one with relabeled features."
     )
     found = record["randomization"]
     if found is None:
@@ -342,8 +363,9 @@ def _randomization(record: dict[str, Any]) -> str:
     verdict = _verdict(_by_id(record)["randomization"]["verdict"])
     left = _cell(_number(found["median_kept"]), "", _interval(found["interval"])), verdict
     table = _table(
-        f"The attribution after {found['draws']} shuffles of the attention's weights, in {found['samples']} samples",
-        ["Attribution", "Distance, drawn", "Distance", "Left of it (median)", "Claim"],
+        f"The attribution after {found['draws']} shuffles of the weights of the attention layers, for "
+        f"{found['samples']} samples",
+        ["Attribution", "Distance (bar)", "Distance", "What is left (median)", "Claim"],
         [
             [_cell(name), bar, _cell(_number(mean)), *cells]
             for (name, mean), bar, cells in zip(means, bars, (left, (_cell("by chance: 0"), _cell("–"))), strict=True)
@@ -353,26 +375,27 @@ def _randomization(record: dict[str, Any]) -> str:
 
 
 def _seeds(record: dict[str, Any]) -> str:
-    title = "Would it come out again?"
+    title = "Do models from other seeds agree?"
     note = (
-        "Models trained alike, from other seeds, attribute the same samples. The overlap is the part of the "
-        "features ranked first that two models have in common, the mean over all pairs."
+        "Models that were trained in the same way from other seeds attribute the same samples. The overlap is the "
+        "share of the first-ranked features that two models have in common, as a mean over all pairs of models."
     )
     found, claim = record["seeds"], _by_id(record)["seeds"]
     if found is None:
         return _section(title, note, f"<p>Not tested. {as_html(claim['reason'])}</p>\n")
     models = 1 + len(found["models"])
+    first = "feature" if found["top_k"] == 1 else f"{found['top_k']} features"
     caption = (
-        f"Histogram of the overlap of the first {found['top_k']} in {found['draws']} times {models} "
-        f"rankings drawn at random, from {_number(min(found['null']))} to {_number(max(found['null']))}, and a line at "
-        f"{_number(found['overlap'])}, that of the models"
+        f"Histogram of the overlap of the first {first} in {found['draws']} sets of {models} random rankings, from "
+        f"{_number(min(found['null']))} to {_number(max(found['null']))}. The line at {_number(found['overlap'])} is "
+        "the overlap of the models"
     )
     in_view = [one for one in found["features"] if None not in (one["mean"], one["spread"])]
     ranked = sorted(in_view, key=lambda one: -one["mean"])
     ends = [(one["feature"], one["mean"], [one["mean"] - one["spread"], one["mean"] + one["spread"]]) for one in ranked]
     table = _table(
-        f"The share of the attribution to each feature, mean and standard deviation over {models} models",
-        ["Feature", "Share, drawn", "Mean", "Standard deviation"],
+        f"The share of the attribution that each feature gets: mean and standard deviation over {models} models",
+        ["Feature", "Share (bar)", "Mean", "Standard deviation"],
         [
             [_cell(one["feature"], "long"), bar, _cell(_number(one["mean"])), _cell(_number(one["spread"]))]
             for one, bar in zip(ranked, _bars(ends), strict=True)
@@ -386,9 +409,10 @@ def _calibration(record: dict[str, Any]) -> str:
     if found is None:
         return ""
     note = (
-        "The verdicts on features were tried on models that the same function trained on the same x, with labels of "
-        "which the truth is known. Permuted: samples get each other's labels, and no feature says anything about them. "
-        f"Planted: the labels follow one feature, with a skill of {_number(found['strength'])}."
+        "The verdicts on features were checked on models that the same function trained on the same x, with labels "
+        "whose truth is known. With permuted labels, samples get each other's labels, so no feature says anything "
+        "about them. With a planted feature, the labels follow that one feature, which allows a skill of "
+        f"{_number(found['strength'])}."
     )
     outcomes = found["outcomes"]
     bars = _bars([(one["outcome"], one["share"], one["interval"]) for one in outcomes])
@@ -401,12 +425,12 @@ def _calibration(record: dict[str, Any]) -> str:
         ]
         for one, bar in zip(outcomes, bars, strict=True)
     ]
-    caption = f"In how many of {found['n']} models in each arm it happened, with Wilson intervals"
+    caption = f"How many of the {found['n']} models of each kind had each outcome, with Wilson intervals"
     return _section(
         "How often are such verdicts wrong?",
         note,
         f"<p>{as_html(found['summary'])}</p>\n",
-        _table(caption, ["Outcome", "Share, drawn", "Models", "Share"], rows),
+        _table(caption, ["Outcome", "Share (bar)", "Models", "Share"], rows),
     )
 
 
@@ -417,12 +441,13 @@ def _capture(record: dict[str, Any]) -> str:
         for layer in captured["layers"]
     ]
     return _section(
-        "Proof of capture",
-        f"Outputs with and without observation differ by {_number(captured['prediction_difference'])} of the "
-        f"largest. This and every recomposition error may be {captured['tolerance']:g}. "
-        + (" ".join(captured["not_captured"]) or "No attention layer is left out."),
+        "Is the capture exact?",
+        f"With and without observation, the outputs differ by {_number(captured['prediction_difference'])}, relative "
+        f"to the largest output. This difference and each recomposition error may be at most "
+        f"{captured['tolerance']:g}. " + (" ".join(captured["not_captured"]) or "Every attention layer was captured."),
         _table(
-            "The attention layers, and how far their outputs lie from what the captured scores make of their values",
+            "The attention layers, and how far the output of each differs from the one that is computed again from the "
+            "captured scores",
             ["Layer", "Class", "Heads", "Masks", "Recomposition error"],
             rows,
         ),
@@ -435,7 +460,7 @@ def _statement(record: dict[str, Any]) -> str:
     rows = [[_cell(name), _cell(text, "value")] for name, text in record["statement"].items()]
     return _section(
         "Statement",
-        "Whoever made this audit says so. No computation checks it; the checksum covers it.",
+        "The author of this audit states this. No computation checks it, but the checksum covers it.",
         _table("What the author of this audit states", ["What", "Statement"], rows),
     )
 
@@ -456,10 +481,10 @@ def _environment(record: dict[str, Any]) -> str:
 
 def _settings(record: dict[str, Any]) -> str:
     return _section(
-        "Check it",
-        "explain.verify(path, model, x, y) computes all this again and says what no longer holds. This file alone is "
-        "enough for it: the data are in it, and in the JSON file beside it. What else the audit was made with, it asks "
-        "for. A checksum is no signature: sign this file to say who made it.",
+        "How to check this file",
+        "explain.verify(path, model, x, y) computes everything again and says what no longer holds. It needs only this "
+        "file or the JSON file beside it, the model and the data. If the audit was made with more, such as groups, "
+        "verify asks for it. A checksum is not a signature: sign this file to show who made it.",
         _facts("How it was made", {**record["settings"], **(record["features"] or {})}),
     )
 

@@ -91,7 +91,7 @@ def batches_of(x: Any, batch_size: int | None) -> tuple[Iterator[tuple], int | N
             f"DataLoader or a generator of batches. Received: x={x!r} of type {type(x).__name__}"
         )
     if batches is None:
-        raise ValueError("`x` never ends: take as many batches of it as you want, as with `dataset.take(10)`.")
+        raise ValueError("`x` never ends. Take as many of its batches as you want, as with `dataset.take(10)`.")
     return map(as_inputs, batches), expected
 
 

@@ -165,8 +165,8 @@ class Directory:
         self.take_lock()
         if self.read() != found:
             raise RuntimeError(
-                f"Another process or thread has written to {self.path} since this call began. What it wrote is left as "
-                "it is. Make the call again, or choose another `store`."
+                f"Another process or thread has written to {self.path} since this call began. Its results are kept. "
+                "Make the call again, or choose another `store`."
             )
         self._clear(found)
         layers: dict[str, dict[str, Any]] = {
@@ -409,7 +409,7 @@ class WrittenFiles(Files):
 
     def _check_not_stopped(self) -> None:
         if self._stopped:
-            raise RuntimeError("The run that this file was to be written for has ended.")
+            raise RuntimeError("The run that should have written this file has ended.")
 
 
 def group_names(names: Iterable[str]) -> list[str]:

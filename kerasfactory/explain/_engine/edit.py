@@ -172,8 +172,7 @@ def _check_not_adapted(found: dict[str, Found]) -> None:
     if adapted:
         raise ValueError(
             f"The scores of {', '.join(adapted)} are those that a registered adapter returns. They cannot be changed, "
-            "for there is no way back from them into the layer. Choose other layers with `layers=[...]`, or other "
-            "methods."
+            "because they cannot be put back into the layer. Choose other layers with `layers=[...]`, or other methods."
         )
 
 
@@ -192,12 +191,11 @@ def _check_made_of_scores(model: Any, batch: tuple, run: Callable) -> None:
     difference = relative_difference(expected, outputs)
     if not difference <= rounding_of(model):
         raise ValueError(
-            "The model's outputs are not made of its attention scores: with the same scores, formed and multiplied "
-            f"with the values, they differ by {difference:.1e} of the largest. There is no telling what other scores "
-            "would do. Leave out layers that compute something else, with `layers=[...]`; "
-            "`explain.recomposition_error` tells which they are. Random outputs, and NaN in `x`, do this too; so does "
-            "padding in half precision after `tokens + attended`, which drops its mask: write "
-            "`keras.layers.Add()([tokens, attended])`."
+            "The model's outputs do not follow from its attention scores: computed again from the same scores, they "
+            f"differ by {difference:.1e} of the largest. So it cannot be computed what other scores would do. Leave "
+            "out layers that compute something else, with `layers=[...]`; `explain.recomposition_error` shows which "
+            "they are. Random outputs and NaN in `x` have the same effect. So does padding in half precision after "
+            "`tokens + attended`, which drops the mask: write `keras.layers.Add()([tokens, attended])`."
         )
 
 

@@ -72,16 +72,16 @@ def _along_axis_1(x: Any) -> Features:
         examples = dict.fromkeys(inputs, "-1") | {first: f"numpy.arange({inputs[first].shape[1]})"}
         shown = ", ".join(f"{name!r}: {mask}" if isinstance(x, dict) else mask for name, mask in examples.items())
         raise ValueError(
-            f"`x` holds several inputs, {', '.join(map(repr, inputs))}: there is no telling which of them the features "
-            "are in. Say which feature each entry belongs to, with `feature_mask`: for each input integers shaped like "
-            "one sample of it, which run on over the inputs, or -1 for one that is not to change, such as "
+            f"`x` holds several inputs, {', '.join(map(repr, inputs))}: it is not clear which of them hold the "
+            "features. Say which feature each entry belongs to, with `feature_mask`: for each input, integers shaped "
+            "like one sample of it, numbered on from input to input, or -1 for an input that must not change, such as "
             f"{f'{{{shown}}}' if isinstance(x, dict) else f'[{shown}]'}."
         )
     if flat[0].ndim > 3:
         raise ValueError(
-            f"`x` has the axes of pictures, {flat[0].shape}: a key of the attention is no entry of axis 1. Say which "
-            "feature each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the numbers "
-            "of the patches, `explain.patches(height, width, size)`."
+            f"`x` has the axes of pictures, {flat[0].shape}: a key of the attention is not an entry of axis 1. Say "
+            "which feature each entry belongs to, with `feature_mask`: integers shaped like one sample, such as the "
+            "numbers of the patches, `explain.patches(height, width, size)`."
         )
     count = flat[0].shape[1]
     mask = np.arange(count).reshape(-1, *[1] * (flat[0].ndim - 2))
@@ -138,8 +138,8 @@ def _fitted(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
         )
     if 0 < mask.ndim < len(shape) and mask.shape == shape[-mask.ndim :]:
         raise ValueError(
-            f"{said} has the shape of the first axes of a sample, {shape}, and of its last ones: there is no telling "
-            f"which are meant. Write `mask[..., numpy.newaxis]` for the first ones, or `numpy.broadcast_to(mask, "
+            f"{said} has the shape of the first axes of a sample, {shape}, and of its last ones, so it is not clear "
+            "which are meant. Write `mask[..., numpy.newaxis]` for the first ones, or `numpy.broadcast_to(mask, "
             f"{shape})` for the last. Received: shape {mask.shape}"
         )
     return mask.reshape(*mask.shape, *[1] * (len(shape) - mask.ndim)).astype(int)
@@ -212,8 +212,9 @@ def match(attribution: Any, x: Any, counts: tuple[int, ...], special_tokens: Any
         wanted = (samples, counts[0])
         raise ValueError(
             f"`attribution` must have a number for each sample and feature, {wanted} as in `x`; "
-            f"`numpy.broadcast_to(values, {wanted})` makes it of one number for each feature. What is a feature of `x` "
-            "is for `feature_mask` to say. Keys that are not in `x`, such as a class token, are left out if they "
+            f"`numpy.broadcast_to(values, {wanted})` makes it of one number for each feature. If `x` has other "
+            "features, describe them with `feature_mask`. Keys that are not in `x`, such as a class token, are left "
+            "out if they "
             'have a name: `attribute(..., feature_names=["[CLS]", ...], special_tokens=["[CLS]"])`. Received: '
             f"attribution of shape {shape}, x of shape {shape_of(x)}"
         )

@@ -543,7 +543,7 @@ def _made_by(adapter: Any, layer: Any, output: Any, args: tuple, kwargs: dict, p
             raise ValueError(
                 f"There is nothing to compare in layer {layer.name!r}: no attention was seen in it, and the adapter "
                 f"for `{type(layer).__name__}` returns scores alone. Let it return a pair: the scores, and the output "
-                "that the layer makes of them. Or leave the layer out with `layers=[...]`."
+                "that the layer computes from them. Or leave the layer out with `layers=[...]`."
             )
         return seen.products(seen.scores())
 

@@ -50,8 +50,8 @@ def given_labels(x: Any, feature_names: Any) -> Given:
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated and names is None and words is None:
         raise ValueError(
-            "The columns of `x` are the names of its features, and must differ from each other. Rename them, or give "
-            f"`feature_names`. Received more than once: {repeated}"
+            "The columns of `x` are the names of its features, so they must differ from each other. Rename them, or "
+            f"give `feature_names`. Received more than once: {repeated}"
         )
     return Given(x, names, words, columns if names or repeated else checked_names(columns))
 
@@ -153,7 +153,7 @@ def check_same_lengths(name: str, shape: tuple[int, ...], first: tuple[int, ...]
     """Raises an error if the scores of a sample, (…, query, key), have another shape than those in the first batch."""
     if shape != first:
         raise ValueError(
-            f"Layer {name!r} has {shape[-2]} queries and {shape[-1]} keys in one batch, and {first[-2]} and "
+            f"Layer {name!r} has {shape[-2]} queries and {shape[-1]} keys in one batch, but {first[-2]} and "
             f"{first[-1]} in those before (its scores have the shapes {shape} and {first}): the batches in `x` differ "
             "in length. Pad them all to one length, or give each by itself."
         )

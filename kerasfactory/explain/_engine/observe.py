@@ -345,10 +345,9 @@ def _report_missing(model: Any, chosen: dict[str, Any], layers: Any, found: dict
     elif not seen:
         names = ", ".join(layer.name for layer in model.layers)
         raise ValueError(
-            "The model has no attention that can be seen: no `MultiHeadAttention` or `GroupQueryAttention`, no softmax "
-            "over the keys of something, and no call of `keras.ops.dot_product_attention`. If one of its layers "
-            "attends all the same, `explain.register_attention` tells how to read it. Its layers are: "
-            f"{names}"
+            "The model has no attention that this package can see: no `MultiHeadAttention` or `GroupQueryAttention`, "
+            "no softmax over the keys of something, and no call of `keras.ops.dot_product_attention`. If one of its "
+            f"layers does attend, use `explain.register_attention` to say how it is read. Its layers are: {names}"
         )
 
 
@@ -417,7 +416,7 @@ def warn_of_difference(model: Any, difference: float) -> None:
     """Warns if the first batch's outputs differed when they were observed, by more than rounding."""
     if not difference <= rounding_of(model):
         warn(
-            "The model's outputs for the first batch differ when it is observed, by "
-            f"{difference:.1e} of the largest. The scores belong to the run that was observed, not to what `predict` "
-            "returns. Outputs that are random, or depend on how often the model was called, do this."
+            f"The model's outputs for the first batch differ by {difference:.1e} of the largest when the model is "
+            "observed. The scores belong to the run that was observed, not to what `predict` returns. The cause may be "
+            "outputs that are random or depend on how often the model was called."
         )

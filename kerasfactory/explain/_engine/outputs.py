@@ -221,8 +221,8 @@ def asked_output(model: Any, outputs: Any, task: str | None, target: Any) -> Any
     example = (*(() if part.name is None else (part.name,)), *part.indices, *(0 for _ in part.shape))
     hint = ', or `task="classification"` for the predicted class' if task is None and len(part.shape) == 1 else ""
     raise ValueError(
-        f"A gradient is that of one number, and the model has {values.shape[1]} outputs. {known}: say which output is "
-        f"meant, as with `target={example[0] if len(example) == 1 else example!r}`{hint}."
+        f"A gradient needs one number as output, but the model has {values.shape[1]} outputs. {known}: say which "
+        f"output is meant, as with `target={example[0] if len(example) == 1 else example!r}`{hint}."
     )
 
 
@@ -346,7 +346,7 @@ def checked_outputs(outputs: np.ndarray, name: str) -> np.ndarray:
     if len(bad):
         raise ValueError(
             f"The model's output is NaN or infinite for {len(bad)} of {len(outputs)} rows of {name}. Look for NaN in "
-            "`x` and in `background`, and for values that the model does not know, as the mean of categories."
+            "`x` and in `background`, and for values that the model does not know, such as the mean of category codes."
         )
     return outputs
 
@@ -429,8 +429,8 @@ def sample_losses(loss: Any, targets: Any, outputs: Any) -> Any:
     shape = tuple(getattr(losses, "shape", ()))
     if shape[:1] != (samples,):
         raise ValueError(
-            "`loss` must return the losses of the samples, and not their mean: a number for each sample, "
-            f"{samples} here. Received: shape {shape} from loss={loss_name(loss)}"
+            f"`loss` must return the loss of each sample, not their mean: a number for each sample, {samples} here. "
+            f"Received: shape {shape} from loss={loss_name(loss)}"
         )
     return losses if len(shape) == 1 else ops.mean(losses, axis=tuple(range(1, len(shape))))
 

@@ -31,7 +31,7 @@ def clusters_of(samples: int, groups: Any, block: int | None) -> np.ndarray:
     labels = np.asarray(groups)
     if labels.shape == (samples,) and any(label is None or label != label for label in labels.tolist()):
         raise ValueError(
-            "`groups` has missing labels, None or NaN: they would be taken for one group. Give each of these samples a "
+            "`groups` has missing labels (None or NaN), which would count as one group. Give each of these samples a "
             "label of its own, or leave them out of `x`, `y` and `groups`."
         )
     if labels.shape != (samples,):

@@ -156,8 +156,8 @@ class Store:
 
     Raises:
         ImportError: If Zarr is not installed, or too old.
-        ValueError: If `path` is no `*.zarr`, or holds something else, or has been changed; if the model, its weights,
-            `x` or the arguments are not those that the store was made with.
+        ValueError: If `path` is not a `*.zarr`, or holds something else, or has been changed; if the model, its
+            weights, `x` or the arguments are not those that the store was made with.
         RuntimeError: If another process is writing to it.
         OSError: If it cannot be written, as to a full disk. What is stored stays valid.
     """
@@ -207,7 +207,7 @@ class Store:
 
     def __len__(self) -> int:
         if self._expected is None:
-            raise TypeError("It is not known how many batches there will be.")
+            raise TypeError("The number of batches is not known.")
         if not self._done:
             return self._expected
         done = self._done // self._batch_size if self._batch_size else self._found["batches"]
@@ -346,13 +346,14 @@ class Store:
         if drawn["data"] != self._found["data"]:
             raise ValueError(
                 f"`x` is not what {self._path} was made of: it differs somewhere in its first {self._done} samples. "
-                "Shuffled data come in another order each time: turn that off. For other data choose another `store`."
+                "Shuffled data have another order each time, so turn shuffling off. For other data, choose another "
+                "`store`."
             )
         if drawn["sizes"] != self._found["sizes"] and not self._found["can_continue"]:
             raise ValueError(
-                f"{self._path} was made in batches of other sizes. What this model does with a batch depends on those "
-                "before, as with random numbers: other sizes give other results. Give the `batch_size` of the first "
-                "call, or choose another `store`."
+                f"{self._path} was made in batches of other sizes. The model's results for a batch depend on earlier "
+                "batches, as with random numbers, so other sizes give other results. Give the `batch_size` of the "
+                "first call, or choose another `store`."
             )
         self._drawn.append(drawn)
         return _samples(first, 0, min(size_of(first), self._done))
@@ -372,7 +373,7 @@ class Store:
                     same &= np.allclose(stored, array, rtol=0, atol=tolerance * largest, equal_nan=True)
         if not same:
             raise ValueError(
-                f"The model has the weights with which {self._path} was made, and gives other results for the first "
+                f"The model has the weights with which {self._path} was made, but gives other results for the first "
                 "batch: its code or its settings have changed, or its outputs are random, or they depend on which "
                 "samples are in a batch. Choose another `store`."
             )

@@ -19,8 +19,7 @@ def in_arrays(x: Any) -> Any:
     """The same with an array of numbers in place of each DataFrame. NumPy makes objects of several kinds of numbers.
 
     Raises:
-        ValueError: If a column holds something else than numbers, or a value is missing. A table of one column may
-            hold texts.
+        ValueError: If a column holds anything but numbers, or a value is missing. A table of one column may hold texts.
     """
     if isinstance(x, dict | list | tuple) and any(isinstance(leaf, pd.DataFrame) for leaf in tree.flatten(x)):
         return tree.map_structure(in_arrays, x)
@@ -73,8 +72,8 @@ def _check_ids(layer: Any, x: Any) -> None:
         place = tuple(unknown[0].tolist())
         raise ValueError(
             f"The model knows the token ids from 0 to {layer.input_dim - 1}. Received {array[place]:g} at {place}, and "
-            f"such ids in {len(np.unique(unknown[:, 0]))} of {len(array)} samples. Is it the same vocabulary as in "
-            "training? What it does not know, `keras.layers.TextVectorization` gives the id 1."
+            f"such ids in {len(np.unique(unknown[:, 0]))} of {len(array)} samples. Check that the vocabulary is the "
+            "one of the training. `keras.layers.TextVectorization` gives words that it does not know the id 1."
         )
 
 
@@ -91,8 +90,8 @@ def _check_order(x: Any, names: Sequence[str] | None) -> None:
     columns = [str(column) for column in x.columns] if isinstance(x, pd.DataFrame) else []
     if names is not None and columns != list(names) and sorted(columns) == sorted(names):
         raise ValueError(
-            "The columns of `x` have the names of the model's features, in another order: the model would take one for "
-            f"the other. Put them into this order: {list(names)}. Received the columns: {columns}"
+            "The columns of `x` have the names of the model's features, in another order, so the model would mistake "
+            f"one for another. Put them into this order: {list(names)}. Received the columns: {columns}"
         )
 
 
@@ -110,8 +109,9 @@ def check_aligned(**given: Any) -> None:
                 place = int(np.flatnonzero(labels != expected)[0])
                 raise ValueError(
                     f"`{name}` has the {axis} labels of `{first}` in another order, and both are matched by place: at "
-                    f"place {place} stands {labels[place]!r}, and there {expected[place]!r}. Put them into one order, "
-                    f"or, if they are in one, give `{name}` as an array without labels, such as `{name}.to_numpy()`."
+                    f"place {place} stands {labels[place]!r}, and there {expected[place]!r}. Put them into the same "
+                    f"order. If they already are, give `{name}` as an array without labels, such as "
+                    f"`{name}.to_numpy()`."
                 )
 
 
@@ -136,7 +136,7 @@ def _check_column(x: Any, values: np.ndarray, column: Any, count: int) -> None:
     raise ValueError(
         f"Column {column!r} has {count} categories in the model's `FeatureTokenizer`, the integers from 0 to "
         f"{count - 1}. Received {values[unknown[0]]:g} in row {row!r}, and such values in {len(unknown)} of "
-        f"{len(values)} rows. Leave these rows out. To have a level for what was not seen before, encode with "
+        f"{len(values)} rows. Leave these rows out. To have a level for unseen categories, encode with "
         "`OrdinalEncoder(handle_unknown='use_encoded_value', unknown_value=...)`, and count that level in "
         "`cardinalities`, before the model is trained."
     )
@@ -182,9 +182,9 @@ def _refuse_columns(x: pd.DataFrame, others: list[int]) -> None:
     row = [*bad, 0][0]
     raise ValueError(
         f"Column {x.columns[others[0]]!r} ({column.dtype}) holds {column.iloc[row]!r} in row {x.index[row]!r}, which "
-        f"is no number{more}. Encode categories as for the training of the model, with the same fitted "
-        "`sklearn.preprocessing.OrdinalEncoder`, and make numbers of dates, such as the days since one. Or leave such "
-        "columns out, if the model was trained without them."
+        f"is not a number{more}. Encode categories as for the training of the model, with the same fitted "
+        "`sklearn.preprocessing.OrdinalEncoder`, and convert dates to numbers, such as days since a fixed date. If the "
+        "model was trained without such columns, leave them out."
     )
 
 
@@ -194,8 +194,8 @@ def _refuse_missing(x: pd.DataFrame, missing: np.ndarray) -> None:
     raise ValueError(
         f"Values are missing in {int(missing.any(axis=1).sum())} of {len(x)} rows, in {_named(x, others)}: the first "
         f"in column {x.columns[others[0]]!r}, row {x.index[row]!r}. Fill them as for the training of the model, with "
-        "the same fitted `sklearn.impute.SimpleImputer(add_indicator=True)`, or leave these rows out: `x.dropna()`. To "
-        "a model that takes NaN, give `x.to_numpy('float64', na_value=numpy.nan)`, which is not checked."
+        "the same fitted `sklearn.impute.SimpleImputer(add_indicator=True)`, or leave these rows out: `x.dropna()`. If "
+        "the model takes NaN, give `x.to_numpy('float64', na_value=numpy.nan)`, which is not checked."
     )
 
 

@@ -75,9 +75,9 @@ class Words:
         if ids is None:
             check_no_texts("x", x)
             raise ValueError(
-                "`feature_names` is a function from ids to strings: `x` must be one array of integers, (sample, key), "
-                "or a dictionary with such `token_ids`. Convert ids that are floats with `x.astype(int)`, or give the "
-                f"strings themselves, as an array (sample, key). Received x: {received}"
+                "If `feature_names` is a function from ids to strings, `x` must be one array of integers, (sample, "
+                "key), or a dictionary with such `token_ids`. Convert ids that are floats with `x.astype(int)`, or "
+                f"give the strings themselves, as an array (sample, key). Received x: {received}"
             )
         distinct, numbers = np.unique(ids, return_inverse=True)
         for number in distinct.tolist():
@@ -94,9 +94,11 @@ def _word_of(number: int, function: Callable[[int], str]) -> str:
     try:
         word = function(number)
     except Exception as error:  # somebody's own function may raise anything
-        raise ValueError(f"{said} raised {type(error).__name__}: {error}. Is it of the same vocabulary?") from error
+        raise ValueError(
+            f"{said} raised {type(error).__name__}: {error}. Check that it belongs to the same vocabulary."
+        ) from error
     if not isinstance(word, str):
-        raise ValueError(f"{said} returned {word!r}. Is it of the same vocabulary?")
+        raise ValueError(f"{said} returned {word!r}. Check that it belongs to the same vocabulary.")
     return str(word)
 
 
@@ -111,7 +113,7 @@ def _checked_rows(x: Any, feature_names: Any) -> np.ndarray:
     """(sample, position); lists that are shorter than the samples of `x` are filled with `""`."""
     if not are_arrays(x):
         raise ValueError(
-            "`feature_names` of each sample need `x` as arrays. Of batches, give a function from ids to strings, such "
+            "`feature_names` of each sample need `x` as arrays. For batches, give a function from ids to strings, such "
             f"as `vectorize.get_vocabulary().__getitem__`. Received: x of type {type(x).__name__}"
         )
     arrays = tree.flatten(x)
