@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="table"
 # # An audit file for a regulated model
 #
 # **How do you hand over what a model attends to, so that someone else can check it, and can see whether a number was
@@ -62,7 +62,8 @@ print(f"Accuracy on 300 new applications: {accuracy:.1f}")
 # a network, and a JSON file with the same data for programs. It returns a report that has the claims as a table.
 
 # %%
-folder = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
 report = explain.audit(
     model, x_test, y_test, folder / "audit.html", batch_size=4096, verbose=0
 )
@@ -150,6 +151,7 @@ json_file = folder / "audit.json"
 json_file.write_text(json_file.read_text().replace('"undetermined"', '"supported"'))
 for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
     print("-", sentence)
+temporary.cleanup()
 
 # %% [markdown]
 # The checksum shows the change before anything is computed. If someone forges the checksums as well, the verdicts

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="table"
 # # Attention beside SHAP and integrated gradients
 #
 # **Four readings say which columns a prediction rests on. Do they agree, which of them pass a test, and what is each good for?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="table"
 # # Attention in a Sequential model
 #
 # **Which measurements of a wine does a classifier look at, and can a plain `Sequential` model show it?**

@@ -9,6 +9,8 @@ import yaml
 from tools import notebooks
 
 SOURCES = notebooks.sources()
+DESCRIBING = ("tags", "alt", "level", "data", "summary")  # what the site takes from a cell's metadata
+DATA = {"table", "text", "picture", "time series", "any"}
 each_example = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
@@ -17,7 +19,7 @@ def stored(source):
 
 
 def content(cell):
-    metadata = {name: value for name, value in cell.metadata.items() if name in ("tags", "alt", "level")}
+    metadata = {name: value for name, value in cell.metadata.items() if name in DESCRIBING}
     return cell.cell_type, cell.source, metadata
 
 
@@ -61,13 +63,14 @@ def test_pictures_have_a_description_and_one_is_the_cover(source):
 
 
 @each_example
-def test_recipe_starts_with_title_question_and_level_and_ends_with_what_it_does_not_say(source):
+def test_recipe_starts_with_title_question_level_and_data_and_ends_with_what_it_does_not_say(source):
     cells = stored(source).cells
     title, question = cells[0].source.split("\n\n")[:2]
     assert title.startswith("# ")
     assert question.startswith("**")
     assert question.endswith("?**")
     assert cells[0].metadata["level"] in ("first steps", "beginner", "intermediate", "advanced")
+    assert set(cells[0].metadata["data"].split(", ")) <= DATA
     assert "**It does not say**" in cells[-1].source
 
 
