@@ -68,7 +68,7 @@ def build_model():
 
 
 def trained_model(table, wear):
-    # Keras takes its seeds from here. keras.utils.set_random_seed would load TensorFlow.
+    # Keras takes its seeds from here. keras.utils.set_random_seed loads TensorFlow.
     random.seed(0)
     model = build_model()
     model.compile(keras.optimizers.Adam(0.01), "mse")
@@ -96,7 +96,7 @@ def capture_block(folder, start, stop):
     model.load_weights(folder / "wear.weights.h5")
     x = np.load(folder / "table.npy", mmap_mode="r")[start:stop]
     explain.capture(
-        model, x, batch_size=50, verbose=0, store=folder / f"{start:07d}.zarr"
+        model, x, batch_size=500, verbose=0, store=folder / f"{start:07d}.zarr"
     )
     return stop - start
 

@@ -4,7 +4,7 @@
 # **A model looks most at some columns. Would it do worse without them, and what if other columns say much the same?**
 #
 # Because other columns say much the same, no measurement is shown to be needed: 0 of 30. Shuffling one raises the loss by
-# up to 0.8. Resampled given the others, so that the rows stay possible, none raises it by more than 0.0.
+# up to 0.8. If they are resampled given the others, so that the rows stay possible, the largest rise is 0.0.
 #
 # The output does depend on the measurements that attention ranks first, as a set. So "the model looks at it" does not
 # mean "the model needs it".
@@ -141,9 +141,8 @@ plt.show()
 # output depends on attention is one claim. That the model needs attention to be right is another.
 #
 # **It does not say** that the measurements are useless. *Undetermined* means that 143 tumors do not tell, for a single
-# measurement as for the group, and a new model without the column might do as well or not. Nor does it say that a
-# measurement causes anything. [Draw the truth yourself](calibrate.ipynb) to count how often such verdicts are wrong on
-# these data.
+# measurement as for the group. Nor does it say that a measurement causes anything. How often such verdicts are wrong on
+# these data is counted in [the calibration recipe](calibrate.ipynb).
 #
 # **Use your own data:** replace `data.data`, `data.target` and `names`, and let `trained_model` return your model. The
 # rows of `x_test` must be new to it. The calls of `explain.audit` and `permutation_importance` stay as they are. For
