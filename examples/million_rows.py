@@ -13,6 +13,7 @@
 # a process is killed is a [recipe of its own](after_a_kill.ipynb).
 
 # %%
+import importlib
 import logging
 import math
 import os
@@ -99,6 +100,10 @@ def capture_block(folder, start, stop):
         model, x, batch_size=500, verbose=0, store=folder / f"{start:07d}.zarr"
     )
     return stop - start
+
+
+def prepare():
+    importlib.import_module("kerasfactory.explain")
 
 
 def capture_all(client, folder):
@@ -192,19 +197,26 @@ def draw(everything, sampled, count_sampled):
 
 # %% tags=["cover"] alt="Attention from the temperature token, against temperature. The line to vibration is lowest on the left and rises steeply on the right, above the line to load, which falls there; sensor 1 stays low. Dots of a sample of 1000 rows follow the lines in the middle, scatter at both ends, and are missing in the hottest bin, which lies in a shaded area where wear depends on vibration."
 if __name__ == "__main__":
-    table, wear = simulated()
-    model = trained_model(table, wear)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model.save_weights(folder / "wear.weights.h5")
-        np.save(folder / "table.npy", table)
+    quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalCluster(n_workers=2, threads_per_worker=1, **quiet) as cluster,
+        Client(cluster) as client,
+    ):
+        # While this process trains the model, the others import what they need.
+        ready = [
+            client.submit(prepare, workers=[address], pure=False)
+            for address in client.nthreads()
+        ]
+        table, wear = simulated()
+        model = trained_model(table, wear)
+        model.save_weights(Path(folder) / "wear.weights.h5")
+        np.save(Path(folder) / "table.npy", table)
 
-        workers = {"n_workers": 2, "threads_per_worker": 1, "local_directory": folder}
-        quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
-        with LocalCluster(**workers, **quiet) as cluster, Client(cluster) as client:
-            capture_all(client, folder)
+        client.gather(ready)
+        capture_all(client, Path(folder))
 
-        scores = one_array(folder)
+        scores = one_array(Path(folder))
         checked(scores, model, table)
         from_temperature = scores.sel(query="temperature").mean("head").compute()
     print(f"Mean over heads, in memory: {from_temperature.nbytes / 1e6:.0f} MB")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from notebooks import ENVIRONMENT, EXAMPLES, sources
 
+CACHES = ("torchinductor_", "dask-scratch-space")  # which PyTorch and Dask make for themselves
+
 
 def run(source: Path) -> bool:
     """Run one; say how long it took, and what is wrong with it."""
@@ -24,7 +26,7 @@ def run(source: Path) -> bool:
             [sys.executable, source], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
         seconds = time.perf_counter() - start
-        left = sorted(name for name in os.listdir(folder) if not name.startswith("torchinductor_"))  # PyTorch's cache
+        left = [name for name in os.listdir(folder) if not name.startswith(CACHES)]
     wrong = [f"exit status {done.returncode}:\n{done.stderr}"] * bool(done.returncode) + [f"left {left}"] * bool(left)
     print(f"{source.name}: {seconds:.0f} s", *wrong, sep=", ", flush=True)
     return not wrong
