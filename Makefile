@@ -17,7 +17,7 @@ OLDEST_KERAS = $(shell sed -n 's/^dependencies = \["keras>=\([0-9.]*\)".*/\1/p' 
 
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: serve site test summary test-jax test-torch keras-versions notebooks bench lint lock clean
+.PHONY: serve site test scripts summary test-jax test-torch keras-versions notebooks bench lint lock clean
 
 serve: .venv/docs ## build the site and serve it on http://localhost:8000
 	$(BIN)/mkdocs serve
@@ -51,6 +51,9 @@ keras-versions: summary .venv/ready ## what another Keras can change, on the old
 		PYTHONPATH=$(CURDIR)/.venv/keras/newest $(PYTEST) $(KERAS_TESTS); \
 	fi
 	$(SHOW_SUMMARY)
+
+scripts: .venv/ready ## run every example as a script, as people download it
+	$(BIN)/python tools/scripts.py
 
 notebooks: .venv/ready ## execute the examples whose code, or the code they run on, has changed
 	$(BIN)/python tools/notebooks.py

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="table"
 # # Advanced configuration
 #
 # **What do the layer's options change, and do sixteen heads find five relevant features among fifty?**
@@ -65,7 +65,7 @@ print("Scores (row, head, query, key):", scores.shape)
 print(f"from {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# All scores are 1 here, because there is only one token.
+# All scores are 1 here, because there is only one token: the [Sequential recipe](sequential.ipynb) shows this in full.
 #
 # ## What each option changes
 #

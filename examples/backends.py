@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="table"
 # # The same model on TensorFlow, JAX and PyTorch
 #
 # **You train on one backend and a colleague runs the model on another. Does it still look at the same things?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="table"
 # # Attention beside SHAP and integrated gradients
 #
 # **Four readings say which columns a prediction rests on. Do they agree, which of them pass a test, and what is each good for?**
@@ -152,7 +152,23 @@ for removal, new in [("mean", "the mean"), ("marginal", "another patient's value
         moved = of_method["observed"].item(), of_method["null"].mean().item()
         print(f"    {name:28}{moved[0]:7.0f}{moved[1]:8.0f} points")
 
-# %% tags=["cover"] alt="Three panels. Ranks: value norm, integrated gradients and SHAP put triglycerides first and bmi second; attention puts them fifth and third. Overlap of the first two columns: 1.00 among those three, and 0.00 between attention and any of them; by chance 0.21. Comprehensiveness: the dot of attention, p = 0.19, lies inside the gray band of random rankings, and those of the other three, p = 0.03 or less, lie to the right of it, SHAP farthest."
+# %% tags=["cover"] alt="How far the prediction moves, in points, if the first columns of a reading get another patient's values, beside random columns. Attention: 27 against 24. Value norm: 39, integrated gradients: 44, SHAP: 50, each against 25."
+first = [result["observed"].sel(reading=name).item() for name in methods]
+random = [result["null"].sel(reading=name).mean().item() for name in methods]
+places = np.arange(len(methods))
+fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+ax.barh(places - 0.2, first, 0.38, color="#0072b2", label="its first columns")
+ax.barh(places + 0.2, random, 0.38, color="#bbbbbb", label="random columns")
+ax.set_yticks(places, list(methods), fontsize=14)
+ax.set_xlabel("the prediction moves by ... points", fontsize=13)
+ax.legend(fontsize=13, loc="upper right")
+ax.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# `plot.compare` draws the result with its p-values, the ranks, and how much the readings overlap.
+
+# %% alt="Three panels. Ranks: value norm, integrated gradients and SHAP put triglycerides first and bmi second; attention puts them fifth and third. Overlap of the first two columns: 1.00 among those three, and 0.00 between attention and any of them; by chance 0.21. Comprehensiveness: the dot of attention, p = 0.19, lies inside the gray band of random rankings, and those of the other three, p = 0.03 or less, lie to the right of it, SHAP farthest."
 plot.compare(result)
 plt.show()
 for name, p in zip(methods, result["p_adjusted"].values, strict=True):

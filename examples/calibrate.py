@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="table"
 # # How often is a verdict wrong?
 #
 # **On models and data like yours, how often is “supported” wrong, and how often does the test find a feature that matters?**

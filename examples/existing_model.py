@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="picture"
 # # Get attention out of a model you already have
 #
 # **The model is trained and saved, and its code throws the attention scores away. How do you see what it looks at?**

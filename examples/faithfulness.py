@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="table"
 # # Is attention an explanation here?
 #
 # **Two models solve the same task, and both come with an attention map. Whose map says what the model uses, and how would you

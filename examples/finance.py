@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="table"
 # # Financial risk
 #
 # **If two factors drive default risk mainly in combination, does attention point at the pair? And does a cell that
@@ -31,10 +31,11 @@ keras.utils.set_random_seed(0)
 # ## A function that returns a model and its scores
 #
 # The function returns the scores as a tensor of the graph, not as numbers. So they can be used after training:
-# `keras.Model(model.inputs, attention_scores)` computes them for any applicants.
+# `keras.Model(model.inputs, attention_scores)` computes them for any applicants. This first model puts all 25 factors
+# into one token, so each score of its twelve heads is 1: the [Sequential recipe](sequential.ipynb) shows why.
 
 
-# %%
+# %% tags=["folded"] summary="The function, with all factors in one token"
 def create_interpretable_risk_model():
     inputs = keras.Input(shape=(25,))
     x = keras.layers.Dense(128, activation="relu")(inputs)
@@ -62,9 +63,9 @@ print("Scores (applicant, head, query, key):", scores.shape)
 print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# Twelve heads over one token tell nothing: every score is 1. From here on each factor is a token.
-#
 # ## Plant an interaction, and a world without it
+#
+# From here on, each factor is a token.
 #
 # Two populations share the same applicants. In the first, the product of debt ratio and income volatility drives the
 # risk, and each has a small effect of its own. In the second, the control, the two matter separately, and there is no

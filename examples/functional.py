@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="table"
 # # Attention in a functional model
 #
 # **What does a model look at when it predicts how a patient's diabetes will progress, and are the scores still there
@@ -31,9 +31,11 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## The pattern
 #
-# This is the smallest functional model with attention. It puts 20 features into one token.
+# This is the smallest functional model with attention. It puts 20 features into one token. The scores have the shape
+# (32, 8, 1, 1), and all of them are 1: one token can only look at itself. The [Sequential recipe](sequential.ipynb)
+# shows this in full.
 
-# %%
+# %% tags=["folded"] summary="The smallest functional model, with one token"
 with warnings.catch_warnings():
     # Keras warns that a softmax over one token is always 1; that is the point below.
     warnings.simplefilter("ignore")
@@ -54,8 +56,7 @@ print("Scores (row, head, query, key):", scores.shape)
 print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# `attention.attention_scores` is a tensor of the graph, so `keras.Model` can make a second model that returns it. But
-# one token can only look at itself. All scores are 1 and say nothing.
+# `attention.attention_scores` is a tensor of the graph, so `keras.Model` can make a second model that returns it.
 #
 # ## One token per measurement, one query for the patient
 #

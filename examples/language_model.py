@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="text"
 # # What a language model from KerasHub attends to
 #
 # **A model from KerasHub chooses a word. Which words does it read to choose it, and is the right one among them?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="any"
 # # Long sequences: what 32,000 tokens look at
 #
 # **The matrix of scores would take gigabytes. What can you still know about it, and does a model that works at 64 tokens still

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="any"
 # # Watch heads form during training
 #
 # **When does a head begin to do what it does in the end, and does the loss tell?**

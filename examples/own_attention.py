@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="any"
 # # Attention that is not Keras' own
 #
 # **Your model attends by a layer of your own, or from a paper, that returns no scores. How do you read them without touching it?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="picture"
 # # Which heads can go?
 #
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="first steps"
+# %% [markdown] level="first steps" data="table"
 # # Quick start
 #
 # **How do I get attention scores out of a Keras layer, and what do they look like for a table?**

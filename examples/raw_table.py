@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="table"
 # # A DataFrame with categories and missing values
 #
 # **Your table has texts, numbers and gaps. How does it become a model, and which columns does that model need?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="time series"
 # # Attention across several layers: rollout
 #
 # **When a model has several attention layers, which layer's map shows what the answer depends on?**

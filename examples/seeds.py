@@ -1,4 +1,4 @@
-# %% [markdown] level="advanced"
+# %% [markdown] level="advanced" data="table"
 # # Would another training show the same map?
 #
 # **A map comes out of one training run. How much of it was learned, and how much of it would another run, from another seed,

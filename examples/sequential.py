@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="table"
 # # Attention in a Sequential model
 #
 # **Which measurements of a wine does a classifier look at, and can a plain `Sequential` model show it?**
@@ -14,6 +14,7 @@
 import warnings
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_wine
 from sklearn.linear_model import LogisticRegression
@@ -119,11 +120,21 @@ for column in np.argsort(-received)[:4]:
 
 # %% [markdown]
 # [`explain.capture`](../api/explain.md) reads the same scores with their names, from any model, and
-# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share.
+# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share. Beside it is the
+# map of the model with one token.
 
-# %% tags=["cover"] alt="Heat map of attention between 13 wine measurements. The columns of flavanoids and proline are the darkest."
-named = explain.capture(model, x_test, feature_names=names, verbose=0)
-ax = plot.heatmap(named)
+# %% tags=["cover"] alt="Two heat maps. Left, one token for the whole row: a single dark square, with a score of 1. Right, one token for each of 13 wine measurements: the columns of flavanoids and proline are the darkest."
+named = explain.capture(model, x_test, feature_names=names, verbose=0)["attention"]
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+left.imshow([[1]], cmap="Blues", vmin=0, vmax=1)
+left.text(0, 0, "1", color="white", fontsize=40, ha="center", va="center")
+left.set_xticks([0], ["the row"])
+left.set_yticks([0], ["the row"])
+left.set_title("one token for a wine", fontsize=16)
+plot.heatmap(named, ax=right)
+right.set_title("one token per measurement", fontsize=16)
+plt.show()
 
 # %% [markdown]
 # ## What the map says, and what it does not

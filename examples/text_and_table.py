@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="text, table"
 # # A text and a table in one model
 #
 # **A model reads a sentence and a row of numbers. Which of the two does it use, and does its attention tell?**

@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="text"
 # # An encoder–decoder: which input word makes this output word?
 #
 # **A model translates. For each word that it writes, which input word does it read, and does the output depend on that word?**

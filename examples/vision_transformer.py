@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="picture"
 # # Where does a vision transformer look?
 #
 # **You lay the attention of a vision transformer over its pictures. Are the patches that light up those that decide?**

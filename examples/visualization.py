@@ -1,4 +1,4 @@
-# %% [markdown] level="beginner"
+# %% [markdown] level="beginner" data="time series"
 # # Attention visualization
 #
 # **How do you draw attention scores so that a reader sees what one sample's heads look at, and what does an average hide?**
@@ -145,10 +145,10 @@ plot.interactive(scores, samples=4)
 # %% [markdown]
 # ## What not to draw
 #
-# If a table row is put into a single token, there is one score, which is always 1. The picture shows the reshape, not
-# the data.
+# If a table row is put into a single token, there is one score, which is always 1. Its picture is one dark square, which
+# shows the reshape, not the data. The [Sequential recipe](sequential.ipynb) shows where that comes from.
 
-# %% alt="A heat map of one dark square: one token that looks at itself."
+# %% tags=["folded"] summary="The picture of one token" alt="A heat map of one dark square: one token that looks at itself."
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a softmax over one token is always 1
     squeezed = InterpretableMultiHeadAttention(d_model=64, n_head=8)

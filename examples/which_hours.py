@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="time series"
 # # Which hours matter?
 #
 # **A model forecasts the temperature of the sea from its last two days. Which hours does it need, and does it need

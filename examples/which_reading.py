@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="table"
 # # Which reading finds the planted truth?
 #
 # **One model, seven readings of what matters to it, and they disagree. Which of them names the columns that make the outcome?**

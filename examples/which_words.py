@@ -1,4 +1,4 @@
-# %% [markdown] level="intermediate"
+# %% [markdown] level="intermediate" data="text"
 # # Which words decide?
 #
 # **A model reads one sentence of documentation and says which library it is from. Which words decide, and does its

@@ -282,7 +282,8 @@ def test_copy_buttons_copy_exactly_the_code(new_page):
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     page = new_page(permissions=["clipboard-read", "clipboard-write"])
     page.goto("recipes/finance/")
-    page.locator("summary", has_text="All the code").click()
+    for summary in page.locator("summary").all():
+        summary.click()
     buttons = page.get_by_title("Copy to clipboard").all()
     copied = []
     for button in buttons:

@@ -1,6 +1,7 @@
 """The committed notebooks belong to the code. (That they compute what they show is nbval's part of the run.)"""
 
 import json
+import re
 
 import nbformat
 import pytest
@@ -9,6 +10,8 @@ import yaml
 from tools import notebooks
 
 SOURCES = notebooks.sources()
+DESCRIBING = ("tags", "alt", "level", "data", "summary")  # what the site takes from a cell's metadata
+DATA = {"table", "text", "picture", "time series", "any"}
 each_example = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
@@ -17,7 +20,7 @@ def stored(source):
 
 
 def content(cell):
-    metadata = {name: value for name, value in cell.metadata.items() if name in ("tags", "alt", "level")}
+    metadata = {name: value for name, value in cell.metadata.items() if name in DESCRIBING}
     return cell.cell_type, cell.source, metadata
 
 
@@ -61,14 +64,29 @@ def test_pictures_have_a_description_and_one_is_the_cover(source):
 
 
 @each_example
-def test_recipe_starts_with_title_question_and_level_and_ends_with_what_it_does_not_say(source):
+def test_recipe_starts_with_title_question_level_and_data_and_ends_with_what_it_does_not_say(source):
     cells = stored(source).cells
     title, question = cells[0].source.split("\n\n")[:2]
     assert title.startswith("# ")
     assert question.startswith("**")
     assert question.endswith("?**")
     assert cells[0].metadata["level"] in ("first steps", "beginner", "intermediate", "advanced")
+    assert set(cells[0].metadata["data"].split(", ")) <= DATA
     assert "**It does not say**" in cells[-1].source
+
+
+@each_example
+def test_recipe_says_what_to_replace_for_own_data_by_names_that_are_in_its_code(source):
+    cells = stored(source).cells
+    prose, code = (
+        "\n\n".join(cell.source for cell in cells if cell.cell_type == kind) for kind in ("markdown", "code")
+    )
+    start = r"(?:\*\*Use your own data:\*\*|^## Use your own data$)"
+    names = re.findall(
+        r"`([A-Za-z_][\w.]*)`", re.search(rf"{start}(.*?)(?=\n\n\*\*|\Z)", prose, re.DOTALL | re.MULTILINE)[1]
+    )
+    assert names
+    assert [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code)] == []
 
 
 @each_example

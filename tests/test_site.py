@@ -273,6 +273,14 @@ def test_pages_are_light(site):
     assert len(at_once) <= 5  # with two logos
 
 
+def test_code_in_one_piece_is_what_the_script_runs(site):
+    for script in (site / "recipes" / "downloads").glob("*.py"):
+        page = (site / "recipes" / script.stem / "index.html").read_text()
+        piece = re.search(r'<details class="example">.*?<code>(.*?)</code>', page, flags=re.DOTALL)[1]
+        code = html.unescape(re.sub(r"<[^>]*>", "", piece))
+        assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(script.read_text())), script.name
+
+
 def test_interactive_output_of_a_recipe_is_on_its_page_as_it_is(site):
     fragments = {}
     for path in (ROOT / "examples").glob("*.ipynb"):

@@ -18,6 +18,7 @@ import reference
 import yaml
 from benchmark_tables import table
 from latex2mathml.converter import convert
+from markdown.extensions.toc import slugify
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
@@ -47,7 +48,7 @@ def on_config(config):
     recipes = [{**_read(name), "seconds": run_times[name]} for name in names]
     _titles.clear()
     _titles.update({recipe["name"]: recipe["title"] for recipe in recipes})
-    written = {_write(RECIPES / "index.md", _gallery(recipes))}
+    written = {_write(RECIPES / "index.md", _gallery(recipes, _tasks(config.nav)))}
     notebooks = [EXAMPLES / f"{name}.ipynb" for name in names]
     written.add(_write(RECIPES / "downloads" / "notebooks.zip", for_machines.bundle(notebooks)))
     for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
@@ -96,6 +97,8 @@ def on_page_context(context, page, **_):
     if page.file.src_uri == "help/errors.md":
         for entry in page.toc.items[0].children:
             entry.children = []
+    if page.file.src_uri == "recipes/index.md":  # which names its tasks itself
+        page.toc.items[0].children = []
     return context
 
 
@@ -214,6 +217,13 @@ def _complete(nav):
                 entry[title] = [{"Overview": target}, *pages]
 
 
+def _tasks(nav) -> dict[str, list[str]]:
+    """The names of the recipes for each task, as the navigation groups them."""
+    (groups,) = (entry["Recipes"] for entry in nav if "Recipes" in entry)
+    tasks = {task: pages for group in groups for task, pages in group.items() if isinstance(pages, list)}
+    return {task: [Path(page).stem for page in pages] for task, pages in tasks.items()}
+
+
 def _pages(nav):
     for entry in nav:
         for target in entry.values() if isinstance(entry, dict) else [entry]:
@@ -292,6 +302,7 @@ def _read(name: str) -> dict:
         "question": question.strip("*"),
         "introduction": introduction.strip(),
         "level": head.metadata["level"],
+        "data": head.metadata["data"],
         "versions": notebook.metadata["kerasfactory"],
         "body": _for_site(body),
         "code": code,
@@ -326,7 +337,8 @@ image: recipes/{recipe["cover"]}
 ![{recipe["alt"]}]({recipe["cover"]}){{ .figure .cover }}
 
 <p class="facts" markdown>
-Level: {recipe["level"]} · runs in about {recipe["seconds"]} s on two cores · verified with {versions}
+Level: {recipe["level"]} · data: {recipe["data"]} · runs in about {recipe["seconds"]} s on two cores · verified with
+{versions}
 </p>
 
 <p class="downloads" markdown>
@@ -350,17 +362,14 @@ Next: {after}
 """
 
 
-def _gallery(recipes: list[dict]) -> str:
-    cards = "\n\n".join(
-        f"""-   [![]({recipe["cover"]})]({recipe["name"]}.md){{ .thumbnail tabindex="-1" aria-hidden="true" }}
-
-    **[{recipe["title"]}]({recipe["name"]}.md)**
-
-    {recipe["question"]}
-
-    <small>{recipe["level"]} · about {recipe["seconds"]} s</small>"""
-        for recipe in recipes
-    )
+def _gallery(recipes: list[dict], tasks: dict[str, list[str]]) -> str:
+    cards = {recipe["name"]: _card(recipe) for recipe in recipes}
+    if sorted(name for names in tasks.values() for name in names) != sorted(cards):
+        raise PluginError("In mkdocs.yml, each recipe must be under one task.")
+    grids = [
+        "\n\n".join([f"## {task}", '<div class="grid cards gallery" markdown>', *map(cards.get, names), "</div>"])
+        for task, names in tasks.items()
+    ]
     return f"""---
 title: Recipes
 description: All recipes. Each asks one question of a model's attention and answers it with a picture and numbers.
@@ -373,13 +382,20 @@ Each recipe asks one question, answers it with a picture, and says where the pic
 executed notebook: our tests run it again and compare every printed number. Read them in order, or start where your
 data are.
 
+{" · ".join(f"[{task}](#{slugify(task, '-')})" for task in tasks)}
+
 <p class="downloads" markdown>
 [All notebooks (.zip)](downloads/notebooks.zip){{ download="kerasfactory-notebooks.zip" }}
 </p>
 
-<div class="grid cards gallery" markdown>
+{chr(10).join(grid + chr(10) for grid in grids)}"""
 
-{cards}
 
-</div>
-"""
+def _card(recipe: dict) -> str:
+    return f"""-   [![]({recipe["cover"]})]({recipe["name"]}.md){{ .thumbnail tabindex="-1" aria-hidden="true" }}
+
+    **[{recipe["title"]}]({recipe["name"]}.md)**
+
+    {recipe["question"]}
+
+    <small>{recipe["level"]} · {recipe["data"]} · about {recipe["seconds"]} s</small>"""
