@@ -8,8 +8,8 @@
 #
 # The options change the shape of the output and of the scores, and the number of weights. A table below shows how.
 #
-# The data are simulated, so the answer is known: of fifty features five decide, one for each class. You need to know
-# the [functional recipe](functional.ipynb).
+# The data are simulated, so the answer is known: of fifty features five decide, one for each class. Read the
+# [functional recipe](functional.ipynb) first.
 
 # %%
 import warnings
@@ -91,7 +91,7 @@ for label, options, values in cases:
     print(f"{label:28}{shapes}{layer.count_params()}")
 
 # %% [markdown]
-# A misspelled option raises an error, which says what was probably meant:
+# A misspelled option raises an error that suggests the option you probably meant:
 
 # %%
 try:
@@ -173,7 +173,7 @@ plt.show()
 #
 # **It says** that the heads together look most at the five features that decide.
 #
-# **It does not say** that any one head can be trusted. The worst head misses one of the five signals, and in the
+# **It does not say** that any single head can be trusted. The worst head misses one of the five signals, and in the
 # picture some heads show a signal hardly darker than the noise. Nor does it say where the signals end and the noise
 # begins. Here we know that five features decide. On your data you do not.
 #

@@ -96,11 +96,11 @@ plt.show()
 
 # %% [markdown]
 # A claim is *supported* only if its p-value, adjusted for all claims in the file, is at most 0.05. It is *refuted* if
-# the data speak against it, and *undetermined* if they leave it open. Undetermined is a result, too: one model cannot
-# tell what other seeds would do. With fewer samples than claims, only the first claim is tested.
+# the data speak against it, and *undetermined* if they do not decide. Undetermined is a result, too: one model cannot
+# show what other seeds would do. With fewer samples than claims, only the first claim is tested.
 #
 # A verdict on a model that has learned nothing is worth nothing. The audit therefore states the skill: 1 minus the
-# model's loss over that of the best constant prediction. 0 is no better than a constant, and 1 is perfect.
+# ratio of the model's loss to that of the best constant prediction. 0 is no better than a constant, and 1 is perfect.
 
 # %%
 skill = report.record["skill"]
@@ -117,9 +117,9 @@ report
 # %% [markdown]
 # ## Which features?
 #
-# A feature is claimed to matter if its attention is above the mean of all. The test resamples its values given the other
-# features, and checks whether the model does worse. Columns that nearly determine each other are tested one by one, and
-# together as well.
+# A feature is claimed to matter if its attention is above the mean of all features. The test resamples its values given
+# the other features, and checks whether the model does worse. Columns that nearly determine each other are tested one
+# by one, and together as well.
 
 # %%
 truth = (
@@ -152,9 +152,9 @@ plt.show()
 # %% [markdown]
 # - `income` is *supported*: it gets more attention than the mean, and it tells the model what the other columns do not.
 # - `turnover` decides as well, but its copy says the same. The model hardly does worse without one of the two. So both
-#   are *undetermined*, and the statement that the model needs `turnover` would be wrong. Without the pair it does much
-#   worse, so the pair is *supported*: at least one of the two matters, and the data cannot tell which.
-# - `employee` is *needed, not claimed*. It makes a large difference, and gets less attention than the mean. The model
+#   are *undetermined*: it would be wrong to say that the model needs `turnover`. Without the pair it does much worse,
+#   so the pair is *supported*: at least one of the two matters, and the data cannot tell which.
+# - `employee` is *needed, not claimed*. It makes a large difference, but gets less attention than the mean. The model
 #   uses it as the query, and a map shows only the keys that are looked at.
 # - The four noise columns are *undetermined*: their attention is below the mean, so nothing is claimed about them.
 #
@@ -187,15 +187,15 @@ temporary.cleanup()
 #
 # **It says** that the captured scores are the model's, that the output depends on them, and that the model does worse
 # without its attention. It says that the output depends on the features ranked first more than on others, and that the
-# ranking is in the weights of the attention layer. And it says that the model needs `income`, one of `turnover` and
-# `receipts`, and `employee`, which attention does not put first.
+# ranking depends on the learned weights. And it says that the model needs `income`, one of `turnover` and `receipts`,
+# and `employee`, which attention does not put first.
 #
 # **It does not say** which of `turnover` and `receipts` the model needs, or that the model is good, fair or causal. It
 # assumes that these rows are new to the model and independent of each other. Rows of one patient or of one day are not
 # independent, and `groups=` tells the audit so. Whether another training run would attend to the same features is left
 # open here: with `models=[...]` from other seeds, [an audit tests that, too](seeds.ipynb).
 # [`explain.calibrate`](calibrate.ipynb) counts how often such verdicts are wrong on models like yours. And the
-# checksums are no signature: they show that a file was changed, not who made it. [Sign an
+# checksums are not a signature: they show that a file was changed, not who made it. [Sign an
 # audit](../learn/signed-audits.md) shows how to sign the page, and what a signature proves that `verify` does not.
 #
 # **Use your own data:** replace `model`, `x_test` and `y_test` in the call of `explain.audit`, and the path of the

@@ -70,9 +70,9 @@ print(
 # %% [markdown]
 # ## Three backends
 #
-# A process has one backend for its whole life, because Keras reads `KERAS_BACKEND` when it is imported. So each of the
-# other two backends gets a process of its own. Both run the program below, which does two things. It captures the
-# scores of the model in the file. And it trains the same architecture again, from the same seed and on the same data.
+# A process has one backend until it ends, because Keras reads `KERAS_BACKEND` when it is imported. So each of the other
+# two backends gets a process of its own. Both run the program below, which does two things. It captures the scores of
+# the model in the file. And it trains the same architecture again, from the same seed and on the same data.
 #
 # Captured scores are xarray arrays. They can be saved to a netCDF file, and read from it with all their names.
 
@@ -138,7 +138,7 @@ for there in (jax, torch):
     print(f"    largest difference of predictions: {predictions_apart:.5f}")
 
 # %% [markdown]
-# The file determines the model, and so the scores, on each of the three backends.
+# The file determines the model on each of the three backends, and so it determines the scores.
 #
 # ## One program, one seed, three models
 #
@@ -205,8 +205,8 @@ plt.show()
 #
 # - To check a change of backend, compare one *file* on each of them. To check a finding, compare several *training
 #   runs*. What holds in only one of three runs is a property of that run.
-# - The scores agree to 1e-5 in `float32`. In mixed precision, each backend rounds at other places, so expect them to
-#   agree less closely.
+# - The scores agree to 1e-5 in `float32`. In mixed precision, each backend rounds at different places, so expect the
+#   scores to agree less closely.
 # - `clone_model` gives an untrained model. To move a trained model, save it.
 #
 # **It says** that the scores of a saved model are the same on three backends, to 1e-5, and that training again changes

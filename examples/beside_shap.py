@@ -105,7 +105,7 @@ print(f"SHAP asks about {round(sum(asked) / len(x_test), -2):.0f} times for a pa
 # %% [markdown]
 # ## Sign, unit and sum
 #
-# SHAP and integrated gradients distribute the prediction over the columns, in points and with a sign, beginning at a
+# SHAP and integrated gradients distribute the prediction over the columns, in points and with a sign. Both begin at a
 # starting value. For SHAP this is the mean prediction for the 20 patients. For integrated gradients it is the
 # prediction for tokens of 0, which belong to no patient. Attention sums to 1 for every prediction, so it cannot say
 # that a column lowers the prediction.
@@ -131,10 +131,10 @@ plt.show()
 # %% [markdown]
 # ## Do they agree, and which pass?
 #
-# [`explain.compare`](../api/explain.md) gives the columns that a reading ranks first the values of another patient, and
-# measures how far the prediction moves. Then it does the same with the columns relabeled at random. The p-values are
-# adjusted for four tests (Holm). SHAP and integrated gradients are ranked by absolute value, because a column that
-# lowers a prediction counts as well.
+# [`explain.compare`](../api/explain.md) takes the columns that a reading ranks first, replaces their values with those
+# of another patient, and measures how far the prediction moves. Then it does the same with the columns relabeled at
+# random. The p-values are adjusted for four tests (Holm). SHAP and integrated gradients are ranked by absolute value,
+# because a column that lowers a prediction counts as well.
 
 # %%
 methods = {
@@ -179,9 +179,9 @@ shares = readings["attention"].mean("sample")
 print(f"mean attention: from {shares.min().item():.2f} to {shares.max().item():.2f}")
 
 # %% [markdown]
-# That three readings name the same two columns proves little: by chance, p = 0.15 for two of them, and all three read
-# the same model. The test is the evidence. But it favors SHAP, which replaces columns by the values of other patients,
-# as the test does. If the mean replaces the columns, the order of the readings is the same.
+# It proves little that three readings name the same two columns: for two of them p = 0.15, and all three read the same
+# model. The test is the evidence. But it favors SHAP, which replaces columns by the values of other patients, as the
+# test does. If the mean replaces the columns, the order of the readings is the same.
 #
 # Attention is close to 1/10 for each column. Does attention fail in general, or only in this training run? We test the
 # other run:

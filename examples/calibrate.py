@@ -74,12 +74,12 @@ def train(x, y):
 # ## Two arms
 #
 # In the arm *permuted*, the diagnoses are shuffled over the tumors. No measurement says anything about them, so each
-# "supported" is wrong. In the arm *planted*, one measurement determines the diagnoses, and each model gets another one.
+# "supported" is wrong. In the arm *planted*, one measurement determines the diagnoses, a different one for each model.
 # This measurement should be supported, and no other. There are as many benign and malignant tumors as before, and the
 # measurements are the real ones, with all their correlations.
 #
-# Three models in each arm are far too few. They take seconds, and show how it works. For your own model, take 20 or
-# more, and name a file as `store=`: a run that was stopped continues from that file.
+# Three models in each arm are far too few. They take seconds, and show how calibration works. For your own model, take
+# 20 or more, and name a file as `store=`: a run that was stopped continues from that file.
 
 # %%
 calibration = explain.calibrate(train, x, y, n=3, batch_size=1024, verbose=0)

@@ -99,7 +99,7 @@ print(f"Test accuracy: {accuracy:.2f}")
 # %% [markdown]
 # ## One line
 #
-# `capture` finds the attention layers, also inside other layers and models, and runs the model over the data. It
+# `capture` finds the attention layers, even inside other layers and models, and runs the model over the data. It
 # returns one labeled array for each layer. Both layers here are called `attention`, so their paths tell them apart.
 
 # %%
@@ -131,7 +131,7 @@ print(
 # ## Are these the model's own scores?
 #
 # Three checks say so. The model predicts what it predicted before. Its weights are the same. And the captured scores,
-# multiplied by the values, give the output that the layer really had.
+# multiplied by the values, give the real output of the layer.
 
 # %%
 errors = explain.recomposition_error(model, x_test, verbose=0)

@@ -5,7 +5,7 @@
 # find out without knowing the answer?**
 #
 # In one model, attention passes: replacing the stations with most attention moves the output further than each of 100
-# random maps does. In the other, the output depends on the attention, and yet its map beats only 20 of 100.
+# random maps does. In the other, the output depends on the attention, but its map beats only 20 of 100.
 #
 # The tests find both without knowing the answer.
 #
@@ -33,7 +33,7 @@ x_test, y_test, marked_test = x[4000:], y[4000:], marked[4000:]
 # ## Two models, one attention layer each
 #
 # The first makes a token of each station, and attends to the tokens. In the second, a dense layer sees the whole row
-# before there are tokens, as a recurrent layer before attention would. The rest of the two models is the same.
+# before there are tokens, as with a recurrent layer before attention. The rest of the two models is the same.
 
 
 # %%
@@ -149,17 +149,17 @@ plt.show()
 # how much they change. With uniform scores, half of the outputs move by more than 0.6 of the spread in the first, and
 # by more than 0.1 in the second.
 #
-# **The adversary does not tell them apart.** It finds other scores for 67 % of the samples of the first, and for 44 %
-# of the second. The reason is simple: a mixture of two stations that do not matter can give the same number as the
-# station that does. If other scores *would have* given this output, that does not mean that the model did not use its
-# own (Wiegreffe & Pinter 2019). By the adversary alone, we would have thrown away the good map.
+# **The adversary does not tell them apart.** It finds other scores for 67 % of the samples of the first model, and for
+# 44 % of those of the second. The reason is simple: a mixture of two stations that do not matter can give the same
+# number as the station that does. If other scores *would have* given this output, that does not mean that the model did
+# not use its own (Wiegreffe & Pinter 2019). By the adversary alone, we would have thrown away the good map.
 #
 # ## Test 2: Does the map point at what the model uses?
 #
-# [`explain.faithfulness`](../api/explain.md) gives the stations with the most attention the values of another sample,
-# and measures how far the output moves: *comprehensiveness*. Removing any station moves the output somewhat. So the
-# same is done with 100 maps that know nothing, which are the same map with its stations relabeled at random. Only a map
-# that beats those counts as evidence.
+# [`explain.faithfulness`](../api/explain.md) replaces the values of the stations with the most attention by those of
+# another sample, and measures how far the output moves. This is the *comprehensiveness*. Removing any station moves the
+# output somewhat. So the same is done with 100 maps that know nothing, which are the same map with its stations
+# relabeled at random. Only a map that beats those counts as evidence.
 
 # %%
 results = {
@@ -193,8 +193,8 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# [`plot.faithfulness`](../api/plot.md) draws one such result whole: how far the output moves as more of the stations
-# that come first are replaced, or all others, and below that the same comparison with maps that know nothing.
+# [`plot.faithfulness`](../api/plot.md) draws one such result. The upper part shows how far the output moves as more of
+# the first-ranked stations are replaced, or all others. The lower part compares this with maps that know nothing.
 
 # %% alt="Two pictures of the first model. Above, two curves with bands over the share of stations that are replaced. Below, a histogram of maps that know nothing, and a line for the model's own map, far to the right of it."
 figure = plot.faithfulness(results["a token for each station"])
@@ -229,7 +229,7 @@ for name, model in models.items():
 #
 # **It says** that attention is an explanation in the model with a token for each station. With other scores its output
 # changes, and removing the stations that the scores point at moves the output. In the model that mixes first, attention
-# is no explanation. Its output depends on its attention a little, and yet its map is not shown to be better than random
+# is not an explanation. Its output depends a little on its attention, but its map is not shown to be better than random
 # maps. So it is not enough that the output changes without the attention. The tests found both without the planted
 # truth. The adversary found other scores for both models, which decides nothing.
 #

@@ -63,7 +63,7 @@ print("Scores (applicant, head, query, key):", scores.shape)
 print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
 # %% [markdown]
-# ## Plant an interaction, and a world without it
+# ## Plant an interaction, and a control without it
 #
 # From here on, each factor is a token.
 #
@@ -127,7 +127,7 @@ print("Scores (applicant, head, query, key):", scores.shape)
 # With the planted interaction, the model with attention has an AUC of 0.83, and a logistic regression, which has no
 # products, has 0.72. In the control, both have 0.84.
 #
-# ## Where does the pair stand?
+# ## Where does the pair rank?
 #
 # The two members of a pair give each other attention. We add up both scores, and rank all 300 pairs.
 

@@ -142,9 +142,9 @@ plt.show()
 # 0.3 in single patients: these are the few dark cells in its column.
 #
 # **It does not say** in which direction a measurement moves the prediction. A high score only says that the value of
-# this measurement went in. The scores are also close to uniform, and nothing here tests whether such small differences
-# mean anything. [Would another training show the same map?](seeds.ipynb) tests it. The [finance recipe](finance.ipynb)
-# shows how far a map can be trusted when the truth is known.
+# this measurement entered the summary. The scores are also close to uniform, and nothing here tests whether such small
+# differences mean anything. [Would another training show the same map?](seeds.ipynb) tests it. The [finance
+# recipe](finance.ipynb) shows how far a map can be trusted when the truth is known.
 #
 # **Use your own data:** replace `data`, `target` and `names`. The model predicts a number. For classes, end it with
 # `Dense(number_of_classes, activation="softmax")`, train it on the labels with `"sparse_categorical_crossentropy"`, and

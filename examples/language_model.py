@@ -245,8 +245,8 @@ for name in models:
 # second check says that the verb depends on the word that gets the attention.
 #
 # **It does not say** that a word with a low weight does not count, or that a word with a high weight does. In Llama's
-# second layer, half of the weight goes to other words, and yet only the first of the three nouns changes the verb. Nor
-# does it say what models with real weights attend to. No truth is planted in those, so test what you see, as above.
+# second layer, half of the weight goes to other words, but only the first of the three nouns changes the verb. Nor does
+# it say what models with real weights attend to. No truth is planted in those, so test what you see, as above.
 #
 # **Use your own data:** load a preset as in the last cell, and replace the sentence in `preprocess([...])` by your own.
 # The line with `explain.capture` stays as it is.

@@ -1,8 +1,8 @@
 # %% [markdown] level="advanced" data="any"
 # # Long sequences: what 32,000 tokens look at
 #
-# **The matrix of scores would take gigabytes. What can you still know about it, and does a model that works at 64 tokens still
-# look at the right one among 32,000?**
+# **The matrix of scores would take gigabytes. What can you still know about it, and does a model that works at 64
+# tokens still look at the right token among 32,000?**
 #
 # A summary of 5 MB instead of a matrix of 4.1 GB keeps the top keys, the entropy and a small map. The right token is
 # first among 32,000, but its weight falls from 0.92 at 64 tokens to 0.02, too little to give the right answer.
@@ -118,8 +118,8 @@ plt.show()
 
 # %% [markdown]
 # The needle stands out at every length: it is first among 32,000 keys. (The dot at the right end is the last token
-# itself.) And yet 0.98 of the weight has gone to thousands of other tokens, each of which gets next to nothing. The
-# model answers with the weighted mean over all tokens, in which the needle counts for 0.02. **The top keys alone are
+# itself.) But 0.98 of the weight has gone to thousands of other tokens, each of which gets next to nothing. The model
+# answers with the weighted mean over all tokens, in which the needle counts for 0.02. **The top keys alone are
 # misleading.** Read them together with the weight and the entropy. The reason is arithmetic: to keep its weight, the
 # logit of the needle must exceed the others by more than the logarithm of their number. With 64 tokens, the model only
 # had to learn that for 64.

@@ -122,7 +122,7 @@ def capture_all(client, folder):
 # ## One array again
 #
 # xarray opens all stores as one array. It reads nothing until you ask for a result, and then it reads piece by piece.
-# So the mean has to fit into memory, and the scores need not. To see whether rows were lost, doubled or exchanged, this
+# So the mean has to fit into memory, but the scores need not. To see whether rows were lost, doubled or exchanged, this
 # process captures 3,000 rows again, across the border of two blocks.
 
 
@@ -191,9 +191,9 @@ def draw(everything, sampled, count_sampled):
 # first, and runs all that is not in a function. Without the guard, they would train the model as well, and start
 # clusters of their own. In a notebook, the guard is always true.
 #
-# Here the cluster is two processes on one machine. For several machines, another line makes the cluster (`SSHCluster`,
-# `SLURMCluster`, Kubernetes; see [Dask's pages](https://docs.dask.org/en/stable/deploying.html)). The rest stays as it
-# is, if all machines see the same folder.
+# Here the cluster is two processes on one machine. For several machines, a different line makes the cluster
+# (`SSHCluster`, `SLURMCluster`, Kubernetes; see [Dask's pages](https://docs.dask.org/en/stable/deploying.html)). The
+# rest stays as it is, if all machines see the same folder.
 
 # %% tags=["cover"] alt="Attention from the temperature token, against temperature. The line to vibration is lowest on the left and rises steeply on the right, above the line to load, which falls there; sensor 1 stays low. Dots of a sample of 1000 rows follow the lines in the middle, scatter at both ends, and are missing in the hottest bin, which lies in a shaded area where wear depends on vibration."
 if __name__ == "__main__":
@@ -241,7 +241,7 @@ if __name__ == "__main__":
     draw(everything, sampled, count_sampled)
 
 # %% [markdown]
-# The lines are means over all rows, and the dots are means over the sample. The hottest bin has 17 of all rows, and
+# The lines are means over all rows, and the dots are means over the sample. The hottest bin has 17 of all rows, but
 # none of the first 1,000. So the sample cannot show how far the change goes, and these are the rows in which wear
 # depends on the vibration.
 #
@@ -260,7 +260,7 @@ if __name__ == "__main__":
 # that the scores of 3,000 rows are those that one process captures in memory.
 #
 # **It does not say** what wear depends on. In the cold it depends on the load and nothing else, because that is how we
-# simulated it. Yet the load does not get a fifth of the attention in any bin.
+# simulated it. But the load gets less than a fifth of the attention in every bin.
 #
 # **Use your own data:** replace `names`, `build_model`, `rows` and what `simulated` and `trained_model` return.
 # `capture_block`, `capture_all` and `one_array` stay as they are. `by_temperature` and `draw` are for this table.

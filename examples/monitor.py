@@ -1,11 +1,11 @@
 # %% [markdown] level="intermediate" data="any"
 # # Watch heads form during training
 #
-# **When does a head begin to do what it does in the end, and does the loss tell?**
+# **When does a head begin to do what it does in the end, and does the loss show it?**
 #
-# The loss does not tell: less than 2 % of the variance is left from epoch 7 on, and the two heads that do the work go
-# on forming until the last epoch. In the end, one gives 0.9 of its weight to the first number, and one 0.8 to the
-# number before.
+# The loss does not show it: less than 2 % of the variance is left from epoch 7 on, but the two heads that do the work
+# go on forming until the last epoch. In the end, one gives 0.9 of its weight to the first number, and the other gives
+# 0.8 to the number before.
 #
 # The truth is planted: in each sequence of 12 numbers, every position has to answer with two of them, the one before it
 # and the first one. So we know what heads have to find. You need to know `model.fit` and [what a head
@@ -53,8 +53,9 @@ model.compile(keras.optimizers.Adam(0.003), "mse")
 # %% [markdown]
 # ## One callback
 #
-# [`explain.AttentionMonitor`](../api/explain.md) runs a few fixed samples through the model after each epoch, and keeps four
-# numbers of each head, not the scores. Epoch 0 is the untrained model. With `log_dir="logs"` the same numbers go to TensorBoard.
+# [`explain.AttentionMonitor`](../api/explain.md) runs a few fixed samples through the model after each epoch, and keeps
+# four numbers for each head, not the scores. Epoch 0 is the untrained model. With `log_dir="logs"` the same numbers go
+# to TensorBoard.
 
 # %%
 monitor = explain.AttentionMonitor(x_test[:32])
@@ -84,9 +85,9 @@ figure = plot.training(monitor.history)
 plt.show()
 
 # %% [markdown]
-# ## Who became what
+# ## What each head became
 #
-# The statistics say that a head settled, but not on what. The planted truth says it. For each head, we compute the
+# The statistics say that a head settled, but not on what. The planted truth shows this. For each head, we compute the
 # share of its weight on the number before, and on the first number.
 
 # %%
@@ -107,7 +108,7 @@ for head in range(4):
     )
 
 # %% [markdown]
-# ## The loss is done before the heads are
+# ## The loss settles before the heads do
 #
 # The model has solved the task long before attention stops changing: the loss is nearly flat from epoch 7 on, and 29 %
 # of the fall of the entropy comes after that. The chart on the right shows redundancy, the Jensen–Shannon distance

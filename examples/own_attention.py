@@ -1,7 +1,7 @@
 # %% [markdown] level="intermediate" data="any"
 # # Attention that is not Keras' own
 #
-# **Your model attends by a layer of your own, or from a paper, that returns no scores. How do you read them without touching it?**
+# **A layer of your own, or from a paper, returns no scores. How do you read its attention without changing it?**
 #
 # One line reads the scores of three such layers and leaves the layers as they are. In at least 95 % of the cases, the
 # event with most attention is the one that decides, in each of the three layers.
@@ -29,7 +29,7 @@ keras.utils.set_random_seed(0)
 # The first layer is written by hand, as in the code of many papers: a product, a softmax, a product. The others are
 # `keras.layers.Attention` and `AdditiveAttention`. The scores of the latter are not products of queries and keys
 # (Bahdanau et al. 2015, [*Neural Machine Translation by Jointly Learning to Align and
-# Translate*](https://arxiv.org/abs/1409.0473)). As they are called here, none of the three returns its scores.
+# Translate*](https://arxiv.org/abs/1409.0473)). The way they are called here, none of the three returns its scores.
 
 
 # %%
@@ -173,7 +173,7 @@ for name, model in models.items():
     )
 
 # %% [markdown]
-# ## What cannot be read, and how you learn of it
+# ## What cannot be read, and how you notice
 #
 # Linear attention has no softmax over keys. It sums over all keys and values first, so there is no weight of a key for
 # a query (Katharopoulos et al. 2020, [*Transformers are RNNs*](https://arxiv.org/abs/2006.16236)). If a model has such
@@ -211,9 +211,9 @@ except ValueError as error:
 # %% [markdown]
 # ## Axes that only the layer knows
 #
-# The layer below attends within windows of four events, and puts the windows side by side into the batch. Its scores can
-# be read, but they belong to 2,000 windows, and no longer to 1,000 cases. Only the layer knows how many windows a case has.
-# [`explain.register_attention`](../api/explain.md) takes a function that says it.
+# The layer below attends within windows of four events, and puts the windows side by side into the batch. Its scores
+# can be read, but they belong to 2,000 windows instead of 1,000 cases. Only the layer knows how many windows a case
+# has. You tell [`explain.register_attention`](../api/explain.md) with a function.
 
 
 # %%

@@ -4,7 +4,7 @@
 # **A model has eight heads. Which of them does it need, can a cheap estimate tell, and what does it cost to remove the rest?**
 #
 # The four heads of the first layer are needed least, and a cheap estimate ranks all eight similarly, with a rank
-# correlation of 0.9. Removing three heads lowers the accuracy from 0.95 to 0.82, and five more epochs bring it to 0.96.
+# correlation of 0.9. Removing three heads lowers the accuracy from 0.95 to 0.82, and five more epochs raise it to 0.96.
 #
 # Importance is measured by leaving a head out. No heat map can replace that experiment. You need to know the [recipe
 # for an existing model](existing_model.ipynb), which uses the same data, and [how to watch heads form](monitor.ipynb).
@@ -117,7 +117,7 @@ print(f"Gradient: {gradient.min():.2f} to {gradient.max():.2f}")
 print(f"Ablation: {ablation.min():.2f} to {ablation.max():.2f}")
 
 # %% [markdown]
-# The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, and the
+# The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, but the
 # estimates do not: head 0 of the first layer has a larger estimate than head 2 of the second. Nor does the estimate say
 # how much is lost: a mask of 0 is far from the mask of 1 at which the gradient was taken.
 #
@@ -210,9 +210,10 @@ print(
 )
 
 # %% [markdown]
-# In the picture, the two curves that begin with the least important heads are nearly the same. Removing heads one at a
-# time is not removing them together. Each head of the first layer alone costs little, because the other three are
-# there. The four single rises of the loss add up to 0.24, and without all four it rises by 0.62.
+# In the picture, the two curves that begin with the least important heads are nearly the same. The effects of removing
+# heads one at a time do not add up to the effect of removing them together. Each head of the first layer alone costs
+# little, because the other three are there. The four single rises of the loss add up to 0.24, and without all four it
+# rises by 0.62.
 #
 # ## Prune
 #

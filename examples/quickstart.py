@@ -41,7 +41,7 @@ print(
 #
 # Attention compares tokens. `FeatureTokenizer` makes one token of each column, so that a score is about two columns.
 # The table has 178 wines with 13 measurements each. The model learns from 133 of them which of three growers made a
-# wine. The map is made of the other 45.
+# wine. The map is the mean over the other 45.
 
 # %% tags=["program"]
 import keras
@@ -91,7 +91,7 @@ print("seed 0:", looked_at_most(*scores.values()))
 # %% [markdown]
 # ## Another training
 #
-# A map belongs to one trained model. The same model from two other seeds:
+# A map belongs to one trained model. Here is the same model from two other seeds:
 
 # %%
 for seed in (1, 2):
@@ -111,8 +111,8 @@ for seed in (1, 2):
 # 45 wines that it was not trained on.
 #
 # **It does not say** why, nor which columns the outcome depends on. The [recipe on seeds](seeds.ipynb) tests whether
-# trainings agree by more than chance, and the [recipe on faithfulness](faithfulness.ipynb) whether the output depends
-# on what is ranked first.
+# trainings agree more than by chance, and the [recipe on faithfulness](faithfulness.ipynb) tests whether the output
+# depends on what is ranked first.
 #
 # **Use your own data:** replace `wine.data`, `wine.target` and `wine.feature_names` by your columns, your labels and
 # your names, and the 3 in `Dense(3, "softmax")` by the number of your classes.

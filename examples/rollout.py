@@ -9,7 +9,7 @@
 #
 # The truth is planted: in each sample one day is marked, and the answer is the reading of that day. A layer looks at
 # most four days away. So a reading from further back needs both layers: the first carries it part of the way, and the
-# second the rest.
+# second carries it the rest.
 
 # %%
 import keras
@@ -110,9 +110,9 @@ for name, values in maps.items():
     print(f"{name:8} weight of day 2 for day 9: {values[-1, 1].item():.1f}")
 
 # %% [markdown]
-# The frame marks the cell in question: what day 9, which answers, takes from day 2, which is marked. Both layers have
-# exactly 0 there, because they cannot look that far. The rollout has 0.2: day 6 looks at day 2 in the first layer, and
-# day 9 looks at day 6 in the second.
+# The frame marks the cell in question: what day 9, the day that answers, takes from day 2, the marked day. Both layers
+# have exactly 0 there, because they cannot look that far. The rollout has 0.2: day 6 looks at day 2 in the first layer,
+# and day 9 looks at day 6 in the second.
 #
 # ## Over all samples
 #
@@ -152,7 +152,7 @@ for name, attribution in attributions.items():
 
 # %% [markdown]
 # If the marked day is near, each of the four gives it the largest number in most samples. If it is far, only the
-# rollout gives it any weight. Yet in nearly all of these samples the rollout gives more to another day. To which?
+# rollout gives it any weight. But in nearly all of these samples, the rollout gives more to another day. To which?
 #
 # ## What rollout gives to every sample
 #
@@ -205,8 +205,8 @@ for name, changed in [("the marked day", marked), ("another day", other)]:
 # %% [markdown]
 # ## What it says, and what it does not
 #
-# - That half goes through the layer and half bypasses it is an assumption. A layer that replaces its input and a layer
-#   that adds hardly anything are treated alike.
+# - It is an assumption that half goes through the layer and half bypasses it. A layer that replaces its input and a
+#   layer that adds hardly anything are treated alike.
 # - Rollout ignores the values. A day may receive attention and contribute nothing.
 # - The layers must follow each other, over the same positions. Rollout does not apply across cross-attention or
 #   pooling.

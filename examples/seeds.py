@@ -1,15 +1,15 @@
 # %% [markdown] level="advanced" data="table"
 # # Would another training show the same map?
 #
-# **A map comes out of one training run. How much of it was learned, and how much of it would another run, from another seed,
-# show again?**
+# **A map comes from one training run. How much of it was learned, and how much would a run from another seed show
+# again?**
 #
-# Most of the map comes again: of the two features that a seed ranks first, 0.67 are shared with another seed, on
-# average, where chance would give 0.25. But which of two near-copies a model looks at depends on the seed.
+# Most of the map comes again: two seeds share 0.67 of the two features that they rank first, on average, where chance
+# would give 0.25. But which of two near-copies a model looks at depends on the seed.
 #
 # Two checks answer the question, and neither needs labels. They are about maps, not about truth: a map that passes may
-# still be wrong, but a map that fails should not be shown. The credit applications below are simulated, so we know what
-# there is to find.
+# still be wrong, but a map that fails should not be shown. The credit applications below are simulated, so we know the
+# right answer.
 
 # %%
 
@@ -68,12 +68,12 @@ print(
 # %% [markdown]
 # These are four models from the same data and the same code. To one decimal, their accuracy is the same.
 #
-# ## Check 1: is the map in the weights?
+# ## Check 1: does the map depend on the learned weights?
 #
 # This check shuffles the weights of the attention layer and makes the map again. What stays was not learned by these
-# weights: it comes from the data, or from the form of the model (Adebayo et al. 2018). `kept` is 1 if all of the map
-# stays, and 0 if the two maps have no more in common than by chance. For comparison, we test a "map" that uses the data
-# alone: the size of each number.
+# weights: it comes from the data, or from the architecture (Adebayo et al. 2018). `kept` is 1 if all of the map stays,
+# and 0 if the two maps have no more in common than by chance. For comparison, we test a "map" that uses the data alone:
+# the size of each number.
 
 # %%
 attention = explain.parameter_randomization(models[0], x_test, verbose=0)
@@ -85,7 +85,7 @@ for name, result in {"attention": attention, "size of the numbers": size}.items(
     print(f"{name}: kept {kept:.2f} after a shuffle, p for 'at most half' {p:.3f}")
 
 # %% [markdown]
-# Attention passes. This alone says little: the map of a model that was *never trained* is in its weights, too. The
+# Attention passes. This alone says little: the map of a model that was *never trained* depends on its weights, too. The
 # check is made to catch maps that are not about the model at all, and it catches the second one.
 #
 # ## Check 2: do the seeds agree?
@@ -120,7 +120,7 @@ print(
 )
 
 # %% [markdown]
-# The seeds agree better than chance: 0.67 instead of 0.25. And yet one sentence is not safe to say: "the model looks at
+# The seeds agree better than chance: 0.67 instead of 0.25. But one sentence is not safe to say: "the model looks at
 # `turnover`". The seed decides which of the two copies a model looks at. All four models look at the pair.
 
 # %%

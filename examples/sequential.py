@@ -144,7 +144,7 @@ plt.show()
 #
 # **It does not say** that the other measurements are useless, nor that another training run would agree. The [medical
 # recipe](medical.ipynb) shows how to find out. Nor does it say that attention is needed: a logistic regression
-# classifies all 54 held-out wines correctly, and this model 0.98 of them.
+# classifies all 54 held-out wines correctly, and this model classifies 0.98 of them correctly.
 #
 # **Use your own data:** replace `wine.data`, `wine.target` and `names`, and the 3 in `Dense(3, ...)` by the number of
 # your classes. The lines from `scores_model` on stay as they are.

@@ -1,13 +1,13 @@
 # %% [markdown] level="intermediate" data="text, table"
 # # A text and a table in one model
 #
-# **A model reads a sentence and a row of numbers. Which of the two does it use, and does its attention tell?**
+# **A model reads a sentence and a row of numbers. Which of the two does it use, and does its attention show it?**
 #
-# The model mostly uses the text: with the text of another function, it is right in 0.42 of the cases instead of 0.89,
-# and with the table of another one in 0.85. Attention hardly shows it: it puts 0.64 on the text, and uniform weights
-# would put 0.60 there.
+# The model mostly uses the text. With the text of another function, it is right in 0.42 of the cases instead of 0.89;
+# with the table of another function, it is right in 0.85. Attention hardly shows it: it puts 0.64 on the text, and
+# uniform weights would put 0.60 there.
 #
-# The ranking that attention gives the words passes a test, and its ranking of the columns does not.
+# Attention's ranking of the words passes a test, but its ranking of the columns does not.
 
 # %%
 import importlib
@@ -139,7 +139,7 @@ print(f"always the commonest library: {np.bincount(y_test).max() / len(y_test):.
 # %% [markdown]
 # ## Which input does it use?
 #
-# We give each function the text, or the numbers, of another one, and leave the other input as it is.
+# We give each function the text or the numbers of another function, and leave the other input as it is.
 
 # %%
 other = np.random.default_rng(0).permutation(len(y_test))
@@ -239,9 +239,9 @@ print(reason)
 # %% [markdown]
 # The model's outputs change without its attention, but it is not shown to predict worse (`attention-loss`).
 #
-# A place in a text holds another word in each sample. And to test what a column adds to everything else, its values
-# would have to be drawn given the text, which the audit cannot do. So a column is part of a ranking here, but has no
-# verdict of its own.
+# A place in a text holds a different word in each sample. And to test what a column adds to everything else, its values
+# would have to be resampled given the text, which the audit cannot do. So a column is part of a ranking here, but has
+# no verdict of its own.
 #
 # ## Use your own data
 #

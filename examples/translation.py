@@ -204,8 +204,8 @@ print(f"{'uniform':16}{by_chance:8.1f}{by_chance:8.1f}")
 # ## Does the output depend on the word that is read?
 #
 # We replace the English word with the largest weight by another one of its kind: a digit by a digit, *hundred* by
-# *thousand*. In what share of the cases does the model write another German word there? For comparison, we also replace
-# another word of the number, chosen at random.
+# *thousand*. In what share of the cases does the model then write another German word there? For comparison, we also
+# replace another word of the number, chosen at random.
 
 # %%
 # The number of another word, for each word.
@@ -238,9 +238,9 @@ for kind, members in kinds.items():
 
 # %% [markdown]
 # Digits, tens and *tausend* depend on the word that is read, and not on another one: here the map is right. *und* and
-# the end depend on neither, because the words written so far already determine them. Their weights must sum to 1
-# nevertheless, and in the picture they go to *hundred* and *thousand*. *hundert* is in between: it changes in 0.4 of
-# the cases only, so the model can often do without the word that it reads.
+# the end depend on neither, because the words written so far already determine them. Their weights must still sum to 1,
+# and in the picture they go to *hundred* and *thousand*. *hundert* is in between: it changes in 0.4 of the cases only,
+# so the model can often do without the word that it reads.
 #
 # **It says** which input word each head reads for each output word, and for which kinds of words the output depends
 # on the word that is read.

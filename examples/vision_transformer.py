@@ -1,10 +1,11 @@
 # %% [markdown] level="intermediate" data="picture"
 # # Where does a vision transformer look?
 #
-# **You lay the attention of a vision transformer over its pictures. Are the patches that light up those that decide?**
+# **You lay the attention of a vision transformer over its pictures. Are the patches that stand out the ones that
+# decide?**
 #
 # The patches that rollout ranks first matter: if they get the pixels of another picture, the logit of the digit falls
-# by 3.1, and with random patches by 1.7. The value norm, with 2.4, is not shown to be better than chance.
+# by 3.1; if random patches do, it falls by 1.7. The value norm, with 2.4, is not shown to be better than chance.
 #
 # But the mean rollout, one map for all pictures, does as well as the rollout of each picture: the logit falls by 3.2.
 # So this overlay says where digits differ, and not what is special about one picture.
@@ -168,7 +169,7 @@ for other in ("one for all", "one by one"):
 # your model has no class token, leave out `query` and `special_tokens`, and name the patches only.
 #
 # **It says** which overlay points at patches that this model uses: rollout, with p = 0.04 after adjustment for five
-# tests. A map made by replacing one patch at a time is better, and it costs 17 predictions for a picture.
+# tests. A map made by replacing one patch at a time is better, but it costs 17 predictions for a picture.
 #
 # **It does not say** that the value norm always fails, or that rollout never tells pictures apart. This is one training
 # run, tested on 100 pictures, and another seed can give another answer. Train [more than once](seeds.ipynb). A verdict

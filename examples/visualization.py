@@ -116,9 +116,9 @@ print(f"Largest in the average: {average.max():.2f} (uniform: {1 / 12:.2f})")
 # %% [markdown]
 # ## All heads in numbers
 #
-# [`explain.head_statistics`](../api/explain.md) says the same of all samples. *Entropy* is 0 if a head looks at a single
-# day, and 1 if it looks at all days alike. [`plot.head_statistics`](../api/plot.md) draws it, with the largest score of a row,
-# the distance from query to key, and how far the heads are from each other.
+# [`explain.head_statistics`](../api/explain.md) says the same about all samples. *Entropy* is 0 if a head looks at a
+# single day, and 1 if it looks at all days alike. [`plot.head_statistics`](../api/plot.md) draws it, with the largest
+# score of a row, the distance from query to key, and how far the heads are from each other.
 
 # %% alt="For each of the two layers: points for entropy, confidence and distance of its four heads, and a matrix of the distances between heads. In the first layer, all heads have an entropy of 0.85 or more. In the second, heads 0, 1 and 3 have 0.26 to 0.50, and head 2 has 0.99 and is far from the others."
 statistics = explain.head_statistics(scores)

@@ -1,11 +1,11 @@
 # %% [markdown] level="intermediate" data="time series"
 # # Which hours matter?
 #
-# **A model forecasts the temperature of the sea from its last two days. Which hours does it need, and does it need
+# **A model forecasts the temperature of the sea from the last two days. Which hours does it need, and does it need
 # others to look further ahead?**
 #
 # The last 24 hours are enough, although 42 % of the attention goes to the 24 hours before. Six hours ahead, a linear
-# regression on the last 24 hours errs by 0.36 °C, as it does on all 48, and by 0.40 °C on the last 6.
+# regression errs by 0.36 °C on the last 24 hours and on all 48, and by 0.40 °C on the last 6.
 #
 # To look further ahead, it takes more hours. One hour ahead, the last 6 hours are nearly enough: the error is 0.13 °C
 # instead of 0.12 °C.
@@ -80,7 +80,7 @@ model = keras.Model(inputs, forecast(attention(tokens[:, -1:], tokens))[:, 0])
 # %% [markdown]
 # ## Is it any good?
 #
-# It has to beat two forecasts that cost nothing: the temperature stays as it is, or it will be that of the same hour on
+# It has to beat two forecasts that cost nothing: the temperature stays as it is, or it is the same as at this hour on
 # the day before. A linear regression gets the same 48 changes.
 
 

@@ -4,8 +4,8 @@
 # **One model, seven readings of what matters to it, and they disagree. Which of them names the columns that make the outcome?**
 #
 # Four of seven readings are right about every pair of columns in both models: attention × gradient, integrated
-# gradients, permutation importance and the conditional effect. Attention, rollout and the value norm are not: in the
-# second model, attention has an AUC of 0.73.
+# gradients, permutation importance and the conditional effect. Attention, rollout and the value norm are wrong about
+# some pairs: in the second model, attention has an AUC of 0.73.
 #
 # We made the data, so we know the answer. The columns are readings of a machine. Three of them make the outcome:
 # `heat`, `load` and `speed`. Five others have nothing to do with it, and three of these, the counters, hold larger

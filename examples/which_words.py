@@ -5,8 +5,8 @@
 # attention point at them?**
 #
 # Words of the subject decide, such as *masked* and *filter*, and words of templates, such as *user*. If the words that
-# integrated gradients rank first are replaced, the output falls by 3.7. With the words of attention it falls by 2.0,
-# and with random words by 1.1.
+# integrated gradients rank first are replaced, the output falls by 3.7. With the words that attention ranks first it
+# falls by 2.0, and with random words by 1.1.
 #
 # *User* speaks for scikit-learn, and 52 of the 55 held-out sentences with it say "user guide". Attention passes the
 # test, but points less clearly: the word with most attention gets 1.4 × the uniform share on average.
@@ -198,8 +198,8 @@ for phrase in ["userguide", "randomvariable", "user", "variable"]:
     print(f"{phrase}: {found['mean'].item():.2f} in {found['count'].item()} places")
 
 # %% [markdown]
-# The templates, written without their space, get more than twice what *user* gets elsewhere, and more than four times what
-# *variable* does. A template is a sum of two words, and those other places are few.
+# The templates, written without their space, get more than twice what *user* gets elsewhere, and more than four times
+# what *variable* does. But a template is the sum of two words, and `user` and `variable` have few other places.
 #
 # ## Which reading passes the test?
 #
