@@ -3,7 +3,8 @@
 CPU seconds of `explain.audit`, its first call and the second, beside those of comparable jobs: the permutation
 importance of scikit-learn with 5 repeats, on as many samples as the audit tests; on PyTorch also Captum's, and the SHAP
 values of all samples by permutation. For scale, the time of one prediction for all of these samples. And the peak
-memory above the data. Each size has a process of its own.
+memory above the data. Then what the claims about single features take beside the model's predictions, and how far the
+default size of a batch is from the fastest. Each measurement has a process of its own.
 """
 
 import importlib.metadata
@@ -21,6 +22,9 @@ SIZES = [(500, 10), (2_000, 20), (10_000, 30), (200_000, 20), (1_000_000, 30)]
 LARGEST_ON_PYTORCH = 200_000  # which runs the model uncompiled, in three times the time
 REPEATS = 5
 TESTED = 20_000  # samples, at most, as the audit does
+CLAIMED = (8_000, 16)  # samples and features of the claims
+BATCHES = (None, 256, 512, 1024, 2048)  # None: the default
+PREDICTED = (30_000, 30)  # samples and features to compare sizes of batches by
 SHAPS = 10_000  # samples times features, at most: 2 * features + 1 predictions of each sample on each of 10 others
 BATCH = 1024  # at which `predict` is fastest
 BACKEND = os.environ.get("KERAS_BACKEND")
@@ -131,31 +135,84 @@ def measured(samples, features):
     }
 
 
+def beside_the_model():
+    """What `feature_claims` takes without its predictions: CPU seconds, and peak memory above the data."""
+    import numpy as np
+
+    from kerasfactory import explain
+    from kerasfactory.explain import _claims
+
+    samples, features = CLAIMED
+    model, (x, y) = trained(features), data(samples, features)
+    attribution = np.abs(x)
+    explain.feature_claims(model, x[:200], y[:200], attribution[:200], verbose=0)
+    predictions, of_model = _claims.predictions, []
+
+    def timed(*args):
+        start = time.process_time()
+        result = predictions(*args)
+        of_model.append(time.process_time() - start)
+        return result
+
+    _claims.predictions = timed
+    before = peak_memory()
+    seconds = cpu_seconds(lambda: explain.feature_claims(model, x, y, attribution, verbose=0))
+    return {"seconds": round(seconds - sum(of_model), 2), "memory": round(peak_memory() - before)}
+
+
+def sizes_of_batches():
+    """CPU seconds of predictions, for each size of a batch."""
+    import numpy as np
+
+    from kerasfactory.explain._engine.outputs import predictions
+
+    samples, features = PREDICTED
+    model, (x, _) = trained(features), data(samples, features)
+    for size in BATCHES:
+        predictions(model, x[:4096], size)
+    turns = [[cpu_seconds(lambda size=size: predictions(model, x, size)) for size in BATCHES] for _ in range(REPEATS)]
+    return dict(zip(map(str, BATCHES), np.median(turns, axis=0).round(3).tolist(), strict=True))
+
+
+def in_a_process(backend, *arguments):
+    child = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        env=os.environ | SETTINGS | {"KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(child.stdout.splitlines()[-1])
+    print(backend, *arguments, found, flush=True)
+    return found
+
+
 def main():
     rows = []
     for backend, name in BACKENDS.items():
-        for size in SIZES:
-            if backend == "torch" and size[0] > LARGEST_ON_PYTORCH:
-                continue
-            child = subprocess.run(
-                [sys.executable, __file__, *map(str, size)],
-                env=os.environ | SETTINGS | {"KERAS_BACKEND": backend},
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            rows.append(
-                {"backend": name, "samples": size[0], "features": size[1], **json.loads(child.stdout.splitlines()[-1])}
-            )
-            print(json.dumps(rows[-1]), flush=True)
+        for samples, features in SIZES:
+            if backend != "torch" or samples <= LARGEST_ON_PYTORCH:
+                found = in_a_process(backend, samples, features)
+                rows.append({"backend": name, "samples": samples, "features": features, **found})
+    beside = {name: in_a_process(backend, "beside_the_model") for backend, name in BACKENDS.items()}
+    batches = {name: in_a_process(backend, "sizes_of_batches") for backend, name in BACKENDS.items()}
     packages = ("keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "captum", "shap")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    result = {"rows": rows, "versions": versions, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+    result = {
+        "rows": rows,
+        "beside": beside,
+        "batches": batches,
+        "versions": versions,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]))))
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["beside_the_model" | "sizes_of_batches" as name]:
+            print(json.dumps(globals()[name]()))
+        case [samples, features]:
+            print(json.dumps(measured(int(samples), int(features))))
+        case _:
+            main()

@@ -106,7 +106,7 @@ def capture(
             `vectorize.get_vocabulary().__getitem__`. `""` is padding. The function is called once for each id; `x` is
             one array of integers, (sample, key), a dictionary with such `token_ids`, or batches of these.
         batch_size: Samples in a batch. Only for arrays; everything else comes in batches. If not given, as many as
-            make 8,192 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
+            make 16,384 positions (columns of a table, or steps of a sequence) and 4,194,304 pairs of positions, at
             least 1 and at most 1,024; and 32 of pictures and strings.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line; `"auto"` is 1, or 2 if Keras' interactive
             logging is off.

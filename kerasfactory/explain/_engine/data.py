@@ -13,7 +13,7 @@ from kerasfactory._arguments import positive_integer
 from kerasfactory.explain._engine.tables import in_arrays
 
 # In a batch, if the number of its samples is not given: see `batch_size_of`.
-_SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**13, 2**22
+_SAMPLES, _POSITIONS, _PAIRS = 2**10, 2**14, 2**22
 _UNKNOWN = 32  # where the data do not say how many positions a sample has in the model
 
 
