@@ -122,9 +122,9 @@ def measured(samples, features):
     estimator = Estimator(model)
     estimator.predict(x[:BATCH])  # compiled
     explain.audit(trained(features), x[:200], y[:200], verbose=0)  # what importing takes is not the question
-    before = peak_memory()
+    before, start = peak_memory(), time.perf_counter()
     audits = [cpu_seconds(lambda: explain.audit(model, x, y, verbose=0))]
-    memory = peak_memory() - before
+    wall, memory = time.perf_counter() - start, peak_memory() - before
     if samples <= TESTED:
         audits.append(cpu_seconds(lambda: explain.audit(model, x, y, verbose=0)))
     x, y = x[:TESTED], y[:TESTED]
@@ -132,6 +132,7 @@ def measured(samples, features):
     return {
         "tested": len(x),
         "audit": audits,
+        "wall": round(wall, 1),
         "memory": round(memory),
         "importance": cpu_seconds(lambda: permutation_importance(estimator, x, y[:, 0], **options)),
         "prediction": cpu_seconds(lambda: estimator.predict(x)),

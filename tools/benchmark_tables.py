@@ -80,6 +80,11 @@ def _goals(result):
         ),
         ("`import kerasfactory.layers` ÷ `import keras`", 1.03, _imports(result, "ours")),
     ]
+    return _goals_table(goals)
+
+
+def _goals_table(goals):
+    """Whether the worst numbers, by backend, are at most as large as they must be."""
     rows = []
     for what, limit, measured in goals:
         worst = {backend: max(numbers) for backend, numbers in measured.items()}
@@ -556,6 +561,37 @@ def _read(row):
     return "; ".join(word if len(words) == 1 else f"{word} on {' and '.join(runs)}" for word, runs in words.items())
 
 
+def _verbs_goals(result):
+    """What an audit must not exceed, and what was measured."""
+
+    def of(samples, number):
+        rows = [row for row in result["rows"] if row["samples"] == samples]
+        return {row["backend"]: [number(row)] for row in rows}
+
+    def ratio(row):
+        return row["audit"][0] / row["importance"]
+
+    def of_all(measured, number):
+        return {backend: [number(found)] for backend, found in measured.items()}
+
+    batches = of_all(result["batches"], lambda found: found["None"] / min(found.values()))
+    return _goals_table(
+        [
+            ("audit of 2,000 × 20 ÷ permutation importance", 3, of(2_000, ratio)),
+            ("audit of 10,000 × 30 ÷ permutation importance", 1.7, of(10_000, ratio)),
+            (
+                "claims about 8,000 × 16, beside the model: CPU seconds",
+                4,
+                of_all(result["beside"], lambda found: found["seconds"]),
+            ),
+            ("their peak memory above the data: MiB", 150, of_all(result["beside"], lambda found: found["memory"])),
+            ("audit of 200,000 × 20: peak memory above the data, MiB", 500, of(200_000, lambda row: row["memory"])),
+            ("audit of 1,000,000 × 30: minutes", 4, of(1_000_000, lambda row: row["wall"] / 60)),
+            ("predictions of 30,000 × 30, default size of a batch ÷ best", 1.3, batches),
+        ]
+    )
+
+
 def _verbs(result):
     """What an audit costs beside comparable jobs."""
     rows = []
@@ -592,6 +628,7 @@ TABLES = {
     "capture.json foreign": _capture_foreign,
     "summary.json": _summary,
     "verbs.json": _verbs,
+    "verbs.json goals": _verbs_goals,
     "claims.json false": _claims_false,
     "claims.json true": _claims_true,
     "claims.json kinds": _claims_kinds,
