@@ -202,7 +202,7 @@ def faithfulness(
           240 and 500, until their mean difference is more than three standard errors. If more than `level` of the
           draws lie on either side by then, the test has failed, and goes no further. A set of features that is drawn
           more than once is predicted once. `observed` in the attributes is the AOPC comprehensiveness of the
-          attribution in the same samples and rows, and `null` is that plus the mean differences.
+          attribution in all of these samples and rows, and `null` is that plus the mean differences.
         - `null_sufficiency` (draw), `p_value_sufficiency`, `p_opposite_sufficiency`: the test of sufficiency, with
           `observed_sufficiency` in the attributes.
         - `interval`, `interval_sufficiency` (bound: `lower`, `upper`) of `aopc_comprehensiveness` and
@@ -498,7 +498,7 @@ def _against_chance(
         if not undecided.any():
             break
     progress.update(1 + draws)
-    observed = own[:, :stop].mean(axis=1)
+    observed = own.mean(axis=1)
     extreme = np.stack([difference >= -rounding, difference <= rounding]).sum(axis=-1)
     return observed, observed[:, np.newaxis] + difference, stop, (1 + extreme) / (1 + draws)
 
