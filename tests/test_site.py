@@ -226,6 +226,8 @@ def test_addresses_appear_once_they_are_configured(site, public_site):
         assert (colab in page) == (place.startswith("recipes/")), place
         for sign in ('rel="canonical"', "og:url", "Edit this page", "colab.research"):
             assert sign not in pages[place], place
+    for of, address in ((site, "ADDRESS"), (public_site, "https://github.com/someone/kerasfactory")):
+        assert f"git clone {address} kerasfactory" in _article(of / "start" / "install" / "index.html")
     locations = re.findall(r"<loc>(.*?)</loc>", (public_site / "sitemap.xml").read_text())
     assert {f"https://example.org/docs/{place}/".replace("/./", "/") for place in public} == set(locations)
 

@@ -64,6 +64,13 @@ def colab(recipe: str, source_url: str) -> str:
     return f'[Open in Colab]({link})\n</p>\n\n<p class="facts" markdown>\nIn Colab, first run `{install}`.'
 
 
+def clone(source_url: str) -> str:
+    """How to get a copy of the repository, as Markdown."""
+    known = source_url.rstrip("/")
+    commands = f"```sh\ngit clone {known or 'ADDRESS'} kerasfactory\ncd kerasfactory\n```"
+    return commands if known else f"{commands}\n\n`ADDRESS` is the address that you have the repository from."
+
+
 def bundle(files: list[Path]) -> bytes:
     """The files as one ZIP archive: of the same files always the same."""
     buffer = io.BytesIO()

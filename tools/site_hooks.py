@@ -83,6 +83,7 @@ def on_page_markdown(markdown, page, config, **_):
     markdown = reference.overview(markdown)
     markdown = re.sub(r"\{\{ raised by (\w+) \}\}", lambda match: raised_texts.section(match[1]), markdown)
     markdown = re.sub(r"\{\{ benchmarks/(.*?) \}\}", lambda match: table(match[1]), markdown)
+    markdown = markdown.replace("{{ clone }}", for_machines.clone(config.extra["source_url"]))
     markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _file(match[1], page.file.src_uri), markdown)
     if "description" in page.meta:  # which the theme puts into an attribute as it is
         page.meta["description"] = html.escape(html.unescape(page.meta["description"]))
