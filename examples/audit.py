@@ -198,5 +198,7 @@ temporary.cleanup()
 # checksums are not a signature: they show that a file was changed, not who made it. [Sign an
 # audit](../learn/signed-audits.md) shows how to sign the page, and what a signature proves that `verify` does not.
 #
+# For many rows, see [An audit of more rows than you can test](audit_many_rows.ipynb).
+#
 # **Use your own data:** replace `model`, `x_test` and `y_test` in the call of `explain.audit`, and the path of the
 # file. The data must be new to the model. `truth` is for data whose answer is known.

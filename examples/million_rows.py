@@ -254,7 +254,7 @@ if __name__ == "__main__":
 # - If a *machine* and its disk are lost, whole blocks are done again. [After a killed process](after_a_kill.ipynb), only
 #   the last few batches are. Dask gives the block of a killed worker to another one, which continues it.
 # - If you only want statistics, do not store scores at all. Reduce each block in its worker, and return the small
-#   result.
+#   result, as in [An audit of more rows than you can test](audit_many_rows.ipynb).
 #
 # **It says** how the attention of the temperature token changes over all rows, including both ends of the range, and
 # that the scores of 3,000 rows are those that one process captures in memory.
