@@ -6,7 +6,7 @@
 #
 # Words of the subject decide, such as *masked* and *filter*, and words of templates, such as *user*. If the words that
 # integrated gradients rank first are replaced, the output falls by 3.7. With the words that attention ranks first it
-# falls by 2.0, and with random words by 1.1.
+# falls by 2.0, and with random words by 1.0.
 #
 # *User* speaks for scikit-learn, and 52 of the 55 held-out sentences with it say "user guide". Attention passes the
 # test, but points less clearly: the word with most attention gets 1.4 × the uniform share on average.

@@ -569,7 +569,7 @@ def _verbs_goals(result):
         return {row["backend"]: [number(row)] for row in rows}
 
     def ratio(row):
-        return row["audit"][0] / row["importance"]
+        return row["audit"][-1] / row["importance"]
 
     def of_all(measured, number):
         return {backend: [number(found)] for backend, found in measured.items()}
@@ -603,9 +603,9 @@ def _verbs(result):
                 row["backend"],
                 sizes if row["samples"] == row["tested"] else f"{sizes}<br><small>tested on {row['tested']:,}</small>",
                 f"{first:.1f}" if len(row["audit"]) == 1 else f"{first:.1f}, {second:.1f}",
-                f"**{first / row['importance']:.2f}**",
-                f"{first / row['prediction']:.0f}",
-                *(f"{first / row[peer]:.2f}" if peer in row else "" for peer in ("captum", "shap")),
+                f"**{second / row['importance']:.2f}**",
+                f"{second / row['prediction']:.0f}",
+                *(f"{second / row[peer]:.2f}" if peer in row else "" for peer in ("captum", "shap")),
                 f"{row['memory']} MiB",
             ]
         )
