@@ -87,7 +87,7 @@ def test_what_was_not_seen_in_training_becomes_the_level_for_others(found, tmp_p
     model.save(tmp_path / "model.keras")
     again = explain.attribute(keras.saving.load_model(tmp_path / "model.keras"), encoded, verbose=0)
     np.testing.assert_allclose(again, attribution, atol=1e-6)
-    with pytest.raises(ValueError, match="which is no number, and these columns hold none either: 'sex'"):
+    with pytest.raises(ValueError, match="which is not a number, and these columns hold none either: 'sex'"):
         explain.attribute(model, test.dropna(), verbose=0)
 
 

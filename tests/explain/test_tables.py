@@ -211,7 +211,7 @@ def test_a_column_without_numbers_is_named_with_its_row_and_the_way_out_works(ki
     message = refusal(table)
     assert message.startswith("Column 'pulse' (")
     assert shown in message.partition("'patient ")[0]
-    assert f"in row 'patient {int(kind == 'NaT')}', which is no number. Encode" in message
+    assert f"in row 'patient {int(kind == 'NaT')}', which is not a number. Encode" in message
     VERBS["capture"](on_table(), table.assign(pulse=encoded(table["pulse"])))
 
 
@@ -307,7 +307,7 @@ def test_a_category_that_the_model_does_not_know_is_named(verb):
         (
             None,
             TABLE.assign(age="old"),
-            r"'age' \(str\) holds 'old' in row 'patient 0', which is no number. Encode",
+            r"'age' \(str\) holds 'old' in row 'patient 0', which is not a number. Encode",
         ),
         (None, table_of(columns=["1", 1, 2]), r"Rename them.*more than once: \['1'\]"),
         (("pulse", "age", "7"), TABLE, r"another order.*into this order: \['pulse', 'age', '7'\]"),
