@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from child import in_a_process
 
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 ROUNDS = 5
@@ -110,26 +111,13 @@ def memory(who, samples):
     return {"above": round((peak - before) / 2**20), "result": round(result / 2**20)}
 
 
-def in_a_process(backend, *arguments, **environment):
-    """What this script prints when it is called with `arguments`."""
-    settings = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    child = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=os.environ | settings | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 def main():
     import numpy as np
 
     rows = []
     for backend, name in BACKENDS.items():
         row = {"backend": name}
-        for when, pairs in in_a_process(backend, "speed", **KEEP_MEMORY).items():
+        for when, pairs in in_a_process(__file__, backend, "speed", **KEEP_MEMORY).items():
             by_hand_to_ours = [by_hand / ours for ours, by_hand in pairs]
             low, middle, high = np.quantile(by_hand_to_ours, QUARTILES)
             row[when] = {
@@ -138,9 +126,9 @@ def main():
                 "samples_per_second": round(SAMPLES / float(np.median(pairs, axis=0)[0])),
             }
         for who in ("capture", "by hand"):
-            row[who] = {samples: in_a_process(backend, "memory", who, samples) for samples in MEMORY_SAMPLES}
+            row[who] = {samples: in_a_process(__file__, backend, "memory", who, samples) for samples in MEMORY_SAMPLES}
         row["foreign"] = {}
-        for name, of_model in in_a_process(backend, "foreign", **KEEP_MEMORY).items():
+        for name, of_model in in_a_process(__file__, backend, "foreign", **KEEP_MEMORY).items():
             ratios = {when: [ours / model for ours, model in pairs] for when, pairs in of_model.items()}
             row["foreign"][name] = {when: np.quantile(of, QUARTILES).round(2).tolist() for when, of in ratios.items()}
         rows.append(row)

@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from child import in_a_process
 
 HEADS, SIZE, WIDTH = 8, 64, 64
 ROUNDS = {16_384: 3, 65_536: 1}  # and how often time is taken
@@ -84,27 +85,14 @@ def without_attention(length):
     return {"peak": peak()}
 
 
-def in_a_process(backend, *arguments):
-    """What this script prints when it is called with `arguments`."""
-    settings = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    child = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 def main():
     import numpy as np
 
     rows = []
     for length, backends in MEASURED.items():
         for backend in backends:
-            measured = in_a_process(backend, "summarize", length)
-            extra = measured["peak"] - in_a_process(backend, "without_attention", length)["peak"]
+            measured = in_a_process(__file__, backend, "summarize", length)
+            extra = measured["peak"] - in_a_process(__file__, backend, "without_attention", length)["peak"]
             ratios = [ours / least for ours, least in measured["pairs"]]
             seconds, least = np.median(measured["pairs"], axis=0)
             rows.append(

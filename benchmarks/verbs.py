@@ -12,10 +12,11 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from child import in_a_process
 
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 SIZES = [(500, 10), (2_000, 20), (10_000, 30), (200_000, 20), (1_000_000, 30)]
@@ -29,7 +30,7 @@ PREDICTED = (30_000, 30)  # samples and features to compare sizes of batches by
 SHAPS = 10_000  # samples times features, at most: 2 * features + 1 predictions of each sample on each of 10 others
 BATCH = 1024  # at which `predict` is fastest
 BACKEND = os.environ.get("KERAS_BACKEND")
-SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def data(samples, features):
@@ -176,28 +177,18 @@ def sizes_of_batches():
     return dict(zip(map(str, BATCHES), np.median(turns, axis=0).round(3).tolist(), strict=True))
 
 
-def in_a_process(backend, *arguments):
-    child = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=os.environ | SETTINGS | {"KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(child.stdout.splitlines()[-1])
-    print(backend, *arguments, found, flush=True)
-    return found
-
-
 def main():
     rows = []
     for backend, name in BACKENDS.items():
         for samples, features in SIZES:
             if samples <= LARGEST[backend]:
-                found = in_a_process(backend, samples, features)
+                found = in_a_process(__file__, backend, samples, features, **ONE_THREAD)
                 rows.append({"backend": name, "samples": samples, "features": features, **found})
-    beside = {name: in_a_process(backend, "beside_the_model") for backend, name in BACKENDS.items()}
-    batches = {name: in_a_process(backend, "sizes_of_batches") for backend, name in BACKENDS.items()}
+                print(json.dumps(rows[-1]), flush=True)
+    beside, batches = (
+        {name: in_a_process(__file__, backend, what, **ONE_THREAD) for backend, name in BACKENDS.items()}
+        for what in ("beside_the_model", "sizes_of_batches")
+    )
     packages = ("keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "captum", "shap")
     versions = {name: importlib.metadata.version(name) for name in packages}
     result = {

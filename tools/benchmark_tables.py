@@ -25,30 +25,31 @@ def _ratio(of, bold=False):
     return f"**{ratio}**&nbsp;<small>({low}–&NoBreak;{high})</small>" if bold else ratio  # in one line
 
 
+def _by_backend(rows, number):
+    """From each backend's name to its numbers."""
+    return {
+        backend: [number(row) for row in rows if row["backend"] == backend]
+        for backend in dict.fromkeys(row["backend"] for row in rows)
+    }
+
+
 def _goals(result):
     """What the layer and its tools must not exceed, and the worst that was measured."""
     speed, summaries = result["rows"], json.loads((FOLDER / "summary.json").read_text())["rows"]
 
-    def by_backend(rows, number):
-        """From each backend's name to its numbers."""
-        return {
-            backend: [number(row) for row in rows if row["backend"] == backend]
-            for backend in dict.fromkeys(row["backend"] for row in rows)
-        }
-
     long = [row for row in speed if row["length"] >= 512 and row["dropout"]]
     torch = [row["train"] for row in result["memory"] if row["backend"] == "PyTorch"]
     goals = [
-        ("training step ÷ Keras without scores", 1.05, by_backend(speed, lambda row: row["train"]["ours"]["ratio"])),
+        ("training step ÷ Keras without scores", 1.05, _by_backend(speed, lambda row: row["train"]["ours"]["ratio"])),
         (
             "prediction ÷ Keras, dropout 0.1, 512 tokens or more",
             1.0,
-            by_backend(long, lambda row: row["predict"]["ours"]["ratio"]),
+            _by_backend(long, lambda row: row["predict"]["ours"]["ratio"]),
         ),
         (
             "peak memory of a prediction at 8,192 tokens ÷ Keras",
             0.08,
-            by_backend(result["memory"], lambda row: row["predict"]["ours"] / row["predict"]["plain"]),
+            _by_backend(result["memory"], lambda row: row["predict"]["ours"] / row["predict"]["plain"]),
         ),
         (
             "peak memory of a training step at 2,048 tokens, dropout 0 ÷ 0.1.1",
@@ -58,25 +59,25 @@ def _goals(result):
         (
             "`capture` of 10,000 samples ÷ 0.1.1",
             0.5,
-            by_backend(result["capture"], lambda row: row["ours"]["seconds"] / row["original"]["seconds"]),
+            _by_backend(result["capture"], lambda row: row["ours"]["seconds"] / row["original"]["seconds"]),
         ),
         (
             "its peak memory ÷ the result",
             1.7,
-            by_backend(result["capture"], lambda row: row["ours"]["peak"] / row["ours"]["result"]),
+            _by_backend(result["capture"], lambda row: row["ours"]["peak"] / row["ours"]["result"]),
         ),
         *[
             (
                 f"`summarize` at {length:,} tokens: MiB above the model",
                 limit,
-                by_backend([row for row in summaries if row["length"] == length], lambda row: row["extra_mib"]),
+                _by_backend([row for row in summaries if row["length"] == length], lambda row: row["extra_mib"]),
             )
             for length, limit in ((16_384, 100), (65_536, 300))
         ],
         (
             "`summarize` at 16,384 tokens ÷ floor",
             4,
-            by_backend([row for row in summaries if row["length"] == 16_384], lambda row: row["ratio"]),
+            _by_backend([row for row in summaries if row["length"] == 16_384], lambda row: row["ratio"]),
         ),
         ("`import kerasfactory.layers` ÷ `import keras`", 1.03, _imports(result, "ours")),
     ]
@@ -565,8 +566,7 @@ def _verbs_goals(result):
     """What an audit must not exceed, and what was measured."""
 
     def of(samples, number):
-        rows = [row for row in result["rows"] if row["samples"] == samples]
-        return {row["backend"]: [number(row)] for row in rows}
+        return _by_backend([row for row in result["rows"] if row["samples"] == samples], number)
 
     def ratio(row):
         return row["audit"][-1] / row["importance"]
