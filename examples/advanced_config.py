@@ -69,26 +69,26 @@ print(f"from {scores.min():.3f} to {scores.max():.3f}")
 #
 # ## What each option changes
 #
-# Each line builds the layer with one option changed, and calls it on 2 sequences of 6 tokens of width 8. The grids have
+# Each entry builds the layer with one option changed, and calls it on 2 sequences of 6 tokens of width 8. The grids have
 # 6 × 4 tokens.
 
 # %%
 tokens = np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32")
 grid = np.random.default_rng(0).normal(size=(2, 6, 4, 8)).astype("float32")
 cases = [
-    ("as it is", {}, tokens),
+    ("defaults", {}, tokens),
     ("value_dim=3", {"value_dim": 3}, tokens),
     ("use_bias=False", {"use_bias": False}, tokens),
     ("output_shape=5", {"output_shape": 5}, tokens),
     ("attention_axes=1 on a grid", {"attention_axes": 1}, grid),
     ("both axes of a grid", {"attention_axes": (1, 2)}, grid),
 ]
-print(f"{'':28}{'output':16}{'scores':22}weights")
+print(f"option\n  {'output':13}{'scores':18}weights")
 for label, options, values in cases:
     layer = InterpretableMultiHeadAttention(d_model=4, n_head=3, **options)
     output = layer(values)
-    shapes = f"{tuple(output.shape)!s:16}{tuple(layer.attention_scores.shape)!s:22}"
-    print(f"{label:28}{shapes}{layer.count_params()}")
+    shapes = f"{tuple(output.shape)!s:13}{tuple(layer.attention_scores.shape)!s:18}"
+    print(f"{label}\n  {shapes}{layer.count_params():7}")
 
 # %% [markdown]
 # A misspelled option raises an error that suggests the option you probably meant:
@@ -102,8 +102,8 @@ except ValueError as error:
 # %% [markdown]
 # ## Sixteen heads, fifty features, five that matter
 #
-# Now each feature is a token. The heads have a size of 8 instead of 128, because a token of one feature holds little to
-# project. The truth is planted: the class is the signal with the largest value, after noise was added. The other 45
+# Now each feature is a token. The heads have a size of 8 instead of 128, because a token of one feature holds little
+# information. The truth is planted: the class is the signal with the largest value, after noise was added. The other 45
 # features decide nothing.
 
 # %%
@@ -146,8 +146,8 @@ scores = scores_model.predict(data[1500:], verbose=0)
 received = scores.mean(axis=(0, 2))  # (head, feature)
 ranking = np.argsort(-received.mean(axis=0))
 print("Scores (row, head, query, key):", scores.shape)
-print("The five features that receive most attention:", sorted(ranking[:5].tolist()))
-print("The planted signals:                          ", signals)
+print("Receive most:   ", sorted(ranking[:5].tolist()))
+print("Planted signals:", signals)
 found = [len(set(np.argsort(-head)[:5]) & set(signals)) for head in received]
 print(
     f"Signals among a single head's first five: {min(found)} in the worst head, "
@@ -155,7 +155,7 @@ print(
 )
 
 # %% tags=["cover"] alt="Heat map with 16 heads as rows and 50 features as columns. The five planted signals stand out as dark columns in some heads."
-fig, ax = plt.subplots(figsize=(8, 4))
+fig, ax = plt.subplots(figsize=(4.9, 4.2), layout="constrained")
 image = ax.imshow(
     received, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest"
 )
@@ -169,7 +169,7 @@ fig.colorbar(image, label="mean attention received")
 plt.show()
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** that the heads together look most at the five features that decide.
 #
@@ -177,5 +177,5 @@ plt.show()
 # picture some heads show a signal hardly darker than the noise. Nor does it say where the signals end and the noise
 # begins. Here we know that five features decide. On your data you do not.
 #
-# **Use your own data:** replace `data` and `labels`, the 50 in `shape=(50,)` by the number of your columns, and the 5
-# in `Dense(5, ...)` by the number of your classes. Without a known answer, leave out `signals`, `best` and `found`.
+# **Use your own data:** replace `data` and `labels`, the 50 in `shape=(50,)` with the number of your columns, and the
+# 5 in `Dense(5, ...)` with the number of your classes. Without a known answer, leave out `signals`, `best` and `found`.

@@ -1,11 +1,11 @@
 # %% [markdown] level="advanced" data="any"
 # # After a kill: continue where it stopped
 #
-# **A capture of many rows is killed in the middle. What survives, what is done again, and how do you know that nothing is
-# missing?**
+# **A capture of many rows is killed in the middle. What survives, what is captured again, and how do you know that
+# nothing is missing?**
 #
 # What was written to disk survives, and the same call made again continues from there. Here a process is killed after
-# 15,000 of 20,000 rows. 13,300 are on disk, and 1,700 are done again.
+# 15,000 of 20,000 rows. Of these, 13,300 are on disk, and 1,700 are captured again.
 #
 # Nothing is missing: around the break, the scores agree to 1e-5 with scores captured in memory. If a file is lost, the
 # next call says so.
@@ -32,8 +32,8 @@ keras.utils.set_random_seed(0)
 # %% [markdown]
 # ## A model, a table and a folder
 #
-# What the model attends to does not matter here, so it is not trained. Both go to the disk, because another process has
-# to read them.
+# What the model attends to does not matter here, so it is not trained. The model and the table are saved to disk,
+# because another process has to read them.
 
 # %%
 rows, columns = 20_000, 12
@@ -53,8 +53,8 @@ np.save(folder / "table.npy", table)
 # %% [markdown]
 # ## The accident
 #
-# The program below captures the table in batches of 100 rows, with `store=`. It runs in a process of its own. When the
-# model asks for row 15,000, the operating system kills that process, as it does when memory runs out: no error is
+# The program below captures the table in batches of 100 rows, with `store=`. It runs in a process of its own. When
+# `capture` asks for row 15,000, the operating system kills that process, as it does when memory runs out: no error is
 # raised, and nothing is cleaned up. (`SIGKILL` is a signal of Linux and macOS.)
 
 # %%
@@ -86,8 +86,8 @@ print(f"Rows on disk: {stored:,} of {rows:,}")
 print(f"Captured, but lost: {15_000 - stored:,}")
 
 # %% [markdown]
-# `capture` writes about 4 MB at a time: first the scores, and then the record that says how many samples count. So a
-# kill costs at most what was captured since the last record. The rest is valid, whatever the process was doing.
+# `capture` writes about 4 MB at a time: first the scores, and then the record that says how many samples are valid. So
+# a kill costs at most what was captured since the last record. The rest is valid, whatever the process was doing.
 #
 # ## The same call again
 #
@@ -131,19 +131,21 @@ print(f"Sums of the rows: {sums.min().item():.4f} to {sums.max().item():.4f}")
 print("Scores that are NaN:", int(scores.isnull().sum()))
 
 # %% tags=["cover"] alt="Three bars over the rows of the table, from 0 to 20,000. The killed process captured rows up to 15,000. Of these, the rows up to 13,300 were on disk, and the rest was lost. The second call captured the rows from 13,300 to the end."
-fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+fig, ax = plt.subplots(figsize=(4.9, 2.6), layout="constrained")
 bars = {
-    "captured, then killed": (0, 15_000, "#bbbbbb"),
+    "captured before the kill": (0, 15_000, "#bbbbbb"),
     "survived on disk": (0, stored, "#9ecae1"),
     "second call": (stored, rows - stored, "#fdae6b"),
 }
 for place, (label, (start, length, color)) in enumerate(bars.items()):
     ax.barh(place, length, left=start, color=color, height=0.6)
-    ax.text(start + 250, place, f"{label}: {length:,}", va="center", fontsize=13)
+    ax.text(start + 250, place, f"{label}: {length:,}", va="center")
 ax.axvline(15_000, color="black", linestyle="--", linewidth=1, zorder=0)
-ax.text(15_200, 0, "the kill", va="center", fontsize=13)
-ax.set_xlabel("row of the table", fontsize=13)
+ax.text(15_200, 0, "the kill", va="center")
+ax.set_xlabel("row of the table")
 ax.set_xlim(0, rows)
+ax.set_xticks(range(0, rows + 1, 5000))
+ax.xaxis.set_major_formatter("{x:,.0f}")
 ax.set_yticks([])
 ax.invert_yaxis()
 plt.show()
@@ -166,9 +168,9 @@ temporary.cleanup()
 # %% [markdown]
 # ## Where to be careful
 #
-# - Each file of scores ends in a checksum, so a changed one is an error when it is read. If you open the store with
-#   xarray alone, a lost one is NaN, which a mean leaves out. So make the same call of `capture` again before you rely
-#   on a store that has been copied or moved.
+# - Each file of scores ends in a checksum, so a changed file raises an error when it is read. A lost file does not: if
+#   you open the store with xarray alone, its scores are NaN, and a mean skips them. So make the same call of `capture`
+#   again before you rely on a store that has been copied or moved.
 # - The call has to be the same. Other weights, other rows, the same rows in another order or another `layers` raise an
 #   error that says what differs. Only the size of the batches may change.
 # - If the result for a batch depends on the batches before it, as with random numbers, nothing can be continued: the
@@ -176,6 +178,8 @@ temporary.cleanup()
 # - `capture` and `summarize` take `store=`. `attribute`, `faithfulness` and `audit` start over after a kill.
 # - For many processes, give each one its own rows and its own store: [More rows than fit into
 #   memory](million_rows.ipynb).
+#
+# ## What it says, and what it does not
 #
 # **It says** that this store, after this kill, holds all 20,000 rows, and that the 2,000 rows around the break are
 # those of a capture without a kill.

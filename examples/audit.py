@@ -4,14 +4,16 @@
 # **How do you hand over what a model attends to, so that someone else can check it, and can see whether a number was
 # changed?**
 #
-# One call writes one file of 17 claims: 9 are supported, 0 refuted, 7 undetermined, and 1 feature is needed, but not
-# claimed. After a change of verdicts in the file, the check names the broken checksum and the 7 entries that differ.
+# One call writes a page and a JSON file with 17 verdicts: 9 are supported, 0 refuted, 7 undetermined, and 1 feature is
+# needed, but not claimed. After the verdicts in the JSON file are changed, the check reports the broken checksum and 7
+# entries that differ.
 #
-# `explain.audit` says what the model is, what was found, and how each finding came out of its test. `explain.verify`
+# `explain.audit` says what the model is, what was found, and what the test of each finding gave. `explain.verify`
 # computes all of it again. The credit applications below are simulated, so we know what the audit ought to find.
 
 # %%
 import tempfile
+import textwrap
 from pathlib import Path
 
 import keras
@@ -69,7 +71,8 @@ report = explain.audit(
 )
 print("Files:", ", ".join(sorted(file.name for file in folder.iterdir())))
 for claim in report.claims[report.claims["feature"].isna()].itertuples():
-    print(f"{claim.verdict:13} {claim.claim}")
+    line = f"{claim.verdict}: {claim.claim}"
+    print(textwrap.fill(line, 60, subsequent_indent="    "))
 
 # %% tags=["cover"] alt="Four bars: of 17 claims, 9 are supported, 0 refuted, 7 undetermined, and 1 is a feature that is needed, but not claimed."
 counts = report.claims["verdict"].value_counts()
@@ -77,27 +80,27 @@ verdicts = {
     "supported": "#0072b2",
     "refuted": "#d55e00",
     "undetermined": "gray",
-    "needed, not claimed": "#e69f00",
+    "needed, not claimed": "#009e73",
 }
 number = [counts.get(verdict, 0) for verdict in verdicts]
 print(f"Claims: {len(report.claims)}")
 for verdict, count in zip(verdicts, number, strict=True):
     print(f"    {verdict}: {count}")
 
-fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(4.9, 2.6), layout="constrained")
 bars = ax.barh(list(verdicts), number, color=verdicts.values())
-ax.bar_label(bars, fontsize=18, padding=6)
-ax.tick_params("y", labelsize=15)
+ax.bar_label(bars, fontsize=12, padding=4)
 ax.set_xticks([])
 ax.set_xlim(0, 1.15 * max(number))
-ax.set_title(f"{len(report.claims)} claims about the model", fontsize=16)
+ax.set_title(f"{len(report.claims)} claims about the model")
 ax.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# A claim is *supported* only if its p-value, adjusted for all claims in the file, is at most 0.05. It is *refuted* if
-# the data speak against it, and *undetermined* if they do not decide. Undetermined is a result, too: one model cannot
-# show what other seeds would do. With fewer samples than claims, only the first claim is tested.
+# A claim with a p-value is *supported* only if that p-value, adjusted for all claims in the file, is at most 0.05. The
+# first claim has none: it is checked exactly, up to rounding. A claim is *refuted* if the data speak against it, and
+# *undetermined* if they do not decide. Undetermined is a result, too: one model cannot show what other seeds would do.
+# With fewer samples than claims, only the first claim is tested.
 #
 # A verdict on a model that has learned nothing is worth nothing. The audit therefore states the skill: 1 minus the
 # ratio of the model's loss to that of the best constant prediction. 0 is no better than a constant, and 1 is perfect.
@@ -127,17 +130,18 @@ truth = (
     | dict.fromkeys(names[:3], "decides")
     | {"receipts": "a copy"}
 )
+found = report.features
+print(f"mean attention: {found['attribution'][names].mean():.3f}\n")
+print(f"{'column':9}{'planted':9}{'attention':11}verdict")
 for name in names:
-    found = report.features.loc[name]
-    print(
-        f"{name:9} planted: {truth[name]:8} attention: {found['attribution']:.2f} "
-        f"(mean 0.12)   verdict: {found['verdict']}"
-    )
-for name in report.features.index.difference(names):
-    print(f"together, {name}: {report.features.loc[name, 'verdict']}")
+    attention, verdict = found.loc[name, ["attribution", "verdict"]]
+    print(f"{name:9}{truth[name]:9}{attention:<11.2f}{verdict}")
+for name in found.index.difference(names):
+    print(f"together, {name}: {found.loc[name, 'verdict']}")
 
 # %% [markdown]
-# The same test, without an audit around it, is `explain.feature_claims`. `plot.features` draws what it returns:
+# The same test, without an audit around it, is `explain.feature_claims`. `plot.features` draws what it returns, with
+# intervals:
 
 # %% alt="The increase of the loss without each of eight features and one pair, with its interval and verdict. Turnover + receipts, supported, employee, needed but not claimed, and income, supported, lie far above zero. Turnover and receipts one by one and the four noise columns, all undetermined, lie at zero."
 attribution = explain.attribute(model, x_test, verbose=0)
@@ -146,7 +150,7 @@ ax = plot.features(
         model, x_test, y_test, attribution, batch_size=4096, verbose=0
     )
 )
-ax.set_xlabel("increase of the loss without the feature, with its interval")
+ax.set_xlabel("increase of the loss without it")
 plt.show()
 
 # %% [markdown]
@@ -173,17 +177,17 @@ print(explain.verify(report, model, x_test, y_test, verbose=0))
 json_file = folder / "audit.json"
 json_file.write_text(json_file.read_text().replace('"undetermined"', '"supported"'))
 for sentence in explain.verify(report, model, x_test, y_test, verbose=0):
-    print("-", sentence)
+    print(textwrap.fill(f"- {sentence}", 60, subsequent_indent="  "))
 temporary.cleanup()
 
 # %% [markdown]
 # The checksum shows the change before anything is computed. If someone forges the checksums as well, the verdicts
 # differ when `verify` computes them again. If someone changes what the page shows, it differs when `verify` renders it
-# again from its data. `verify` also names other weights, another configuration, other data and other versions of the
-# packages, and it names what was not given and could not be checked. The page is enough for all this, because it
-# contains its data.
+# again from its data. `verify` also reports changed weights, a changed configuration, changed data and different
+# package versions, and it names what was not given and could not be checked. The page is enough for all this, because
+# it contains its data.
 #
-# ## What the audit says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** that the captured scores are the model's, that the output depends on them, and that the model does worse
 # without its attention. It says that the output depends on the features ranked first more than on others, and that the

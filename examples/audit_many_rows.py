@@ -72,7 +72,7 @@ def table(folder):
 # %% [markdown]
 # ## A model
 #
-# Every column is a token, and one learned question attends to them. The model is trained on the first 20,000 rows. The
+# Every column is a token, and one learned query attends to them. The model is trained on the first 20,000 rows. The
 # other 80,000 are new to it.
 
 
@@ -120,9 +120,9 @@ def sums_of(folder, starts):
 # ## All together, behind a main guard
 #
 # Here two processes share the work, because the machine has two cores. One is the only worker of a Dask cluster, and
-# adds up. This one makes two audits meanwhile. A larger number of `workers` shares out the blocks among them. Each
-# worker starts as a new Python, which imports this page if it is run as a script. So everything that starts processes
-# is [behind the guard](million_rows.ipynb).
+# adds up the attributions. The main process makes the two audits meanwhile. With more `workers`, each gets a share of
+# the blocks. Each worker is a new Python process, which imports this file if it is run as a script. So everything that
+# starts processes is [behind the guard](million_rows.ipynb).
 #
 # Each audit gets all 80,000 unseen rows, straight from the file, and tests 500 or 8,000 of them.
 
@@ -173,13 +173,15 @@ if __name__ == "__main__":
     of_all = sum(sums.values()) / rows
     new = [of_block for start, of_block in sums.items() if start >= trained]
     of_unseen = sum(new) / (rows - trained)
+    print("Mean attribution of all rows")
     for name in planted:
-        print(f"{name:9} {of_all.sel(feature=name).item():.2f}")
-    print(f"Largest of the others: {of_all[len(planted) :].max().item():.2f}")
-    print(f"Mean of the features: {of_all.mean().item():.2f}")
+        print(f"    {name:22}{of_all.sel(feature=name).item():.3f}")
+    print(f"    largest of the others {of_all[len(planted) :].max().item():.3f}")
+    print(f"    mean of the columns   {of_all.mean().item():.3f}\n")
 
     apart = np.abs(of_unseen.values - audit.features["attribution"].values).max()
-    print(f"Largest difference from the audit, unseen rows: {apart:.5f}")
+    print("Unseen rows, largest difference")
+    print(f"    from the audit        {apart:.5f}")
 
 # %% [markdown]
 # ## The audit beside the planted truth
@@ -189,12 +191,14 @@ if __name__ == "__main__":
     data, skill = audit.record["data"], audit.record["skill"]["skill"]
     print(f"Rows: {data['shape'][0]:,}, tested: {data['tested']:,}, skill: {skill:.2f}")
     whole = audit.claims[audit.claims["feature"].isna()]
-    print("Claims about the whole map:", whole["verdict"].value_counts().to_dict())
+    for verdict, count in whole["verdict"].value_counts().items():
+        print(f"Claims about the whole map: {count} {verdict}")
+    print("\ncolumn    planted  verdict")
     for name, weight in planted.items():
-        verdict = audit.features.loc[name, "verdict"]
-        print(f"{name:9} planted: {weight:4.2f}   verdict: {verdict}")
+        print(f"{name:10}{weight:<9.2f}{audit.features.loc[name, 'verdict']}")
     others = audit.features.loc[names[len(planted) :], "verdict"].value_counts()
-    print("The others, planted: 0.  verdicts:", others.to_dict())
+    for verdict, count in others.items():
+        print(f"{count} others  {0:<9.2f}{verdict}")
 
 # %% [markdown]
 # The claim about other seeds is undetermined, because there is one model only. Nothing is claimed about the other nine
@@ -202,26 +206,27 @@ if __name__ == "__main__":
 #
 # ## What more rows buy
 #
-# Sixteen times as many rows make an interval about a quarter as wide. What decides is whether it is narrow enough for
-# the effect. The distance is supported with 500 rows. The rain needs more.
+# With sixteen times as many rows, an interval is between a quarter and a third as wide. What decides is whether it is
+# narrow enough for the effect. The distance is supported with 500 rows. The rain needs more.
 
 # %%
 if __name__ == "__main__":
+    print("column     rows  effect  width  verdict")
     for name in planted:
         for size in sizes:
             found = audits[size].features.loc[name]
             width = found["effect_upper"] - found["effect_lower"]
             print(
-                f"{name:9} {size:5,} rows: effect {found['effect']:.2f}, "
-                f"interval {width:.3f} wide, {found['verdict']}"
+                f"{name:9}{size:6,}{found['effect']:8.2f}{width:7.3f}  "
+                f"{found['verdict']}"
             )
     skills = {f"{audits[size].record['skill']['skill']:.2f}" for size in sizes}
     print("Skill, for any number of rows tested:", *sorted(skills))
 
-# %% tags=["cover"] alt="Two panels with two bars each, the intervals of the rise of the loss without a column, for 500 and 8,000 rows. On the left is rain, planted 0.14: with 500 rows the bar reaches below zero and is undetermined; with 8,000 rows it is shorter, lies above zero and is supported. On the right is column 8, planted 0: both bars lie around zero, the second is shorter, and both are undetermined."
+# %% tags=["cover"] alt="Two panels with two bars each, the intervals of the rise of the loss without a column, for 500 and 8,000 rows. On top is rain, planted 0.14: with 500 rows the bar reaches below zero and is undetermined; with 8,000 rows it is shorter, lies above zero and is supported. Below is column 8, planted 0: both bars lie around zero, the second is shorter, and both are undetermined."
 if __name__ == "__main__":
     _, axes = plt.subplots(
-        1, 2, figsize=(9, 3), sharex=True, sharey=True, layout="constrained"
+        2, 1, figsize=(4.9, 4), sharex=True, sharey=True, layout="constrained"
     )
     colors = {"supported": "#0072b2", "undetermined": "gray"}
     shown = {"rain": "rain: planted 0.14", "column 8": "column 8: planted 0"}
@@ -231,36 +236,37 @@ if __name__ == "__main__":
             low, high = found["effect_lower"], found["effect_upper"]
             style = {"color": colors[found["verdict"]]}
             ax.plot([low, high], [place, place], linewidth=5, **style)
-            ax.plot(found["effect"], place, "o", markersize=11, **style)
-            words = {"fontsize": 13, "va": "center", **style}
-            ax.text(high + 0.003, place, found["verdict"], **words)
+            ax.plot(
+                found["effect"], place, "|", markersize=20, markeredgewidth=2.5, **style
+            )
+            ax.text(high + 0.003, place, found["verdict"], va="center", **style)
         ax.axvline(0, color="black", linewidth=1, linestyle="--", zorder=0)
-        ax.set_title(title, fontsize=14)
-        ax.set_xlabel("rise of the loss without it", fontsize=13)
-    axes[0].set_yticks(
-        range(len(sizes)), [f"{size:,} rows" for size in sizes], fontsize=13
-    )
+        ax.set_title(title)
+    axes[1].set_xlabel("rise of the loss without it")
+    axes[0].set_yticks(range(len(sizes)), [f"{size:,} rows" for size in sizes])
     axes[0].set_ylim(1.5, -0.5)
     axes[0].set_xlim(-0.008, 0.079)
     plt.show()
 
 # %% [markdown]
-# The circles are the effects, and the bars are their intervals. With 500 rows the interval of the rain reaches below
+# The ticks are the effects, and the bars are their intervals. With 500 rows the interval of the rain reaches below
 # zero. With 8,000 it does not. Column 8, which decides nothing, stays at zero, and its interval shrinks as well.
 #
 # ## Where to be careful
 #
 # - **Memory.** `max_samples` limits what is tested, and not what is held. The audit reads the whole file, and keeps
-#   several numbers for each row and column. We measured about seven times the size of the table, with up to 800,000
-#   rows of 12 columns. If that is too much, draw row numbers, sort them, and audit only these rows:
-#   `explain.audit(model, x[drawn], y[drawn])`. Then its attributions and its skill are those of the drawn rows, and the
-#   workers' sums say what the means of all rows are.
+#   several numbers for each row and column, [about 7 times the size of a table of 12
+#   columns](../help/memory.md#what-each-function-holds-in-memory). If that is too much, draw row numbers, sort them,
+#   and audit only these rows: `explain.audit(model, x[drawn], y[drawn])`. Then its attributions and its skill are those
+#   of the drawn rows, and the workers' sums say what the means of all rows are.
 # - **Order.** `max_samples` draws runs of 100 rows, so that the audit can still notice neighbors that depend on each
 #   other. If rows belong together, such as those of one patient, give `groups=`. Then whole groups are drawn.
 # - **Rare rows.** A test on 8,000 of 80,000 rows sees one in ten. [A regime of 17 rows](million_rows.ipynb) would
 #   hardly be in it.
 # - **Choose `max_samples` before you look.** Whoever tries several sizes, and reports the one with the nicest verdict,
 #   tests more often than the file says. We tried two to show what they buy.
+#
+# ## What it says, and what it does not
 #
 # **It says** that the model needs the three columns that decide, which 8,000 rows are enough to show. It says that 500
 # rows are too few for the rain, and that the audit's mean attributions are those of all 80,000 unseen rows.
@@ -269,6 +275,6 @@ if __name__ == "__main__":
 # it say that the other nine columns are useless: *undetermined* means that nothing is claimed about them. And more rows
 # do not repair a model that was trained on some of them.
 #
-# **Use your own data:** replace `save_table` by your files, let `table` open them, and replace `names`, `planted`,
+# **Use your own data:** replace `save_table` with your files, let `table` open them, and replace `names`, `planted`,
 # `build_model` and `trained_model`. `rows`, `trained` and `block` say how many rows there are, how many of them the
 # model has seen, and how many a worker takes at once. `sums_of` and the calls of `explain.audit` stay as they are.

@@ -11,7 +11,7 @@
 # predictions for a patient, and attention needs one.
 #
 # The data are scikit-learn's diabetes set: 442 real patients, ten measurements, and the progression of the disease a
-# year later, in points from 25 to 346.
+# year later, in points from 25 to 346. The recipe needs `pip install shap`.
 
 # %%
 import warnings
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its progress bar asks for another one
+    warnings.simplefilter("ignore")  # shap warns about a missing progress bar
     import shap
 
 from sklearn.datasets import load_diabetes
@@ -100,7 +100,8 @@ masker = shap.maskers.Independent(x_train[:20], max_samples=20)
 explainer = shap.PermutationExplainer(counted, masker, seed=0)
 shapley = explainer(x_test, max_evals=2 * len(names) + 1, silent=True)
 readings["SHAP"] = readings["attention"].copy(data=shapley.values)
-print(f"SHAP asks about {round(sum(asked) / len(x_test), -2):.0f} times for a patient")
+each = sum(asked) / len(x_test)
+print(f"SHAP, predictions for a patient: about {round(each, -2):.0f}")
 
 # %% [markdown]
 # ## Sign, unit and sum
@@ -114,13 +115,17 @@ print(f"SHAP asks about {round(sum(asked) / len(x_test), -2):.0f} times for a pa
 start, predicted = shapley.base_values[0], predict(x_test)
 missed = np.abs(start + shapley.values.sum(axis=1) - predicted).max()
 from_zero = predicted - readings["integrated_gradients"].sum("feature").values
-print(f"SHAP starts from {start:.0f} points, and misses a prediction by {missed:.2f}")
+print(f"SHAP starts from {start:.0f} points")
+print(f"    and misses predictions by at most {missed:.2f}")
 print(f"integrated gradients start from {from_zero.mean():.0f} points")
 print(f"attention sums to {readings['attention'].sum('feature').mean().item():.2f}")
 
-signed = {name: readings[name] for name in ("SHAP", "integrated_gradients")}
+signed = {
+    "SHAP": readings["SHAP"],
+    "integrated gradients": readings["integrated_gradients"],
+}
 correlation = np.corrcoef([values.values.ravel() for values in signed.values()])[0, 1]
-print(f"correlation of the two: {correlation:.1f}")
+print(f"correlation of SHAP and gradients: {correlation:.1f}")
 
 # %% alt="Ten columns as rows, each with a dot for SHAP and a square for integrated gradients, on an axis of points. For this patient, bmi adds about 100 points by both, and blood pressure, triglycerides, HDL and LDL add about 15 to 30. Sex takes a few points away. Most dots and squares are close to each other."
 patient = predicted.argmax()
@@ -146,22 +151,23 @@ methods = {
 test = {"background": x_train, "verbose": 0}
 for removal, new in [("mean", "the mean"), ("marginal", "another patient's value")]:
     result = explain.compare(model, x_test, methods=methods, removal=removal, **test)
-    print(f"{new + ', moved by':34}first  random")
+    print(f"replaced with {new}")
+    print(f"  {'points moved':22}first  random")
     for name in methods:
         of_method = result.sel(reading=name)
         moved = of_method["observed"].item(), of_method["null"].mean().item()
-        print(f"    {name:28}{moved[0]:7.0f}{moved[1]:8.0f} points")
+        print(f"  {name:22}{moved[0]:5.0f}{moved[1]:8.0f}")
 
 # %% tags=["cover"] alt="How far the prediction moves, in points, if the first columns of a reading get another patient's values, beside random columns. Attention: 27 against 23. Value norm: 39, integrated gradients: 44, SHAP: 47, each against 23 to 25."
 first = [result["observed"].sel(reading=name).item() for name in methods]
 random = [result["null"].sel(reading=name).mean().item() for name in methods]
 places = np.arange(len(methods))
-fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+fig, ax = plt.subplots(figsize=(4.9, 3.4), layout="constrained")
 ax.barh(places - 0.2, first, 0.38, color="#0072b2", label="its first columns")
 ax.barh(places + 0.2, random, 0.38, color="#bbbbbb", label="random columns")
-ax.set_yticks(places, list(methods), fontsize=14)
-ax.set_xlabel("the prediction moves by ... points", fontsize=13)
-ax.legend(fontsize=13, loc="upper right")
+ax.set_yticks(places, list(methods))
+ax.set_xlabel("change of the prediction (points)")
+fig.legend(loc="outside upper center", ncols=2)
 ax.invert_yaxis()
 plt.show()
 
@@ -174,13 +180,14 @@ plt.show()
 for name, p in zip(methods, result["p_adjusted"].values, strict=True):
     print(f"{name:21} p = {p:.2f}")
 pair = result["p_adjusted_overlap"].sel(reading="SHAP", reading_other="value norm")
-print(f"SHAP and value norm agree on the first two: p = {pair.item():.2f}")
+print("SHAP and value norm agree on the first two")
+print(f"    p = {pair.item():.2f}")
 shares = readings["attention"].mean("sample")
-print(f"mean attention: from {shares.min().item():.2f} to {shares.max().item():.2f}")
+print(f"mean attention: from {shares.min().item():.3f} to {shares.max().item():.3f}")
 
 # %% [markdown]
 # It proves little that three readings name the same two columns: for two of them p = 0.15, and all three read the same
-# model. The test is the evidence. But it favors SHAP, which replaces columns by the values of other patients, as the
+# model. The test is the evidence. But it favors SHAP, which replaces columns with the values of other patients, as the
 # test does. If the mean replaces the columns, the order of the readings is the same.
 #
 # Attention is close to 1/10 for each column. Does attention fail in general, or only in this training run? We test the
@@ -196,20 +203,22 @@ print(f"the other training: attention p = {again['p_value'].item():.2f}")
 #
 # | reading | sign and unit | needs | predictions for a patient |
 # |---|---|---|---|
-# | attention | none, shares of 1 | attention | 1 |
-# | value norm | no sign, length of a vector | attention | 1 |
-# | integrated gradients | points | gradients | 32, forward and backward |
+# | attention | none, shares of 1 | an attention layer | 1 |
+# | value norm | no sign, length of a vector | an attention layer | 1 |
+# | integrated gradients | points | the model's gradients | 32, forward and backward |
 # | SHAP | points, exact sum | predictions, and other patients | about 600 |
 #
 # To explain one prediction in points, take SHAP. For a first look at many samples, the value norm needs a 600th of the
 # predictions, and names the same columns here. Only attention shows which token looks at which, head by head. It did
 # not rank the columns reliably here.
 #
-# **Use your own data:** replace `x_train`, `x_test`, `names` and `model`. For a classifier, pass `target`, and give
-# SHAP the logit of that class.
+# ## What it says, and what it does not
 #
 # **It says** which readings name columns that this model uses, on 133 patients.
 #
 # **It does not say** what makes the disease worse. And replacing columns makes patients that do not exist: cholesterol,
 # LDL and HDL depend on each other, and neither SHAP nor the test keeps them together. A verdict assumes that the
 # predictions for such patients mean something.
+#
+# **Use your own data:** replace `x_train`, `x_test`, `names` and `model`. For a classifier, pass `target`, and give
+# SHAP the logit of that class.

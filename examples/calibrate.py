@@ -4,7 +4,7 @@
 # **On models and data like yours, how often is “supported” wrong, and how often does the test find a feature that matters?**
 #
 # Train your model on labels whose truth is known, and count the verdicts. With three models of each kind, as here,
-# the count says little: if none of three is wrong, the true share may still be 56 %. The planted feature was found in
+# the count says little: if none of three is wrong, the true share may still be 56%. The planted feature was found in
 # 3 of 3.
 #
 # Take 20 models or more for an answer.
@@ -16,7 +16,6 @@
 # %%
 import keras
 import matplotlib.pyplot as plt
-import numpy as np
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import StandardScaler
 
@@ -74,7 +73,7 @@ def train(x, y):
 # ## Two arms
 #
 # In the arm *permuted*, the diagnoses are shuffled over the tumors. No measurement says anything about them, so each
-# "supported" is wrong. In the arm *planted*, one measurement determines the diagnoses, a different one for each model.
+# “supported” is wrong. In the arm *planted*, one measurement determines the diagnoses, a different one for each model.
 # This measurement should be supported, and no other. There are as many benign and malignant tumors as before, and the
 # measurements are the real ones, with all their correlations.
 #
@@ -90,34 +89,42 @@ print("Found the planted feature:", count["planted: it is supported"], "of 3")
 print(f"Skill with the true labels: {calibration.attrs['own_skill']:.1f}")
 print(f"Skill of the planted feature: {calibration.attrs['strength']:.1f}")
 
-# %% tags=["cover"] alt="Seven outcomes as points with wide intervals, on a scale from 0 to 1. The four in which a feature that says nothing is supported or called needed lie at 0, and their intervals reach beyond 0.5. The share in which the planted feature is supported is 1, with an interval that begins below 0.5."
-share, interval = calibration["share"], calibration["interval"]
-fig, ax = plt.subplots(figsize=(9, 4))
-positions = np.arange(len(share))[::-1]
-ends = np.abs(interval.values.T - share.values)
-ax.errorbar(share, positions, xerr=ends, fmt="o", capsize=3)
-ax.set_yticks(positions, share["outcome"].values)
-ax.set_xlim(-0.02, 1.02)
-ax.set_xlabel("share of the models of the arm, with its Wilson interval")
-fig.tight_layout()
+# %% tags=["cover"] alt="Three outcomes as points with wide intervals, on a scale from 0 to 1. The two that are wrong, in which a feature that says nothing is supported, lie at 0, and their intervals reach beyond 0.5. The right one, in which the planted feature is supported, lies at 1, and its interval begins below 0.5."
+labels = {
+    "permuted: a feature supported": "permuted: some feature\nsupported (wrong)",
+    "planted: another supported": "planted: another feature\nsupported (wrong)",
+    "planted: it is supported": "planted: the planted feature\nsupported (right)",
+}
+colors = ["#d55e00", "#d55e00", "#0072b2"]
+interval = calibration["interval"]
+fig, ax = plt.subplots(figsize=(4.9, 2.8), layout="constrained")
+for place, (outcome, color) in enumerate(zip(labels, colors, strict=True)):
+    share = calibration["share"].sel(outcome=outcome).item()
+    ax.plot(interval.sel(outcome=outcome), [place, place], color=color, linewidth=3)
+    ax.plot(share, place, "o", color=color, markersize=9)
+ax.set_yticks(range(len(labels)), labels.values())
+ax.set_ylim(len(labels) - 0.5, -0.5)
+ax.set_xlim(-0.04, 1.04)
+ax.set_xlabel("share, with its Wilson interval")
 plt.show()
 
 # %% [markdown]
-# The intervals show how little three models say. Even if none of them is wrong, the true share may be 56 %:
+# The intervals show how little three models say. Even if none of them is wrong, the true share may be 56%.
+# `calibration` also counts how often a feature is needed but not claimed, and how often the planted feature is refuted.
 
 # %%
-low, high = interval.sel(outcome="permuted: a feature needed, not claimed").values
-print(
-    f"{count['permuted: a feature needed, not claimed']} of 3: from {low:.0%} to "
-    f"{high:.0%}"
-)
+wrongly_supported = "permuted: a feature supported"
+low, high = interval.sel(outcome=wrongly_supported).values
+print(f"{count[wrongly_supported]} of 3: from {low:.0%} to {high:.0%}")
 
 # %% [markdown]
-# ## How weak may a feature be?
+# ## An easy case, and a harder one
 #
 # Here the planted measurement alone gives the same skill as all ten measurements give for the true diagnosis. That is
 # the easy case. With `strength=0.1`, it explains a tenth of the entropy of the diagnoses, as one weak measurement among
-# several might. Such a feature is harder to find, and the count says what "undetermined" is worth on your data.
+# several might. Such a feature is harder to find, and the count says what “undetermined” is worth on your data.
+#
+# ## A summary for a report
 #
 # This summary in words can go into a report:
 
@@ -125,7 +132,7 @@ print(
 print(calibration.attrs["summary"])
 
 # %% [markdown]
-# ## What the count says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** how often this test is wrong on models that this function trains on these measurements, with their
 # correlations and this number of tumors.

@@ -145,7 +145,7 @@ for layer, error in errors.items():
     print(f"{layer}: recomposition error {error:.5f}")
 
 # %% [markdown]
-# ## What the usual ways do
+# ## Two ways that fail
 #
 # People try two ways first: they read an attribute of the layer, or they build a model up to the layer:
 
@@ -204,7 +204,7 @@ for who, attention in received.items():
     )
     print(f"    correlation of attention with ink: {correlation:.1f}")
 
-# %% tags=["cover"] alt="Twenty small pictures of mean digits with the attention of 4 by 4 patches laid over them in blue. In the ten of the trained model a few patches are dark blue, other ones for each digit. In the ten of the untrained model all patches are pale."
+# %% tags=["cover"] alt="Twenty small pictures of mean digits with the attention of 4 by 4 patches laid over them in blue. In the ten of the trained model a few patches are dark blue, different ones for each digit. In the ten of the untrained model all patches are pale."
 mean_images = [images[labels == n].mean(axis=0).reshape(8, 8) for n in range(10)]
 both = xr.concat(received.values(), "sample").rename(key="feature")
 both = both.assign_coords(sample=[f"{who} {n}" for who in received for n in range(10)])
@@ -223,9 +223,9 @@ figure = plot.image(
 # an untrained copy beside it (Adebayo et al. 2018, [*Sanity Checks for Saliency
 # Maps*](https://arxiv.org/abs/1810.03292)).
 #
-# ## Where to be careful
+# ## Is the model worth explaining?
 #
-# - Is the model worth explaining? We compare it with a logistic regression on the same pixels:
+# We compare it with a logistic regression on the same pixels:
 
 # %%
 pixels = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1)
@@ -235,11 +235,16 @@ yardstick = (
 print(f"Accuracy: {accuracy:.2f}, logistic regression {yardstick:.2f}")
 
 # %% [markdown]
-# - Two small blocks, trained for seconds, do not beat it: 0.95 of the digits are right, and 0.97 with the logistic
-#   regression. Explain the better model, unless you are asked about this one.
+# Two small blocks, trained for seconds, do not beat it: 0.95 of the digits are right, and 0.97 with the logistic
+# regression. Explain the better model, unless you are asked about this one.
+#
+# ## Where to be careful
+#
 # - The tokens of the second block are no longer patches, because the first block has mixed them. "Looks at B3" means
 #   the token at B3.
 # - `feature_names` go onto every axis of that length. Name them in the order in which your model makes its tokens.
+#
+# ## What it says, and what it does not
 #
 # **It says** which tokens the second block of this model reads for each digit, and that these are the model's own
 # scores, which capturing did not change.
@@ -248,6 +253,6 @@ print(f"Accuracy: {accuracy:.2f}, logistic regression {yardstick:.2f}")
 # the same ones. [Is attention an explanation here?](faithfulness.ipynb) and [Would another training show the same
 # map?](seeds.ipynb) test both.
 #
-# **Use your own data:** replace the path in `keras.models.load_model` by that of your file, `x_test` by some of your
-# samples, and `names` by the names of your tokens, or leave `feature_names` out. The line with `explain.capture` stays
-# as it is.
+# **Use your own data:** replace the path in `keras.models.load_model` with that of your file, `x_test` with some of
+# your samples, and `names` with the names of your tokens, or leave `feature_names` out. The line with `explain.capture`
+# stays as it is.

@@ -7,7 +7,7 @@
 # In one model, attention passes: replacing the stations with most attention moves the output further than each of 100
 # random maps does. In the other, the output depends on the attention, but its map beats only 20 of 100.
 #
-# The tests find both without knowing the answer.
+# The tests reach both verdicts without knowing the answer.
 #
 # The truth is planted: of eight stations one is marked in each sample, and the target is the reading of that station.
 # So we know what a good model must use. The tests do not know it.
@@ -53,11 +53,12 @@ models = {
     "a token for each station": attend(inputs, keras.layers.Dense(16)(inputs)),
     "mixed before attention": attend(inputs, keras.layers.Reshape((8, 16))(mixed)),
 }
+print("Explained variance of new samples")
 for name, model in models.items():
     model.compile(keras.optimizers.Adam(0.01), "mse")
     model.fit(x[:4000], y[:4000], batch_size=100, epochs=12, verbose=0)
     share = model.evaluate(x_test, y_test, verbose=0) / y_test.var()
-    print(f"{name}: explains {1 - share:.2f} of the variance of new samples")
+    print(f"    {name:26}{1 - share:.2f}")
 
 # %% [markdown]
 # ## The maps
@@ -69,18 +70,19 @@ for name, model in models.items():
 attention = {
     name: explain.attribute(model, x_test, verbose=0) for name, model in models.items()
 }
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(4.9, 4.4), layout="constrained", sharey=True)
+print("Samples with most attention on the marked station")
 for ax, (name, scores) in zip(axes, attention.items(), strict=True):
     image = ax.imshow(scores[:12], cmap="Blues", vmin=0, vmax=1, aspect="auto")
     ax.scatter(
         marked_test[:12], range(12), s=90, facecolors="none", edgecolors="#d55e00"
     )
-    ax.set_title(name)
+    ax.set_title(name, fontsize=10)
     ax.set_xlabel("station (looked at)")
     first = (scores.values.argmax(axis=1) == marked_test).mean()
-    print(f"{name}: most attention is on the marked station in {first:.0%} of samples")
+    print(f"    {name:26}{first:.0%}")
 axes[0].set_ylabel("sample")
-fig.colorbar(image, ax=axes, label="attention")
+fig.colorbar(image, ax=axes, label="attention", location="bottom", aspect=40)
 plt.show()
 
 # %% [markdown]
@@ -92,11 +94,12 @@ plt.show()
 #
 # We run the model with scores that are not its own. *Uniform*: every station gets the same weight. *Permuted*: the
 # weights are assigned at random. If the output stays the same, attention did not decide. *Adversarial* (Jain & Wallace
-# 2019): we look for scores as far from the model's own as possible that keep the output within 2 % of its spread.
+# 2019, [*Attention is not Explanation*](https://arxiv.org/abs/1902.10186)): we look for scores as far from the model's
+# own as possible that keep the output within 2% of its spread.
 #
-# There are two questions. Does the output change? The answer is the `share` of rows that change by more than 2 % of the
-# spread, with a test that this share is above 2 %. Does the model do worse? The answer is the increase of the loss, and
-# it needs the labels.
+# There are two questions. Does the output change? The answer is the `share` of rows that change by more than 2% of the
+# spread, with a test that this share is above 2%. We also print the median change, in spreads. Does the model do worse?
+# The answer is the increase of the loss, and it needs the labels.
 
 # %%
 controls = {
@@ -104,23 +107,20 @@ controls = {
     for name, model in models.items()
 }
 for name, result in controls.items():
-    print(name)
+    print(f"{name}\n    control   share  p       median change")
     for control in ("uniform", "permuted"):
         found = result.sel(control=control)
         share, change = found["share"].item(), found["median_change"].item()
-        print(
-            f"    {control}: {share:.0%} of the outputs change (p = "
-            f"{found['p_value'].item():.2f}), half of them by more than "
-            f"{change:.1f} of the spread"
-        )
-    more, p = result["loss_increase"].item(), result["p_value_loss"].item()
-    print(f"    uniform: the loss rises by {more:.2f} (p = {p:.2f})")
+        p = f"{found['p_value'].item():.2f}".replace("0.00", "< 0.01")
+        print(f"    {control:10}{share:<7.0%}{p:8}{change:.1f}")
+    p = f"{result['p_value_loss'].item():.2f}".replace("0.00", "< 0.01")
+    print(f"    uniform: loss +{result['loss_increase'].item():.2f}, p {p}")
     far = (result["jsd"].sel(control="adversarial") > 0.3).mean().item()
-    print(f"    adversarial: other scores (JSD > 0.3), same output, for {far:.0%}")
+    print(f"    adversarial (JSD > 0.3): found for {far:.0%}")
 
-# %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Left, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Right, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
+# %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Top, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Bottom, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
 fig, axes = plt.subplots(
-    1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True
+    2, 1, figsize=(4.9, 5.8), layout="constrained", sharex=True, sharey=True
 )
 for ax, (name, result) in zip(axes, controls.items(), strict=True):
     for control, marker, color in [
@@ -139,8 +139,8 @@ for ax, (name, result) in zip(axes, controls.items(), strict=True):
             label=control,
         )
     ax.set_title(name)
-    ax.set_xlabel("distance from the model's own scores (JSD)")
-axes[0].set_ylabel("change of output (spread = 1)")
+    ax.set_ylabel("change of output (spread = 1)")
+axes[1].set_xlabel("distance from the model's own scores (JSD)")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
 
@@ -149,14 +149,15 @@ plt.show()
 # how much they change. With uniform scores, half of the outputs move by more than 0.6 of the spread in the first, and
 # by more than 0.1 in the second.
 #
-# **The adversary does not tell them apart.** It finds other scores for 67 % of the samples of the first model, and for
-# 44 % of those of the second. The reason is simple: a mixture of two stations that do not matter can give the same
+# **The adversary does not tell them apart.** It finds other scores for 67% of the samples of the first model, and for
+# 44% of those of the second. The reason is simple: a mixture of two stations that do not matter can give the same
 # number as the station that does. If other scores *would have* given this output, that does not mean that the model did
-# not use its own (Wiegreffe & Pinter 2019). By the adversary alone, we would have thrown away the good map.
+# not use its own (Wiegreffe & Pinter 2019, [*Attention is not not Explanation*](https://arxiv.org/abs/1908.04626)). By
+# the adversary alone, we would have thrown away the good map.
 #
 # ## Test 2: Does the map point at what the model uses?
 #
-# [`explain.faithfulness`](../api/explain.md) replaces the values of the stations with the most attention by those of
+# [`explain.faithfulness`](../api/explain.md) replaces the values of the most attended stations with those of
 # another sample, and measures how far the output moves. This is the *comprehensiveness*. Removing any station moves the
 # output somewhat. So the same is done with 100 maps that know nothing, which are the same map with its stations
 # relabeled at random. Only a map that beats those counts as evidence.
@@ -168,14 +169,12 @@ results = {
 }
 for name, result in results.items():
     beaten = (result["null"] < result.attrs["observed"]).sum().item()
-    print(
-        f"{name}: beats {beaten} of 100 maps that know nothing, "
-        f"p = {result['p_value'].item():.2f}"
-    )
+    print(f"{name}: p = {result['p_value'].item():.2f}")
+    print(f"    beats {beaten} of 100 maps that know nothing")
 
-# %% tags=["cover"] alt="Two histograms, one for each model: comprehensiveness of 100 maps that know nothing, and a vertical line for the model's own map. Left, a token for each station: the line is far to the right of the histogram. Right, mixed before attention: it is inside."
+# %% tags=["cover"] alt="Two histograms, one for each model: comprehensiveness of 100 maps that know nothing, and a vertical line for the model's own map. Top, a token for each station: the line is far to the right of the histogram. Bottom, mixed before attention: it is inside."
 fig, axes = plt.subplots(
-    1, 2, figsize=(8, 3.2), layout="constrained", sharex=True, sharey=True
+    2, 1, figsize=(4.9, 5.2), layout="constrained", sharex=True, sharey=True
 )
 for ax, (name, result) in zip(axes, results.items(), strict=True):
     ax.hist(result["null"], bins=15, color="#999999", label="maps that know nothing")
@@ -186,8 +185,8 @@ for ax, (name, result) in zip(axes, results.items(), strict=True):
         label="the model's attention",
     )
     ax.set_title(name)
-    ax.set_xlabel("comprehensiveness (AOPC)")
-axes[0].set_ylabel("maps")
+    ax.set_ylabel("maps")
+axes[1].set_xlabel("comprehensiveness (AOPC)")
 axes[0].yaxis.get_major_locator().set_params(integer=True)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
@@ -205,9 +204,10 @@ figure = plot.faithfulness(results["a token for each station"])
 
 # %%
 truth = np.eye(8)[marked_test]
+print("The planted truth")
 for name, model in models.items():
     result = explain.faithfulness(model, x_test, truth, draws=100, verbose=0)
-    print(f"{name}: the planted truth, p = {result['p_value'].item():.2f}")
+    print(f"    {name}: p = {result['p_value'].item():.2f}")
 
 # %% [markdown]
 # It can. Both models use the marked station, and only the attention of the first one says so.
@@ -225,13 +225,13 @@ for name, model in models.items():
     print(f"{name}: p = {result['p_value'].item():.2f}")
 
 # %% [markdown]
-# ## Judgement
+# ## What it says, and what it does not
 #
 # **It says** that attention is an explanation in the model with a token for each station. With other scores its output
 # changes, and removing the stations that the scores point at moves the output. In the model that mixes first, attention
-# is not an explanation. Its output depends a little on its attention, but its map is not shown to be better than random
-# maps. So it is not enough that the output changes without the attention. The tests found both without the planted
-# truth. The adversary found other scores for both models, which decides nothing.
+# is not shown to be one. Its output depends a little on its attention, but its map is not shown to be better than
+# random maps. So it is not enough that the output changes without the attention. The tests reached both verdicts
+# without the planted truth. The adversary found other scores for both models, which decides nothing.
 #
 # **It does not say** that a map that fails is of no use anywhere, nor that a map that passes is complete. The tests are
 # about these samples, this way of removal and this output. If a feature has a copy, removing one of the two may move

@@ -7,7 +7,7 @@
 # Attention points at the pair: of 300 pairs, the planted one comes first, with 2.7 × the uniform share. But the cell
 # that stands out most, with 5.3 × the uniform share, belongs to a factor that interacts with nothing.
 #
-# A test of the predictions can tell: the product of the pair raises the AUC of a logistic regression from 0.72 to 0.86.
+# A test of the predictions decides: the product of the pair raises the AUC of a logistic regression from 0.72 to 0.86.
 # In a control without interaction, the AUC stays at 0.84.
 #
 # The data are simulated, so the answer is known. There are 25 factors, and two of them, *debt ratio* and *income
@@ -67,7 +67,7 @@ print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 #
 # From here on, each factor is a token.
 #
-# Two populations share the same applicants. In the first, the product of debt ratio and income volatility drives the
+# The same applicants get two sets of labels. In the first, the product of debt ratio and income volatility drives the
 # risk, and each has a small effect of its own. In the second, the control, the two matter separately, and there is no
 # interaction. Interest rate and savings matter in both.
 
@@ -138,17 +138,13 @@ for world, of_world in results.items():
     mutual = (mean_scores + mean_scores.T)[rows, columns]
     pair = mutual[(rows == 0) & (columns == 1)][0]
     place = 1 + (mutual > pair).sum()
-    print(
-        f"{world}: debt ratio and income volatility are pair {place} of {len(mutual)}, "
-        f"{pair * 25 / 2:.1f} × the uniform share"
-    )
+    print(f"{world}: debt ratio and income volatility")
+    print(f"    rank {place} of {len(mutual)}, {pair * 25 / 2:.1f} × uniform")
     row, column = np.unravel_index(mean_scores.argmax(), mean_scores.shape)
-    print(
-        f"    largest cell: {names[row]} looks at {names[column]}, "
-        f"{25 * mean_scores.max():.1f} × the uniform share"
-    )
+    print(f"    largest cell, {25 * mean_scores.max():.1f} × uniform:")
+    print(f"        {names[row]} looks at {names[column]}")
 
-# %% tags=["cover"] alt="Heat map of attention, with a planted interaction, to the eight risk factors that receive most. The cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. The other cells are near the uniform share."
+# %% tags=["cover"] alt="Heat map of attention, with a planted interaction, to the eight risk factors that receive most. The cells of debt ratio and income volatility are dark, and darkest is interest rate on itself. Savings on itself is as dark as the pair, and a few factors look at debt ratio. Most other cells are near the uniform share."
 ax = plot.heatmap(results["planted"], top_k=8, vmax=0.22)
 
 # %% [markdown]
@@ -158,7 +154,7 @@ ax = plot.heatmap(results["planted"], top_k=8, vmax=0.22)
 ax = plot.heatmap(results["control"], top_k=8, vmax=0.22)
 
 # %% [markdown]
-# ## The test that can tell
+# ## The test that decides
 #
 # Whether there is an interaction is a question about predictions. So we give a logistic regression the product, and
 # measure whether it predicts new applicants better:
@@ -178,7 +174,7 @@ for world, labels in [("planted", planted), ("control", control)]:
     print(f"{world}: AUC {without:.2f} without the product, {with_it:.2f} with it")
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** where the model looks. It puts the planted pair first among 300, with 2.7 × the uniform share.
 #
@@ -187,5 +183,5 @@ for world, labels in [("planted", planted), ("control", control)]:
 # pair is still sixth of 300, in a map whose largest score is 1.2 × the uniform share. Read the size of a score beside
 # its rank, and take a dark cell as a place to look. The evidence is the test above.
 #
-# **Use your own data:** replace `factors`, `names` and the labels, and the 25 in `shape=(25,)` by the number of your
-# columns. In the test at the end, replace `debt * volatility` by the product of the pair that you suspect.
+# **Use your own data:** replace `factors`, `names` and the labels, and the 25 in `shape=(25,)` with the number of your
+# columns. In the test at the end, replace `debt * volatility` with the product of the pair that you suspect.

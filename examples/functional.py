@@ -5,8 +5,8 @@
 # after saving and loading?**
 #
 # The model looks a little more at triglycerides, with 0.13 of the attention, and at BMI, with 0.12, where a uniform
-# share is 0.10. After saving and loading, it makes the same predictions, and its scores are read by the name of the
-# layer.
+# share is 0.10. After saving and loading, it makes the same predictions, and its scores can be read through the
+# layer's name.
 #
 # The data are scikit-learn's diabetes set: 442 patients, ten measurements, and the progression of the disease one year
 # later. You need to know Keras' functional API.
@@ -37,7 +37,7 @@ keras.utils.set_random_seed(0)
 
 # %% tags=["folded"] summary="The smallest functional model, with one token"
 with warnings.catch_warnings():
-    # Keras warns that a softmax over one token is always 1; that is the point below.
+    # Keras warns that a softmax over one token is always 1; that is the point here.
     warnings.simplefilter("ignore")
     inputs = keras.Input(shape=(20,))
     x = keras.layers.Dense(64, activation="relu")(inputs)
@@ -113,16 +113,15 @@ reloaded, scores = scores_model.predict(x_test, batch_size=256, verbose=0)
 print("Scores (patient, head, query, key):", scores.shape)
 moved = np.abs(reloaded[:, 0] * scale + center - predicted).max()
 print(f"Largest change of a prediction: {moved:.3f} points")
+print(f"{'attention received':20}mean  largest")
 for column in np.argsort(-scores.mean(axis=(0, 1, 2)))[:3]:
     column_scores = scores[..., column]
-    print(
-        f"{names[column]:>14}: {column_scores.mean():.2f} on average (uniform: 0.10), "
-        f"at most {column_scores.max():.1f}"
-    )
+    print(f"{names[column]:20}{column_scores.mean():.2f}{column_scores.max():9.1f}")
+print(f"{'uniform':20}{1 / len(names):.2f}")
 
 # %% tags=["cover"] alt="Heat map with 40 patients as rows, ordered by predicted progression, and ten measurements as columns. The column of triglycerides is a little darker throughout; the column of age has a few dark cells. Most other cells are of similar shade."
 order = np.argsort(predicted)[:: len(predicted) // 39][:40]
-fig, ax = plt.subplots(figsize=(7, 5.6))
+fig, ax = plt.subplots(figsize=(4.9, 4.8), layout="constrained")
 image = ax.imshow(
     scores[order, 0, 0], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest"
 )
@@ -135,7 +134,7 @@ fig.colorbar(image, label="attention score")
 plt.show()
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** where the summary of each patient comes from, and that this depends on the patient. On average,
 # triglycerides receive a little more than the uniform share. Age receives about the uniform share on average, but up to

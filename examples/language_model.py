@@ -4,7 +4,7 @@
 # **A model from KerasHub chooses a word. Which words does it read to choose it, and is the right one among them?**
 #
 # A tiny Llama and a tiny BERT read the right word: in the first layer, it gets 1.0 and 0.9 of the attention. The
-# predicted verb depends on it: another noun in its place changes the verb in 100 % of 500 sentences.
+# predicted verb depends on it: another noun in its place changes the verb in 100% of 500 sentences.
 #
 # The truth is planted: "the ship behind the bell near the bird" is followed by *sails*, the verb of the first noun. So
 # we know which word a model must read. The same lines read a model with real weights, and the last section shows how to
@@ -126,11 +126,9 @@ def verbs(name, x):
     return np.argmax(model(inputs(x)), axis=-1)
 
 
+print("Right verb, of 500 new sentences")
 for name in models:
-    print(
-        f"{name}: right verb in {np.mean(verbs(name, x_test) == x_test[:, -1]):.0%} of "
-        "500 new sentences"
-    )
+    print(f"{name}: {np.mean(verbs(name, x_test) == x_test[:, -1]):.0%}")
 
 # %% [markdown]
 # ## One line for each
@@ -145,7 +143,8 @@ scores = {
 }
 for layers in scores.values():
     for layer, of_layer in layers.items():
-        print(f"{layer} ({of_layer.attrs['class']})", tuple(of_layer.sizes.values()))
+        print(layer)
+        print(f"  {of_layer.attrs['class']}", tuple(of_layer.sizes.values()))
 
 chosen = explain.capture(
     models["Llama"][0],
@@ -153,7 +152,7 @@ chosen = explain.capture(
     layers="transformer_layer_1/self_attention",
     verbose=0,
 )
-print("Chosen by its path:", *chosen)
+print("Chosen by the end of its path:", *chosen, sep="\n")
 
 # %% [markdown]
 # ## How much goes to the word that decides?
@@ -161,10 +160,10 @@ print("Chosen by its path:", *chosen)
 # The words of a sentence become the names of its queries and keys. They differ from sentence to sentence, so they are
 # assigned to the scores of one. A word may occur twice, as *the* does.
 
-# %% tags=["cover"] alt="Two heat maps of one sentence, words that look against words looked at. In both, the bottom row, from which the verb is predicted, is dark at the word ship, the first noun."
+# %% tags=["cover"] alt="Two heat maps of one sentence, words that look against words looked at: Llama at the top, BERT below. In both, the bottom row, from which the verb is predicted, is dark at the word ship, the first noun."
 text = [words[word] for word in x_test[0]]
 tokens = {"Llama": text[:-1], "BERT": [*text[:-1], "<mask>"]}
-fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+fig, axes = plt.subplots(2, 1, figsize=(4.9, 7.6), layout="constrained")
 for ax, (name, layers) in zip(axes, scores.items(), strict=True):
     first_layer = next(iter(layers.values())).isel(sample=0)
     plot.heatmap(
@@ -174,9 +173,12 @@ for ax, (name, layers) in zip(axes, scores.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Each row says what one word reads. The last row matters most, because the verb is predicted from there. The table has
-# its weights for the first noun, the word after that noun, the third noun and `<s>`, as the mean over heads and all 500
-# sentences. Uniform weights would be 0.1 for each of the 11 or 12 words.
+# Each row says what one word reads. On the color bar, a line marks the uniform weight. Llama's first word sees one word
+# and its last sees eleven, so its uniform weight is a range.
+#
+# The last row matters most, because the verb is predicted from there. The table has its weights for the first noun, the
+# word after that noun, the third noun and `<s>`, as the mean over heads and all 500 sentences. Uniform weights would be
+# 0.1 for each of the 11 or 12 words.
 
 # %%
 print(f"{'model, layer':14}{'first':>6}{'after':>6}{'third':>6}{'<s>':>5}")
@@ -196,8 +198,8 @@ for name, layers in scores.items():
 #
 # Large models that were trained for a long time give much of their attention to the first token, whatever it is. This
 # is called an attention sink (Xiao et al. 2023, [*Efficient Streaming Language Models with Attention
-# Sinks*](https://arxiv.org/abs/2309.17453)). These two models have none: on average, `<s>` receives 0.0. In your own
-# model, look at the first token before the others, and leave it out when you compare the other words.
+# Sinks*](https://arxiv.org/abs/2309.17453)). The last row of these two models has none: on average, it gives `<s>` 0.0.
+# In your own model, look at the first token before the others, and leave it out when you compare the other words.
 #
 # ## Two checks
 #
@@ -240,6 +242,8 @@ for name in models:
 # ```
 #
 # The result has the 12 heads of that layer. Without `layers=`, it has all 12 layers.
+#
+# ## What it says, and what it does not
 #
 # **It says** which words each layer of these models reads, and that the scores are those that the models used. The
 # second check says that the verb depends on the word that gets the attention.

@@ -5,7 +5,7 @@
 # tokens still look at the right token among 32,000?**
 #
 # A summary of 5 MB instead of a matrix of 4.1 GB keeps the top keys, the entropy and a small map. The right token is
-# first among 32,000, but its weight falls from 0.92 at 64 tokens to 0.02, too little to give the right answer.
+# first among 32,000, but its weight falls from 0.92 at 64 tokens to 0.02, so it counts for only 0.02 in the answer.
 #
 # The truth is planted: in each sequence one token is marked, and the answer is the number that it carries. So we know
 # where attention should be. You need to know the [recipe for an existing model](existing_model.ipynb).
@@ -72,11 +72,10 @@ for length in lengths:
     needles[length] = int(marked[0])
 
 longest = summaries[32_000]
-print(
-    f"The full matrix: {32_000**2 * 4 / 1e9:.1f} GB. The summary: "
-    f"{longest.nbytes / 1e6:.0f} MB"
-)
-print({name: dict(longest[name].sizes) for name in ("top_weight", "received", "map")})
+print(f"The full matrix: {32_000**2 * 4 / 1e9:.1f} GB")
+print(f"The summary: {longest.nbytes / 1e6:.0f} MB")
+for name in ("top_weight", "received", "map"):
+    print(name, dict(longest[name].sizes))
 
 # %% [markdown]
 # ## Does it find the needle?
@@ -86,20 +85,18 @@ print({name: dict(longest[name].sizes) for name in ("top_weight", "received", "m
 
 # %%
 weights = []
+print("tokens  needle  first key  needle's weight")
 for length in lengths:
     of_question = summaries[length].isel(sample=0, head=0, query=-1)
     first = of_question["top_key"].isel(rank=0).item()
     weights.append(of_question["row"].isel(row=0, key=needles[length]).item())
-    print(
-        f"{length:6} tokens: needle {needles[length]:5}, first key {first:5}, "
-        f"weight of the needle {weights[-1]:.2f}"
-    )
+    print(f"{length:6}{needles[length]:8}{first:11}{weights[-1]:17.2f}")
 
-# %% tags=["cover"] alt="Left, the weights that the last of 32,000 tokens gives to all keys, on a logarithmic scale: a flat band of all other keys, one ringed point, the needle, a hundred times and more above it, and a dot a little above the band at its right end. Right, the weight of the needle by length: it falls from near 1 at 64 tokens to near 0 at 32,000."
+# %% tags=["cover"] alt="Top, the weights that the last of 32,000 tokens gives to all keys, on a logarithmic scale: a flat band of all other keys, one ringed point, the needle, several hundred times above it, and a dot a little above the band at its right end. Bottom, the weight of the needle by length: it falls from near 1 at 64 tokens to near 0 at 32,000."
 row = longest["row"].isel(sample=0, head=0, row=0).values
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-left.semilogy(np.arange(32_000) / 1000, row, ".", markersize=2, color="#0072b2")
-left.scatter(
+fig, (top, bottom) = plt.subplots(2, 1, figsize=(4.9, 6), layout="constrained")
+top.semilogy(np.arange(32_000) / 1000, row, ".", markersize=2, color="#0072b2")
+top.scatter(
     needles[32_000] / 1000,
     row[needles[32_000]],
     s=90,
@@ -107,36 +104,47 @@ left.scatter(
     edgecolors="#d55e00",
     linewidths=2,
 )
-left.set_title("what the last of 32,000 tokens looks at")
-left.set_xlabel("key (thousands; ring: needle)")
-left.set_ylabel("weight")
-right.semilogx(lengths, weights, marker="o", color="#d55e00")
-right.set_ylim(0, 1)
-right.set_title("weight of the needle")
-right.set_xlabel("tokens")
+top.set_title("what the last of 32,000 tokens looks at")
+top.set_xlabel("key (thousands; ring: needle)")
+top.set_ylabel("weight")
+top.yaxis.set_major_formatter("{x:g}")
+bottom.semilogx(lengths, weights, marker="o", color="#d55e00")
+bottom.set_xticks(lengths, lengths)
+bottom.set_ylim(0, 1)
+bottom.set_title("weight of the needle")
+bottom.set_xlabel("tokens")
 plt.show()
 
 # %% [markdown]
 # The needle stands out at every length: it is first among 32,000 keys. (The dot at the right end is the last token
 # itself.) But 0.98 of the weight has gone to thousands of other tokens, each of which gets next to nothing. The model
 # answers with the weighted mean over all tokens, in which the needle counts for 0.02. **The top keys alone are
-# misleading.** Read them together with the weight and the entropy. The reason is arithmetic: to keep its weight, the
-# logit of the needle must exceed the others by more than the logarithm of their number. With 64 tokens, the model only
-# had to learn that for 64.
+# misleading.** Read them together with the weight and the entropy. The reason is arithmetic: for the needle to keep its
+# weight, its logit must exceed the others by more than the logarithm of their number. Trained on 64 tokens, the model
+# only had to learn a margin for 64.
 #
 # ## The map
 #
-# The map shows 32,000 × 32,000 scores in 64 × 64 bins. Each cell is the weight that the queries of one bin give to the
-# keys of another. It shows what one row cannot: no other query looks for the needle.
+# The map shows 32,000 × 32,000 scores in 64 × 64 bins. Each cell is the mean weight that the queries of one bin give to
+# the keys of one bin together. It shows what one row cannot: how the other 31,999 queries look.
 
 # %% alt="A map of 32,000 by 32,000 scores in 64 by 64 bins: a uniform field, without a line at the needle."
 ax = plot.heatmap(longest, vmax=0.1)
-ax.figure.set_size_inches(5.5, 4.2)
+ax.figure.set_size_inches(4.9, 4.2)
 plt.show()
-others = longest["map"].isel(sample=0, head=0, query_bin=slice(0, -1))
-print(f"Largest weight of a bin of keys from other queries: {others.max().item():.2f}")
+bins = longest["map"].isel(sample=0, head=0, query_bin=slice(0, -1))
+print(f"Largest weight of a bin of keys: {bins.max().item():.3f}")
+print(f"Uniform weight of a bin of keys: {1 / 64:.3f}")
+others = longest.isel(sample=0, head=0, rank=0, query=slice(0, -1))
+first_there = (others["top_key"] == needles[32_000]).sum().item()
+print(f"Queries other than the last: {others.sizes['query']:,}")
+print(f"    needle is the first key: {first_there:,}")
+print(f"    largest weight on it:    {others['top_weight'].max().item():.4f}")
 
 # %% [markdown]
+# In the map, the other queries look uniform. But all of them put the needle first, too, with a weight of at most
+# 0.0004. In a bin of 500 keys, that is too little to see. The top keys show it.
+#
 # ## Is it exact?
 #
 # At 512 tokens the full matrix fits into memory. The summary agrees with it:
@@ -163,6 +171,8 @@ for name, ours, exact in [
 # - A bin of the map adds up 500 keys. One key with a weight of 0.5 and 500 keys with 0.001 each look the same there.
 #   The top keys tell them apart.
 # - The summary keeps `top_k=16` keys for each query. If their weights add up to little, the query looks at many keys.
+#
+# ## What it says, and what it does not
 #
 # **It says** where each of 32,000 queries looks most, and how concentrated its attention is. The head that finds the
 # planted needle among 64 tokens also puts it first among 32,000, but with a weight of 0.02.

@@ -61,8 +61,10 @@ with warnings.catch_warnings():
     model(patients)
     scores = np.asarray(attention.attention_scores)
 
-print("Scores (patient, head, query, key):", scores.shape)
-print("Mean score of each head:", scores.mean(axis=(0, 2, 3)).round(3))
+print("Scores (patient, head, query, key):")
+print("   ", scores.shape)
+print("Mean score of each head:")
+print("   ", scores.mean(axis=(0, 2, 3)).round(3))
 
 # %% [markdown]
 # ## Real tumors, one token per measurement
@@ -99,16 +101,14 @@ def trained_model(seed):
 models = [trained_model(seed) for seed in (0, 1)]
 linear = LogisticRegression().fit(x_train, y_train)
 
+print(f"{'143 new tumors':20}{'AUC':>5}{'accuracy':>10}")
 for label, probability in [
     ("attention, seed 0", np.asarray(models[0](x_test))[:, 0]),
     ("attention, seed 1", np.asarray(models[1](x_test))[:, 0]),
     ("logistic regression", linear.predict_proba(x_test)[:, 1]),
 ]:
     accuracy = ((probability > 0.5) == y_test).mean()
-    print(
-        f"{label:20} AUC {roc_auc_score(y_test, probability):.2f}   "
-        f"accuracy {accuracy:.2f}"
-    )
+    print(f"{label:20}{roc_auc_score(y_test, probability):5.2f}{accuracy:10.2f}")
 
 # %% [markdown]
 # On 143 tumors that no model has seen, the models with attention have an AUC of 0.99 and 0.98, and a logistic
@@ -126,40 +126,40 @@ weight = np.abs(linear.coef_[0])
 print("Most attention received, mean of the two runs:")
 for column in np.argsort(-(first + second))[:3]:
     print(f"  {names[column]}")
-print(
-    "Rank correlation between the two runs:       "
-    f"{spearmanr(first, second).statistic:.1f}"
-)
-print(
-    "Rank correlation with logistic coefficients: "
-    f"{spearmanr(first + second, weight).statistic:.1f}"
-)
+print("Rank correlation")
+print(f"  between the two runs: {spearmanr(first, second).statistic:.1f}")
+print(f"  with logistic weights: {spearmanr(first + second, weight).statistic:.1f}")
 
-# %% tags=["cover"] alt="Dots with intervals, one per training run, of the attention that the first 8 of 30 tumor measurements receive. The first three are radius error, worst concave points and worst area."
+# %% tags=["cover"] alt="Dots with intervals, one per training run, of the attention that the first 8 of 30 tumor measurements receive. The first three are radius error, worst concave points and worst area. All dots but one are to the right of a dashed line, the uniform share."
 ax = plot.features(received, top_k=8)
+ax.axvline(1 / len(names), color="gray", linestyle="--", label="uniform")
+ax.legend(loc="lower right", fontsize=9)
 
 # %% [markdown]
-# The rank correlations are about the whole order. A reader looks at the top of the list, so we compare that, too:
+# The dashed line is the uniform share, 1/30. The rank correlations are about the whole order. A reader looks at the top
+# of the list, so we compare that, too:
 
 # %%
 rankings = {"seed 0": first, "seed 1": second, "logistic regression": weight}
 first_ten = {label: set(np.argsort(-values)[:10]) for label, values in rankings.items()}
+print("In common, of the first 10")
 for label, other in itertools.combinations(rankings, 2):
     common = len(first_ten[label] & first_ten[other])
-    print(f"{label} and {other}: {common} of the first 10 in common")
+    print(f"  {label}, {other}: {common}")
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** which measurements the model looks at most: three of size and shape come first. Another seed finds a
 # similar order, with a rank correlation of 0.9. A logistic regression, which is another kind of model, ranks them
 # similarly, with 0.7.
 #
-# **It does not say** that the model needs any one of these measurements to be right, or that it diagnoses better because
-# of its attention. Many of the 30 are strongly correlated, and a model can use one in place of another. [Does the model
-# need what it looks at?](needed.ipynb) tests this model. Nor does the map say that a measurement causes anything. That
-# the rankings agree proves little, since all come from the same correlated data.
+# **It does not say** that the model needs any one of these measurements to be right, or that it diagnoses better
+# because of its attention. Many of the 30 are strongly correlated, and a model can use one in place of another. [Does
+# the model need what it looks at?](needed.ipynb) tests this model. Nor does the ranking say that a measurement causes
+# anything. That the rankings agree proves little, since all come from the same correlated data.
 #
 # **Use your own data:** replace `data.data`, `data.target` and `names`. For more than two classes, end the model with
 # `Dense(number_of_classes, activation="softmax")` and train it with `"sparse_categorical_crossentropy"`, and leave out
-# the lines with `linear` and `weight`, which are for two classes. The lines from `received` on stay as they are.
+# what is for two classes: the loop that prints AUC and accuracy, and what uses `linear` and `weight`. The other lines
+# from `received` on stay as they are.

@@ -1,14 +1,15 @@
 # %% [markdown] level="advanced" data="any"
 # # More rows than fit into memory
 #
-# **The scores of a million rows do not fit into memory, and one process takes too long. What now?**
+# **The scores of all your rows do not fit into memory, and one process takes long. What now?**
 #
-# Cut the rows into blocks, and let several processes capture them and write the scores to disk. A million rows would be
-# 2.3 GB. Here two processes capture 30,000 rows in three blocks, 69 MB, and xarray reads them as one array.
+# Cut the rows into blocks, and let several processes capture them and write the scores to disk. Here two processes
+# capture 30,000 rows in three blocks, 69 MB, and xarray reads them as one array. A million rows of this small table
+# would be 2.3 GB, and a hundred million 230 GB.
 #
-# That pays: 17 of the 30,000 rows are the hottest, and a sample of 1,000 has none of them.
+# It is worth it: the hottest bin holds 24 of the 30,000 rows, and none of the first 1,000.
 #
-# The rows are simulated, and a Dask cluster distributes the blocks. The recipe needs `pip install ".[store]"
+# The rows are simulated, and a Dask cluster distributes the blocks. The recipe needs `pip install ".[store,plot,jax]"
 # "dask[distributed]"` in a clone of the repository. You need to know [`capture`](existing_model.ipynb). What happens if
 # a process is killed is a [recipe of its own](after_a_kill.ipynb).
 
@@ -22,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# JAX starts quickly. Little work is best done by one thread, with code that is quickly
-# compiled. The processes that are started below inherit this.
+# JAX starts quickly. For so little work, one thread and quickly compiled code are
+# fastest. The processes that are started below inherit this.
 os.environ |= {
     "KERAS_BACKEND": "jax",
     "OMP_NUM_THREADS": "1",
@@ -122,8 +123,8 @@ def capture_all(client, folder):
 # ## One array again
 #
 # xarray opens all stores as one array. It reads nothing until you ask for a result, and then it reads piece by piece.
-# So the mean has to fit into memory, but the scores need not. To see whether rows were lost, doubled or exchanged, this
-# process captures 3,000 rows again, across the border of two blocks.
+# So the mean has to fit into memory, but the scores need not. To see whether rows were lost, duplicated or swapped,
+# this process captures 3,000 rows again, across the border of two blocks.
 
 
 # %%
@@ -139,8 +140,8 @@ def one_array(folder):
 
 def checked(scores, model, table):
     print(dict(scores.sizes))
-    print(f"On disk: {scores.nbytes / 1e6:.0f} MB for {len(scores):,} rows,")
-    print(f"    {scores.nbytes / len(scores) * 1e6 / 1e9:.1f} GB for a million")
+    print(f"Scores, uncompressed: {scores.nbytes / 1e6:.0f} MB,")
+    print(f"    {scores.nbytes / len(scores) * 1e6 / 1e9:.1f} GB for a million rows")
     some = slice(block - 1500, block + 1500)
     again = explain.capture(model, table[some], batch_size=250, verbose=0)["attention"]
     apart = np.abs(scores[some].values - again.values).max()
@@ -152,35 +153,35 @@ def checked(scores, model, table):
 # %% [markdown]
 # ## What a sample would have missed
 #
-# The temperature token reads other columns when it is hot. We take means over all rows, in bins of temperature, and the
-# same means for the first 1,000 rows, as if one had looked at a sample only.
+# The temperature token reads other columns when the machine is hot. We take means over all rows, in bins of
+# temperature, and the same means for the first 1,000 rows, as if one had looked at a sample only.
 
 # %%
-edges = np.arange(-3.25, 4, 0.5)
-middles = (edges[1:] + edges[:-1]) / 2
+# The first and the last bin are open, so that each row is in one.
+edges = np.r_[-np.inf, np.arange(-2.75, 3.5, 0.5), np.inf]
+middles = np.arange(-3, 3.75, 0.5)
 
 
 def by_temperature(sample, table):
     which = np.digitize(table[: len(sample), 0], edges) - 1
     means = [sample[which == number].mean("sample") for number in range(len(middles))]
-    return xr.concat(means, "temperature"), np.bincount(
-        which[which >= 0], minlength=len(middles)
-    )[: len(middles)]
+    return xr.concat(means, "temperature"), np.bincount(which, minlength=len(middles))
 
 
 def draw(everything, sampled, count_sampled):
-    _, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    _, ax = plt.subplots(figsize=(4.9, 4.2), layout="constrained")
     colors = {"load": "#0072b2", "vibration": "#d55e00", "sensor 1": "gray"}
     dots = np.where(count_sampled, 28, 0)
     for name, color in colors.items():
         ax.plot(middles, everything.sel(key=name), color=color, label=name)
         ax.scatter(middles, sampled.sel(key=name), color=color, s=dots)
-    ax.axvspan(2, edges[-1], color="#d55e00", alpha=0.08, linewidth=0)
-    bottom = ax.get_ylim()[0] + 0.002
-    ax.text(2.05, bottom, "wear depends on\nvibration here", va="bottom")
+    ax.axvspan(2, 3.75, color="#d55e00", alpha=0.08, linewidth=0)
+    ax.set_xlim(right=3.75)
+    ax.text(1.9, 0.2, "in the shade, wear\ndepends on vibration", ha="right")
     ax.set_xlabel("temperature (standard deviations from its mean)")
     ax.set_ylabel("attention from temperature")
     ax.legend(title="to", loc="upper left")
+    ax.set_title("lines: all 30,000 rows; dots: first 1,000")
     plt.show()
 
 
@@ -188,7 +189,7 @@ def draw(everything, sampled, count_sampled):
 # ## All together, behind a main guard
 #
 # Each process of the cluster starts as a new Python. If this page is run as a script, each of them imports the script
-# first, and runs all that is not in a function. Without the guard, they would train the model as well, and start
+# first, and runs everything outside functions. Without the guard, they would train the model as well, and start
 # clusters of their own. In a notebook, the guard is always true.
 #
 # Here the cluster is two processes on one machine. For several machines, a different line makes the cluster
@@ -223,27 +224,21 @@ if __name__ == "__main__":
 
     everything, count = by_temperature(from_temperature, table)
     sampled, count_sampled = by_temperature(from_temperature[:1000], table)
-    print(
-        f"Hottest bin: {count[-1]} of all rows, {count_sampled[-1]} of the first 1000"
-    )
-    for where, attention in {
-        "coldest": everything[0],
-        "hottest": everything[-1],
-    }.items():
-        most = attention.drop_sel(key="temperature").idxmax("key").item()
+    print(f"Hottest bin: {count[-1]} of {count.sum():,} rows,")
+    print(f"    {count_sampled[-1]} of the first {count_sampled.sum():,}")
+    print(f"{'attention to':12}{'vibration':>11}{'load':>6}")
+    for where, attention in [
+        ("coldest bin", everything[0]),
+        ("hottest bin", everything[-1]),
+        ("largest", everything.max("temperature")),
+    ]:
         vibration, load = (attention.sel(key=key).item() for key in names[2:0:-1])
-        print(
-            f"{where} bin: most to {most}; vibration gets {vibration:.2f}, "
-            f"load {load:.2f}"
-        )
-    largest = everything.sel(key="load").max().item()
-    print(f"Largest mean attention to load in any bin: {largest:.2f}")
+        print(f"{where:12}{vibration:11.2f}{load:6.2f}")
     draw(everything, sampled, count_sampled)
 
 # %% [markdown]
-# The lines are means over all rows, and the dots are means over the sample. The hottest bin has 17 of all rows, but
-# none of the first 1,000. So the sample cannot show how far the change goes, and these are the rows in which wear
-# depends on the vibration.
+# The lines are means over all rows, and the dots are means over the sample. The hottest bin has 24 of all rows, but
+# none of the first 1,000. So the sample shows that attention changes, but not how far.
 #
 # ## Where to be careful
 #
@@ -255,6 +250,8 @@ if __name__ == "__main__":
 #   the last few batches are. Dask gives the block of a killed worker to another one, which continues it.
 # - If you only want statistics, do not store scores at all. Reduce each block in its worker, and return the small
 #   result, as in [An audit of more rows than you can test](audit_many_rows.ipynb).
+#
+# ## What it says, and what it does not
 #
 # **It says** how the attention of the temperature token changes over all rows, including both ends of the range, and
 # that the scores of 3,000 rows are those that one process captures in memory.

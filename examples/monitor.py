@@ -3,9 +3,9 @@
 #
 # **When does a head begin to do what it does in the end, and does the loss show it?**
 #
-# The loss does not show it: less than 2 % of the variance is left from epoch 7 on, but the two heads that do the work
-# go on forming until the last epoch. In the end, one gives 0.9 of its weight to the first number, and the other gives
-# 0.8 to the number before.
+# The two sharpest heads begin in epochs 3 and 5 and go on forming until the last, epoch 20. The loss does not show it:
+# less than 2% of the variance is left from epoch 7 on. In the end, one head gives 0.9 of its weight to the first
+# number, and the other gives 0.8 to the number before.
 #
 # The truth is planted: in each sequence of 12 numbers, every position has to answer with two of them, the one before it
 # and the first one. So we know what heads have to find. You need to know `model.fit` and [what a head
@@ -54,8 +54,8 @@ model.compile(keras.optimizers.Adam(0.003), "mse")
 # ## One callback
 #
 # [`explain.AttentionMonitor`](../api/explain.md) runs a few fixed samples through the model after each epoch, and keeps
-# four numbers for each head, not the scores. Epoch 0 is the untrained model. With `log_dir="logs"` the same numbers go
-# to TensorBoard.
+# a few statistics of each head, not the scores. Epoch 0 is the untrained model. With `log_dir="logs"`, the same numbers
+# go to TensorBoard.
 
 # %%
 monitor = explain.AttentionMonitor(x_test[:32])
@@ -76,11 +76,11 @@ print(dict(history.sizes))
 #
 # - **Entropy**: 1 is uniform over all keys, and 0 is all on one key.
 # - **Confidence**: the mean over queries of the largest weight.
-# - **Distance**: how far a query looks, in positions. A head that looks at the number before has a mean distance of
-#   1.83: it is 1 for each position but the first, for which the number before is the last, 11 away. A head that looks
-#   at the first number has 5.5, and a uniform head has 3.97.
+# - **Distance**: how far a query looks, in positions. It is 1 for a query that looks at the number before, except at
+#   the first position, for which the number before is the last, 11 away. It is 0 to 11 for queries that look at the
+#   first number.
 
-# %% tags=["cover"] alt="Three charts over 20 epochs with a line for each of four heads: entropy, confidence, distance. All start uniform. Head 3 leaves first: its entropy falls to 0.15 and its distance rises to 5.4. Head 2 follows, to a distance of about 2. Head 1 stops halfway, and head 0 ends where it began."
+# %% tags=["cover"] alt="Three charts over 20 epochs with a line for each of four heads: entropy, confidence, distance. All start uniform. Head 3 leaves first: its entropy falls to 0.15 and its distance rises to 5.4. Head 2 follows, to a distance of about 2. Head 1 stops halfway. Head 0 leaves with head 3, but ends where it began."
 figure = plot.training(monitor.history)
 plt.show()
 
@@ -88,45 +88,48 @@ plt.show()
 # ## What each head became
 #
 # The statistics say that a head settled, but not on what. The planted truth shows this. For each head, we compute the
-# share of its weight on the number before, and on the first number.
+# share of its weight on the number before, and on the first number. A head *begins* in the first epoch with an entropy
+# below 0.9.
 
 # %%
 scores = explain.capture(model, x_test[:32], verbose=0)["attention"].values
 position = np.arange(12)
 shares = {
-    "the one before": scores[:, :, position, position - 1].mean(axis=(0, 2)),
-    "the first": scores[:, :, :, 0].mean(axis=(0, 2)),
+    "before": scores[:, :, position, position - 1].mean(axis=(0, 2)),
+    "first": scores[:, :, :, 0].mean(axis=(0, 2)),
 }
+print("head  entropy    begins  largest share")
 for head in range(4):
+    entropy = history["entropy"].sel(head=head).values  # one for each epoch
+    begins = np.argmax(entropy < 0.9) or "never"
     most = max(shares, key=lambda name: shares[name][head])
-    start, end = (
-        history["entropy"].sel(head=head, epoch=epoch).item() for epoch in (0, 20)
-    )
     print(
-        f"Head {head}: entropy {start:.1f} → {end:.1f}, {shares[most][head]:.1f} of "
-        f"its weight on {most}"
+        f"{head:<5} {entropy[0]:.1f} → {entropy[-1]:.1f}  {begins:<6}  "
+        f"{shares[most][head]:.1f} {most}"
     )
 
 # %% [markdown]
+# Head 0 begins as early as head 3, but returns to nearly uniform attention.
+#
 # ## The loss settles before the heads do
 #
-# The model has solved the task long before attention stops changing: the loss is nearly flat from epoch 7 on, and 29 %
-# of the fall of the entropy comes after that. The chart on the right shows redundancy, the Jensen–Shannon distance
-# between the rows of two heads: 0 if they are the same, and 1 if they share no key. At the beginning, all four heads
-# are nearly the same. At the end, heads 0 and 1 are closest to each other, and share one line.
+# The model has solved the task before attention stops changing: the loss is nearly flat from epoch 7 on, and 29% of the
+# fall of the entropy of heads 2 and 3 comes after that. The lower chart shows, for each head, the Jensen–Shannon
+# distance to the head most like it: 0 if they are the same, and 1 if they share no key. At the beginning, all four
+# heads are nearly the same. At the end, heads 0 and 1 are closest to each other, and share one line.
 
-# %% alt="Two charts over 20 epochs. Left, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Right, the distance of each head to the one most like it: that of head 3 goes on rising until the end, those of the others are flat or fall a little after epoch 8, and heads 0 and 1 share one line."
+# %% alt="Two charts over 20 epochs. Top, the loss on new samples falls to nearly 0 by epoch 8 and stays there. Bottom, the distance of each head to the one most like it: that of head 3 goes on rising until the end, those of the others are flat or fall a little after epoch 8, and heads 0 and 1 share one line."
 loss = np.array(fit.history["val_loss"]) / y_test.var()
 others = (
     history["redundancy"]
     .where(history["head"] != history["head_other"])
     .min("head_other")
 )
-fig, (left, right) = plt.subplots(
-    1, 2, figsize=(8, 2.8), layout="constrained", sharex=True
+fig, (top, bottom) = plt.subplots(
+    2, 1, figsize=(4.9, 5), layout="constrained", sharex=True
 )
-left.plot(range(1, 21), loss, color="black")
-left.set_title("loss on new samples, share of the variance")
+top.plot(range(1, 21), loss, color="black")
+top.set_title("loss on new samples, share of the variance")
 for head, drawn in enumerate(figure.axes[0].lines):  # each head as above
     style = {
         "color": drawn.get_color(),
@@ -134,11 +137,12 @@ for head, drawn in enumerate(figure.axes[0].lines):  # each head as above
         "markevery": 2,
         "markersize": 4,
     }
-    right.plot(history["epoch"], others.sel(head=head), label=f"head {head}", **style)
-right.set_title("distance to the most similar head")
-right.legend(ncols=2)
-for ax in (left, right):
-    ax.set_xlabel("epoch")
+    bottom.plot(history["epoch"], others.sel(head=head), label=f"head {head}", **style)
+bottom.set_title("distance to the most similar head")
+bottom.set_xlabel("epoch")
+bottom.set_xticks(range(0, 21, 4))
+bottom.legend(ncols=2)
+for ax in (top, bottom):
     ax.set_ylim(bottom=0)
 plt.show()
 
@@ -148,14 +152,13 @@ late = (settled.sel(epoch=solved) - settled.sel(epoch=20)) / (
     settled.sel(epoch=0) - settled.sel(epoch=20)
 )
 falls = (settled.sel(epoch=slice(solved, 20)).diff("epoch") < 0).sum().item()
-print(f"Less than 2% of the variance is left from epoch {solved} on")
-print(
-    f"After that, entropy of heads 2 and 3 falls in {falls} of {20 - solved} epochs, "
-    f"by {late.item():.0%} of its whole fall"
-)
+print(f"Loss below 2% of the variance: epoch {solved}")
+print("Mean entropy of heads 2 and 3 after that")
+print(f"epochs in which it falls   {falls} of {20 - solved}")
+print(f"share of its whole fall    {late.item():.0%}")
 
 # %% [markdown]
-# ## What the curves say, and what they do not
+# ## What it says, and what it does not
 #
 # **It says** when a head leaves its uniform start, that two heads found the two numbers that the task asks for, and
 # that attention changes while the loss hardly does. If you stop as soon as the loss is flat, attention is still

@@ -3,8 +3,8 @@
 #
 # **A model looks most at some columns. Would it do worse without them, and what if other columns say much the same?**
 #
-# Because other columns say much the same, no measurement is shown to be needed: 0 of 30. Shuffling one raises the loss by
-# up to 0.8. If they are resampled given the others, so that the rows stay possible, the largest rise is 0.0.
+# No measurement is shown to be needed: 0 of 30. Other columns may say much the same. Shuffling a measurement raises the
+# loss by up to 0.8. If it is resampled given the others, so that the rows stay possible, the largest rise is 0.0.
 #
 # The output does depend on the measurements that attention ranks first, as a set. So "the model looks at it" does not
 # mean "the model needs it".
@@ -13,6 +13,8 @@
 # need to know that recipe.
 
 # %%
+import textwrap
+
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,12 +59,14 @@ model, from_another_seed = trained_model(0), trained_model(1)
 # ## An audit
 #
 # [An audit](audit.ipynb) tests what the attention map suggests, on the 143 tumors that the model has not seen. Of the
-# claims that it supports, one in twenty may be wrong. First, the claims about the map as a whole:
+# claims that it supports, one in twenty may be wrong. First, the claims about the map as a whole, and the skill of the
+# model. Skill is 1 minus the ratio of the model's loss to that of the best constant.
 
 # %%
 report = explain.audit(model, x_test, y_test, models=[from_another_seed], verbose=0)
 for claim in report.claims[report.claims["feature"].isna()].itertuples():
-    print(f"{claim.verdict:13} {claim.claim}")
+    text = f"{claim.verdict}: {claim.claim}"
+    print(textwrap.fill(text, 40, subsequent_indent="  "))
 skill = report.record["skill"]
 low, high = skill["skill_interval"]
 print(f"Skill of the model: {skill['skill']:.2f} ({low:.2f} to {high:.2f})")
@@ -76,22 +80,20 @@ print(f"Skill of the model: {skill['skill']:.2f} ({low:.2f} to {high:.2f})")
 
 # %%
 single, together = report.features.loc[names], report.features.drop(index=names)
-for label, tested in {"one by one": single, "as a group": together}.items():
+print("Shown to be needed")
+for label, tested in {"measurements": single, "groups of them": together}.items():
     needed = tested["verdict"].isin(["supported", "needed, not claimed"])
-    print(
-        f"Measurements tested {label}, shown to be needed: {needed.sum()} of "
-        f"{len(tested)}"
-    )
-print("The group:", ", ".join(together.index))
+    print(f"{label:14} {needed.sum()} of {len(tested)}")
+print(textwrap.fill("The group: " + ", ".join(together.index), 40))
 
 # %% [markdown]
 # Nor do these 143 tumors show that the model needs the group of 14: the other 16 may say much the same.
 #
-# ## Why permutation importance says something else
+# ## Why shuffling makes measurements look needed
 #
 # Permutation importance asks the same model: how much worse does it get when a column is shuffled? Shuffling breaks the
-# link to the other columns. It makes tumors that cannot exist, such as one whose radius varies little and whose area
-# varies much, and the model was never trained on those.
+# link to the other columns. It makes tumors that cannot exist, such as one with a small radius and a large area, and
+# the model was never trained on those.
 
 
 # %%
@@ -104,37 +106,35 @@ shuffled = permutation_importance(
 ).importances_mean
 attention, resampled = single["attribution"].values, single["effect"].values
 
-print(
-    "Rank correlation of attention with permutation importance: "
-    f"{spearmanr(attention, shuffled).statistic:.1f}"
-)
+print("Largest rise of the loss")
+print(f"shuffled   {shuffled.max():.1f} ({names[shuffled.argmax()]})")
+print(f"resampled  {resampled.max():.1f}")
+print("Attention and permutation importance")
+print(f"rank correlation              {spearmanr(attention, shuffled).statistic:.1f}")
 first_ten = [set(np.argsort(-values)[:10]) for values in (attention, shuffled)]
-print(f"    {len(first_ten[0] & first_ten[1])} of the first 10 in common")
-for label, rises in {"shuffled": shuffled, "resampled": resampled}.items():
-    print(f"Largest rise of the loss, {label:9}: {rises.max():.1f}")
-print(f"    of {names[shuffled.argmax()]}, when shuffled")
+print(f"in common, of the first ten   {len(first_ten[0] & first_ten[1])}")
 
 # %% tags=["cover"] alt="How much the loss rises without each of the ten measurements that receive most attention, twice. If it is shuffled, radius error raises the loss by 0.84, worst concave points by 0.19, mean concave points by 0.16 and the others by less than 0.1. If it is resampled given the others, all ten lie at zero."
 order = np.argsort(-attention)[:10]
 places = np.arange(len(order))
-fig, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(4.9, 4), layout="constrained")
 ax.hlines(places, resampled[order], shuffled[order], color="lightgray", linewidth=4)
 for label, rises, color in [
     ("shuffled", shuffled, "#d55e00"),
     ("resampled given the others", resampled, "#0072b2"),
 ]:
-    ax.scatter(rises[order], places, s=80, color=color, label=label, zorder=3)
-ax.set_yticks(places, [names[column] for column in order], fontsize=12)
+    ax.scatter(rises[order], places, s=60, color=color, label=label, zorder=3)
+ax.set_yticks(places, [names[column] for column in order])
 ax.invert_yaxis()
-ax.set_xlabel("rise of the loss without the measurement", fontsize=12)
-ax.legend(loc="lower right", fontsize=12)
+ax.set_xlabel("rise of the loss without the measurement")
+ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
 # The two rankings agree, with a rank correlation of 0.8, and share 8 of their first ten. That is no evidence that the
 # model needs these measurements: both rankings come from the same correlated columns.
 #
-# ## What this says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** that the output depends on the measurements that attention ranks first, taken together, more than on random
 # ones. With the same weight for every measurement, the output changes. But the model is not shown to do worse. That the
@@ -146,4 +146,4 @@ plt.show()
 #
 # **Use your own data:** replace `data.data`, `data.target` and `names`, and let `trained_model` return your model. The
 # rows of `x_test` must be new to it. The calls of `explain.audit` and `permutation_importance` stay as they are. For
-# more than two classes, let `score` return `-log_loss(y, np.asarray(model(x)))`.
+# more than two classes, leave out `[:, 0]` in `score`.

@@ -92,14 +92,11 @@ gradient, ablation = (
     np.concatenate([dataset[name] for dataset in importance.values()])
     for name in ("gradient", "ablation")
 )
-fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-for layer, marker in zip(importance, "os", strict=True):
-    ax.scatter(
-        importance[layer]["gradient"],
-        importance[layer]["ablation"],
-        marker=marker,
-        label=layer,
-    )
+fig, ax = plt.subplots(figsize=(4.9, 4), layout="constrained")
+colors = ["#0072b2", "#d55e00"]
+for layer, color, marker in zip(importance, colors, "os", strict=True):
+    x, y = importance[layer]["gradient"], importance[layer]["ablation"]
+    ax.scatter(x, y, color=color, marker=marker, label=layer)
 for (_, head), x, y in zip(names, gradient, ablation, strict=True):
     ax.annotate(f" {head}", (x, y))
 ax.axhline(0, color="gray", linewidth=0.8)
@@ -110,11 +107,12 @@ plt.show()
 
 loss_with_all = importance["attention_0"].attrs["loss_value"]
 print("Most needed is a head of", names[ablation.argmax()][0])
-print(f"Without it the loss rises from {loss_with_all:.1f} by {ablation.max():.1f}")
-ranks = np.argsort(np.argsort([gradient, ablation]))
-print(f"Rank correlation of estimate and experiment: {np.corrcoef(ranks)[0, 1]:.1f}")
+print(f"Without it, the loss rises by {ablation.max():.2f},")
+print(f"from {loss_with_all:.2f}")
 print(f"Gradient: {gradient.min():.2f} to {gradient.max():.2f}")
 print(f"Ablation: {ablation.min():.2f} to {ablation.max():.2f}")
+ranks = np.argsort(np.argsort([gradient, ablation]))
+print(f"Rank correlation of the two: {np.corrcoef(ranks)[0, 1]:.1f}")
 
 # %% [markdown]
 # The estimate ranks most heads right, but not all. In the picture, the ablations separate the two layers, but the
@@ -129,7 +127,7 @@ print(f"Ablation: {ablation.min():.2f} to {ablation.max():.2f}")
 
 # %%
 def without(gone, x):
-    """What the model predicts with the slices of some heads at 0, for the moment."""
+    """What the model predicts with the slices of some heads temporarily set to 0."""
     kernels = {
         layer: model.get_layer(layer)._output_dense.kernel for layer in importance
     }
@@ -169,13 +167,14 @@ print(
 
 # %% alt="Three curves of accuracy against the number of heads removed, from 0 to 8, beginning at 0.95. Most important first falls at once, to chance after four heads. The two that begin with the least important lie on each other and fall slowly, to 0.7 after four and to 0.3 after seven."
 orders = {
-    "least important first, by ablation": np.argsort(ablation),
-    "least important first, by gradient": np.argsort(gradient),
-    "most important first, by ablation": np.argsort(-ablation),
+    "least first, by ablation": np.argsort(ablation),
+    "least first, by gradient": np.argsort(gradient),
+    "most first, by ablation": np.argsort(-ablation),
 }
 curves = {}
-fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-for (order, heads), marker in zip(orders.items(), "osv", strict=True):
+fig, ax = plt.subplots(figsize=(4.9, 4.6), layout="constrained")
+colors = ["#0072b2", "#d55e00", "#009e73"]
+for (order, heads), color, marker in zip(orders.items(), colors, "osv", strict=True):
     curves[order] = [
         np.mean(
             without([names[head] for head in heads[:count]], x_test).argmax(axis=1)
@@ -183,7 +182,7 @@ for (order, heads), marker in zip(orders.items(), "osv", strict=True):
         )
         for count in range(9)
     ]
-    ax.plot(range(9), curves[order], marker=marker, label=order)
+    ax.plot(range(9), curves[order], color=color, marker=marker, label=order)
 ax.axhline(
     np.bincount(y_test).max() / len(y_test),
     color="gray",
@@ -193,21 +192,25 @@ ax.axhline(
 ax.set_xlabel("heads removed, of 8")
 ax.set_ylabel("accuracy on the third part")
 ax.set_ylim(0, 1)
-ax.legend(fontsize="small")
+fig.legend(loc="outside upper left")
 plt.show()
 
-for order, curve in curves.items():
-    print(f"{order}:", *(f"{value:.2f}" for value in curve))
+print("Accuracy when heads are removed")
+print("        least     least     most")
+print("heads   first, by first, by first, by")
+print("removed ablation  gradient  ablation")
+for count, row in enumerate(zip(*curves.values(), strict=True)):
+    print(f"{count:<7}", *(f"{value:<9.2f}" for value in row))
 four = [names[head] for head in np.argsort(ablation)[:4]]
-print("The four least important:", *(f"{layer}/{head}" for layer, head in sorted(four)))
+print("The four least important:")
+print(*(f"{layer}/{head}" for layer, head in sorted(four)), sep="\n")
 together = loss(without(four, x_choose), y_choose) - loss(
     without([], x_choose), y_choose
 )
 one_by_one = np.sort(ablation)[:4].sum()
-print(
-    f"Rise of the loss: {one_by_one:.2f} one by one, added up; {together:.2f} without "
-    "all four"
-)
+print("Rise of the loss without these four")
+print(f"one by one, added up  {one_by_one:.2f}")
+print(f"all at once           {together:.2f}")
 
 # %% [markdown]
 # In the picture, the two curves that begin with the least important heads are nearly the same. The effects of removing
@@ -245,7 +248,7 @@ three = four[:3]
 smaller = prune(three)
 print(f"Parameters: {smaller.count_params()} instead of {model.count_params()}")
 apart = np.abs(np.asarray(smaller(x_test)) - without(three, x_test)).max()
-print(f"Largest difference from the outputs with slices of zeros: {apart:.5f}")
+print(f"Largest difference of outputs: {apart:.5f}")
 
 # %% [markdown]
 # The heads that stay were trained together with those that are gone. After a few more epochs, they take over part of
@@ -256,11 +259,13 @@ cut = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
 smaller.compile(keras.optimizers.Adam(0.002), "sparse_categorical_crossentropy")
 smaller.fit(x_train, y_train, batch_size=64, epochs=5, verbose=0)
 retrained = np.mean(np.argmax(smaller(x_test), axis=1) == y_test)
-print(f"Accuracy with all heads: {accuracy:.2f}, without three: {cut:.2f}")
-print(f"After five more epochs: {retrained:.2f}")
+print("Accuracy")
+print(f"with all heads          {accuracy:.2f}")
+print(f"without three           {cut:.2f}")
+print(f"after five more epochs  {retrained:.2f}")
 
 # %% [markdown]
-# ## What importance says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** how much this model, as it is, loses on new data without a head. The smaller model confirms it, because
 # its outputs are the same. In the picture, heads removed by the estimate cost about as much as heads removed by the
@@ -268,8 +273,8 @@ print(f"After five more epochs: {retrained:.2f}")
 #
 # **It does not say** what a head is for, nor that the task needs it: after a few epochs, the other heads do much of its
 # work. Single importances do not add up, either: heads that can go one by one may be needed together. And with 400
-# digits, an accuracy is uncertain by about two points (95 %). So a difference of that size, as for the first head here,
-# may be due to chance.
+# digits, an accuracy near 0.95 is uncertain by about two points (95% interval). So a difference of that size, as for
+# the first head here, may be due to chance.
 #
 # **Use your own data:** replace `model`, `x_choose`, `y_choose`, `x_test` and `y_test`. `explain.head_importance` stays
 # as it is. `transformer`, `without` and `prune` rebuild this model: write the same for yours.

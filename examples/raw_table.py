@@ -6,7 +6,8 @@
 # To tell the species of a penguin, the model needs the length of the bill: without it, the loss rises by more than 1,
 # from less than 0.1. No other column is shown to be needed by itself.
 #
-# Scikit-learn's `ColumnTransformer` encodes the table, and `FeatureTokenizer` makes a token of each column.
+# Scikit-learn's `ColumnTransformer` encodes the table, and `FeatureTokenizer` makes a token of each column. The recipe
+# needs `pip install bokeh-sampledata`, which has the data.
 
 # %%
 import keras
@@ -42,7 +43,7 @@ print(dict(zip(species, np.bincount(y).tolist(), strict=True)))
 # ## From the table to numbers
 #
 # Measurements are put on one scale. Then their gaps are filled with 0, the mean, and a new column has a 1 where a gap
-# was. This column is added after the scaling, because scaling would turn the 1 of a rare gap into a huge number.
+# was. This column is added after the scaling, because scaling would turn the 1 of a rare gap into a large number.
 # Categories become codes. A gap, or a category that training did not have, gets the code 9.
 
 # %%
@@ -57,7 +58,9 @@ parts = (filled, numbers), (codes, categories)
 encoder = make_column_transformer(*parts, verbose_feature_names_out=False)
 encoder.set_output(transform="pandas")
 x_train, x_test = encoder.fit_transform(train), encoder.transform(test)
-print((x_test.loc[[3, 8]].round(1) + 0).T)  # no measurements; no sex alone
+# 3: nothing measured; 8: only sex missing.
+two = (x_test.loc[[3, 8]].rename_axis("penguin").round(1) + 0).T
+print(two.rename(index=lambda name: name.replace("missingindicator_", "gap of ")))
 
 # %% [markdown]
 # ## The model
@@ -96,11 +99,11 @@ def compare(test):
     x = encoder.transform(test).to_numpy()
     for number, model in enumerate(models, start=1):
         chances[f"attention {number}"] = model(x).numpy()
-    print(f"{'172 new penguins':20}{'loss':>6}{'wrong':>7}{'missed Chinstraps':>20}")
+    print(f"{'172 new penguins':20}{'loss':>6}{'wrong':>6}{'missed':>8}")
     for name, chance in chances.items():
         loss = -np.log(chance[np.arange(len(y_test)), y_test]).mean()
         wrong = chance.argmax(axis=1) != y_test
-        print(f"{name:20}{loss:6.2f}{wrong.sum():7}{wrong[y_test == 1].sum():20}")
+        print(f"{name:20}{loss:6.2f}{wrong.sum():6}{wrong[y_test == 1].sum():8}")
 
 
 compare(test)
@@ -108,13 +111,15 @@ compare(test)
 # %% [markdown]
 # The logistic regression makes one mistake, and the models with attention make two or three. So this table does not
 # need attention. We go on because the same lines serve a table that does. Chinstraps are the rarest species, a fifth of
-# the rows. If a model misses a rare class, give `fit` a `class_weight`.
+# the rows, and *missed* counts those that a model classifies wrongly. If a model misses a rare class, give `fit` a
+# `class_weight`.
 #
 # ## Which columns does the model need?
 #
 # A measurement and the column of its gaps belong together, and `feature_mask` makes one feature of them.
 # [`explain.feature_claims`](../api/explain.md) resamples the values of a feature given all others, and measures how
-# much the loss rises. It also says whether attention ranks the feature high.
+# much the loss rises. It also says whether attention ranks the feature high. The figure is about the first model. The
+# table below it is about all three: the largest rise, and how many of them support the claim.
 
 # %%
 mask = x_test.columns.str.removeprefix("missingindicator_").factorize()[0]
@@ -132,27 +137,29 @@ def claims_of(model, mask):
 
 claims = [claims_of(model, mask) for model in models]
 
-# %% tags=["cover"] alt="How much the loss rises without each of six features, with intervals and verdicts. Bill length, supported, lies at 1.1, far from zero. Island, sex, flipper length, bill depth and body mass, all undetermined, lie at zero."
+# %% tags=["cover"] alt="How much the loss of the first model rises without each of six features, with intervals and verdicts. Bill length, supported, lies at 1.1, far from zero. Island, sex, flipper length, bill depth and body mass, all undetermined, lie at zero."
 ax = plot.features(claims[0])
-ax.set_xlabel("rise of the loss without the feature, with its interval")
+ax.set_xlabel("rise of the loss without it")
+ax.figure.set_size_inches(4.9, 3.1)
 plt.show()
-print(f"{'':18}largest rise of the loss   supported")
+print(f"{'':18}{'rise':>6}{'supported':>11}")
 for name in claims[0]["feature"].values:
     of = [found.sel(feature=name) for found in claims]
     rise = max(found["effect"].item() for found in of)
     supported = sum(found["verdict"].item() == "supported" for found in of)
-    print(f"{name:18}{rise:24.2f}{supported:5} of 3 models")
+    print(f"{name:18}{rise:6.2f}{f'{supported}/3':>11}")
 
 uniform = np.bincount(mask) / len(mask)  # a feature of two columns has two shares
 ratios = [found["attribution"].values / uniform for found in claims]
 print(f"Attention, × uniform: {np.min(ratios):.1f} to {np.max(ratios):.1f}")
 
 # %% [markdown]
-# All three models need the bill length. Their attention does not show it: every feature receives between 0.9 and 1.2 ×
-# the uniform share.
+# All three models need the bill length. Their attention barely shows it: it is above the mean in all three, as
+# *supported* requires, but every feature receives between 0.9 and 1.2 times the uniform share.
 #
 # *Undetermined* does not mean useless. A Gentoo has long flippers, a shallow bill and a large mass, so each of these
-# can stand in for the others. As one feature, the three are needed:
+# can stand in for the others. As one feature, the three are needed by the first model. *Needed, not claimed* means that
+# the model does worse without them, although attention does not rank them above the mean:
 
 # %%
 measured = x_test.columns.str.removeprefix("missingindicator_")
@@ -176,12 +183,7 @@ compare(test.assign(island="Cormorant"))
 # There is no error and no warning. Most penguins are still classified correctly, but each model makes two or three more
 # mistakes. Count the 9s in new data before you trust the predictions.
 #
-# ## Use your own data
-#
-# Replace `table` and `y`, and write the names of your columns into `numbers` and `categories`. Choose `other` so that
-# no column has more categories than that. For two classes, end the model with `Dense(1, activation="sigmoid")` and
-# train it with `"binary_crossentropy"`. For a number, end it with `Dense(1)` and use `"mse"`. [Your
-# data](../learn/your-data.md#tables) shows one-hot codes and pandas' own missing values, too.
+# ## What it says, and what it does not
 #
 # **It says** that three models need the bill length to tell these species, beyond what the other columns say. That
 # assumes that the rows are new to the models and independent of each other, and that values drawn for a feature could
@@ -189,3 +191,8 @@ compare(test.assign(island="Cormorant"))
 #
 # **It does not say** what makes a penguin a Gentoo, or that another kind of model would need the same columns. With 172
 # rows, a small effect can go unnoticed.
+#
+# **Use your own data:** replace `table` and `y`, and write the names of your columns into `numbers` and `categories`.
+# Choose `other` so that no column has more categories than that. For two classes, train with `"binary_crossentropy"`
+# and end the model with `Dense(1, activation="sigmoid")`. For a number, end it with `Dense(1)` and use `"mse"`. [Your
+# data](../learn/your-data.md#tables) shows one-hot codes and pandas' own missing values, too.

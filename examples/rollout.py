@@ -86,12 +86,12 @@ sums = rolled.sum("key")
 print("Rollout:", dict(rolled.sizes))
 print(f"Sums of the rows: {sums.min():.4f} to {sums.max():.4f}")
 
-# %% tags=["cover"] alt="Three maps of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the framed cell, day 9 looking at day 2, is empty. In the rollout it is filled, faintly."
+# %% tags=["cover"] alt="Three maps, one below the other, of one sample in which day 2 is marked, from the days that look to the days looked at. In the maps of the first and the second layer everything more than four days from the diagonal is white, so the framed cell, day 9 looking at day 2, is empty. In the rollout, at the bottom, it is filled, faintly."
 sample = int(np.flatnonzero(marked == 1)[0])
 maps = {
     name: array.sel(sample=sample).mean("head") for name, array in scores.items()
 } | {"rollout": rolled.sel(sample=sample)}
-fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharey=True)
+fig, axes = plt.subplots(3, 1, figsize=(4.9, 8), layout="constrained", sharex=True)
 for (name, values), ax in zip(maps.items(), axes, strict=True):
     image = ax.imshow(values, cmap="Blues", vmin=0, vmax=1)
     ax.add_patch(
@@ -100,14 +100,15 @@ for (name, values), ax in zip(maps.items(), axes, strict=True):
         )
     )
     ax.set_title(name if name == "rollout" else f"{name} layer")
-    ax.set_xlabel("key (looked at)")
+    ax.set_ylabel("query (looking)")
     ax.set_xticks(range(DAYS), range(1, DAYS + 1))
     ax.set_yticks(range(DAYS), range(1, DAYS + 1))
-axes[0].set_ylabel("query (looking)")
-fig.colorbar(image, ax=axes, label="weight", shrink=0.8)
+ax.set_xlabel("key (looked at)")
+fig.colorbar(image, ax=axes, label="weight", shrink=0.6)
 plt.show()
+print("Weight of day 2 for day 9:")
 for name, values in maps.items():
-    print(f"{name:8} weight of day 2 for day 9: {values[-1, 1].item():.1f}")
+    print(f"{name:8}{values[-1, 1].item():.1f}")
 
 # %% [markdown]
 # The frame marks the cell in question: what day 9, the day that answers, takes from day 2, the marked day. Both layers
@@ -135,20 +136,17 @@ attributions = {
 }
 
 
-def report(name, values):
-    of_marked, largest = (
-        values[np.arange(len(marked)), marked],
-        values.argmax(axis=1) == marked,
-    )
-    print(
-        f"{name:25} near: largest in {largest[~far].mean():4.0%}   "
-        f"far: above 0 in {(of_marked[far] > 0).sum():3} of {far.sum()}, "
-        f"largest in {largest[far].mean():4.0%}"
-    )
+def report(attributions):
+    print("The marked day is    largest     above 0")
+    print("                  near   far         far")
+    for name, values in attributions.items():
+        largest = values.argmax(axis=1) == marked
+        above = (values[far, marked[far]] > 0).sum()
+        near_share, far_share = largest[~far].mean(), largest[far].mean()
+        print(f"{name:16}{near_share:6.0%}{far_share:6.0%}{above:5} of {far.sum()}")
 
 
-for name, attribution in attributions.items():
-    report(name, attribution.values)
+report({name: attribution.values for name, attribution in attributions.items()})
 
 # %% [markdown]
 # If the marked day is near, each of the four gives it the largest number in most samples. If it is far, only the
@@ -160,11 +158,11 @@ for name, attribution in attributions.items():
 # connections, and days within reach get more than days that need two steps. The mean over all samples shows that shape.
 # We subtract it, and what is left is about this sample.
 
-# %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. Left, the rollout of this sample beside the mean of all samples. The mean is highest at day 9, lower at days 5 to 8, and close to 0 at days 1 to 4; this sample has far more than that at day 2, but still most at day 9. Right, the difference: day 2 stands out, day 6 is next, all others are below 0."
+# %% alt="Two bar charts over the nine days, of the same sample, in which day 2 is marked. At the top, the rollout of this sample beside the mean of all samples. The mean is highest at day 9, lower at days 5 to 8, and close to 0 at days 1 to 4; this sample has far more than that at day 2, but still most at day 9. At the bottom, the difference: day 2 stands out, day 6 is next, all others are below 0."
 rollout = attributions["rollout"].values
 usual = rollout.mean(axis=0)
 against_usual = rollout - usual
-fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+fig, axes = plt.subplots(2, 1, figsize=(4.9, 5), layout="constrained")
 axes[0].bar(np.arange(DAYS) - 0.2, rollout[sample], 0.4, label="this sample")
 axes[0].bar(np.arange(DAYS) + 0.2, usual, 0.4, label="mean of all samples", color="0.7")
 axes[0].set_ylabel("rollout")
@@ -180,36 +178,40 @@ for ax in axes:
     ax.set_xticks(range(DAYS), range(1, DAYS + 1))
     ax.set_xlabel("day")
 plt.show()
-report("rollout", rollout)
-report("rollout, against its mean", against_usual)
+most_often = np.bincount(rollout[far].argmax(axis=1)).argmax()
+print(f"Far: the rollout is mostly largest at {days[most_often]}\n")
+report({"rollout": rollout, "minus its mean": against_usual})
 
 # %% [markdown]
+# In this sample, the rollout gives most to day 9, the last, and so it does in most samples whose marked day is far. After
+# the mean is subtracted, the marked day has the largest number in most samples, near or far.
+#
 # ## A second opinion
 #
 # The truth is planted, so we can test the answer without any map. We change the marked reading, and then another one,
-# and measure how far the answer moves. In your own data no day is marked. Then remove what a map puts first, and
-# measure the same: [reading attention honestly](../concepts/reading-attention.md) says how.
+# and measure how far the answer moves. In your own data no day is marked, so remove what a map puts first, and measure
+# the same: [reading attention honestly](../concepts/reading-attention.md) says how.
 
 # %%
 answers = model.predict(x_test, batch_size=250, verbose=0)[:, 0]
 other = (marked + rng.integers(1, DAYS, len(marked))) % DAYS
+print("The answer for far days changes by")
 for name, changed in [("the marked day", marked), ("another day", other)]:
     x_changed = x_test.copy()
     x_changed[np.arange(len(marked)), changed, 0] += 1
     change = np.abs(model.predict(x_changed, batch_size=250, verbose=0)[:, 0] - answers)
-    print(
-        f"1 more on {name:14}: the answer for far days changes by "
-        f"{change[far].mean():.1f}"
-    )
+    print(f"{change[far].mean():.1f} after 1 more on {name}")
 
 # %% [markdown]
-# ## What it says, and what it does not
+# ## Where to be careful
 #
 # - It is an assumption that half goes through the layer and half bypasses it. A layer that replaces its input and a
 #   layer that adds hardly anything are treated alike.
 # - Rollout ignores the values. A day may receive attention and contribute nothing.
 # - The layers must follow each other, over the same positions. Rollout does not apply across cross-attention or
 #   pooling.
+#
+# ## What it says, and what it does not
 #
 # **It says** from which days information can have reached the answer. The day that decides gets weight in the rollout,
 # although the map of each single layer has 0 there. Against the mean of all samples, it stands out most in most
@@ -218,6 +220,6 @@ for name, changed in [("the marked day", marked), ("another day", other)]:
 # **It does not say** how much the answer depends on a day. By size alone, some other day got more in nearly all samples
 # whose marked day is far.
 #
-# **Use your own data:** replace `model` by a model of several attention layers over the same positions, `x_test` by
-# your samples, `days` by the names of your positions, and `query=-1` by the position from which your model answers.
+# **Use your own data:** replace `model` with a model of several attention layers over the same positions, `x_test` with
+# your samples, `days` with the names of your positions, and `query=-1` with the position from which your model answers.
 # `marked` is for data whose answer is known.

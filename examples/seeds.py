@@ -1,17 +1,18 @@
 # %% [markdown] level="advanced" data="table"
 # # Would another training show the same map?
 #
-# **A map comes from one training run. How much of it was learned, and how much would a run from another seed show
-# again?**
+# **A map comes from one training run. How much of it was learned, and how much would recur in a run from another
+# seed?**
 #
-# Most of the map comes again: two seeds share 0.67 of the two features that they rank first, on average, where chance
-# would give 0.25. But which of two near-copies a model looks at depends on the seed.
+# Most of the map recurs: the two features that each seed ranks first overlap by 0.67 on average, where chance would
+# give 0.25. But which of two near-copies a model looks at depends on the seed.
 #
 # Two checks answer the question, and neither needs labels. They are about maps, not about truth: a map that passes may
 # still be wrong, but a map that fails should not be shown. The credit applications below are simulated, so we know the
 # right answer.
 
 # %%
+import textwrap
 
 import keras
 import matplotlib.pyplot as plt
@@ -71,27 +72,32 @@ print(
 # ## Check 1: does the map depend on the learned weights?
 #
 # This check shuffles the weights of the attention layer and makes the map again. What stays was not learned by these
-# weights: it comes from the data, or from the architecture (Adebayo et al. 2018). `kept` is 1 if all of the map stays,
-# and 0 if the two maps have no more in common than by chance. For comparison, we test a "map" that uses the data alone:
-# the size of each number.
+# weights: it comes from the data, or from the architecture (Adebayo et al. 2018, [*Sanity Checks for Saliency
+# Maps*](https://arxiv.org/abs/1810.03292)). `kept` is 1 if all of the map stays, and 0 if the two maps have no more in
+# common than by chance. A small p supports that at most half of the map is kept. For comparison, we test a "map" that
+# uses the data alone: the size of each number.
 
 # %%
 attention = explain.parameter_randomization(models[0], x_test, verbose=0)
 size = explain.parameter_randomization(
     models[0], x_test, method=lambda model, x: np.abs(x), verbose=0
 )
+print(f"{'after a shuffle':20}  kept      p")
 for name, result in {"attention": attention, "size of the numbers": size}.items():
     kept, p = result["median_kept"].item(), result["p_value"].item()
-    print(f"{name}: kept {kept:.2f} after a shuffle, p for 'at most half' {p:.3f}")
+    print(f"{name:20}{kept:6.2f}{p:7.3f}")
 
 # %% [markdown]
 # Attention passes. This alone says little: the map of a model that was *never trained* depends on its weights, too. The
 # check is made to catch maps that are not about the model at all, and it catches the second one.
 #
 # ## Check 2: do the seeds agree?
+#
+# Each marker is one model's mean attention to one feature.
 
 # %% tags=["cover"] alt="Mean attention to eight features, one marker for each of four seeds. At income all four are high. At turnover and receipts the seeds differ: the more a model attends to one, the less to the other, up to nothing at all. At the other five features all markers are near zero."
 shares = [explain.attribute(model, x_test, verbose=0) for model in models]
+plt.figure(figsize=(4.9, 4), layout="constrained")
 for seed, share in enumerate(shares):
     plt.scatter(
         names,
@@ -143,18 +149,19 @@ report = explain.audit(
     models[0], x_test, y_test, models=models[1:], batch_size=4096, verbose=0
 )
 for claim in report.claims.loc[["randomization", "seeds"]].itertuples():
-    print(f"{claim.verdict}: {claim.claim}")
+    text = f"{claim.verdict}: {claim.claim}"
+    print(textwrap.fill(text, 40, subsequent_indent="    "))
 
 # %% [markdown]
-# ## Judgement
+# ## What it says, and what it does not
 #
 # **It says** that the map depends on the model's weights, that models from other seeds rank the same features first
 # more often than by chance, and that the seed decides between two copies of a feature.
 #
 # **It does not say** that the map is right: models may agree on a shortcut, and an untrained one passes the first
 # check. Test that with [`explain.faithfulness`](faithfulness.ipynb). Four seeds are few: they show that a map can
-# change, and not how often. And with few features, agreement is hard to tell from chance: two models that each put one
+# change, but not how often. And with few features, agreement is hard to tell from chance: two models that each put one
 # of three features first agree in a third of all cases without having learned anything.
 #
 # **Use your own data:** replace `x`, `y` and `names`, and let `train(seed)` return your model, trained with that seed.
-# The checks stay as they are. Replace `turnover` and `receipts` by features that you suspect to be copies.
+# The checks stay as they are. Replace `turnover` and `receipts` with features that you suspect to be copies.

@@ -62,7 +62,8 @@ with warnings.catch_warnings(record=True) as caught:
     one_token(x_test[:32])
     scores = np.asarray(one_token.layers[2].attention_scores)
 
-print("Keras warns:", str(caught[0].message).split(". ")[1])
+sentence = str(caught[0].message).split(". ")[2]
+print("Keras warns:", sentence.replace(", ", ",\n"))
 print("Scores (wine, head, query, key):", scores.shape)
 print(f"Scores: {scores.min():.3f} to {scores.max():.3f}")
 
@@ -112,39 +113,40 @@ scores = scores_model.predict(x_test, batch_size=64, verbose=0)
 print("Scores (wine, head, query, key):", scores.shape)
 
 received = scores.mean(axis=(0, 1, 2))
+print(f"{'attention received':20}mean")
 for column in np.argsort(-received)[:4]:
-    print(
-        f"{names[column]:>12} receives {received[column]:.2f} of the attention "
-        f"(uniform: {1 / len(names):.2f})"
-    )
+    print(f"{names[column]:20}{received[column]:.2f}")
+print(f"{'uniform':20}{1 / len(names):.2f}")
 
 # %% [markdown]
 # [`explain.capture`](../api/explain.md) reads the same scores with their names, from any model, and
-# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share. Beside it is the
-# map of the model with one token.
+# [`plot.heatmap`](../api/plot.md) draws their mean. The line on the color bar marks the uniform share. Above it is the
+# map of the model with one token. Each panel has its own scale.
 
-# %% tags=["cover"] alt="Two heat maps. Left, one token for the whole row: a single dark square, with a score of 1. Right, one token for each of 13 wine measurements: the columns of flavanoids and proline are the darkest."
+# %% tags=["cover"] alt="Two heat maps, each with its own scale. At the top, one token for the whole row: a single dark square, with a score of 1. At the bottom, one token for each of 13 wine measurements: the columns of flavanoids and proline are the darkest."
 named = explain.capture(model, x_test, feature_names=names, verbose=0)["attention"]
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-left.imshow([[1]], cmap="Blues", vmin=0, vmax=1)
-left.text(0, 0, "1", color="white", fontsize=40, ha="center", va="center")
-left.set_xticks([0], ["the row"])
-left.set_yticks([0], ["the row"])
-left.set_title("one token for a wine", fontsize=16)
-plot.heatmap(named, ax=right)
-right.set_title("one token per measurement", fontsize=16)
+fig, (top, bottom) = plt.subplots(
+    2, 1, figsize=(4.9, 5.6), layout="constrained", height_ratios=[1, 2]
+)
+top.imshow([[1]], cmap="Blues", vmin=0, vmax=1)
+top.text(0, 0, "1", color="white", fontsize=40, ha="center", va="center")
+top.set_xticks([0], ["the row"])
+top.set_yticks([0], ["the row"])
+top.set_title("one token for a wine")
+plot.heatmap(named, ax=bottom)
+bottom.set_title("one token per measurement")
 plt.show()
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** that the measurements take much of their new content from the same few columns, above all from flavanoids
 # and proline. A dark column is one that this model looks at.
 #
 # **It does not say** that the other measurements are useless, nor that another training run would agree. The [medical
 # recipe](medical.ipynb) shows how to find out. Nor does it say that attention is needed: a logistic regression
-# classifies all 54 held-out wines correctly, and this model classifies 0.98 of them correctly.
+# classifies all 54 held-out wines correctly, and this model is right about 0.98 of them.
 #
-# **Use your own data:** replace `wine.data`, `wine.target` and `names`, and the 3 in `Dense(3, ...)` by the number of
+# **Use your own data:** replace `wine.data`, `wine.target` and `names`, and the 3 in `Dense(3, ...)` with the number of
 # your classes. The lines from `scores_model` on stay as they are.

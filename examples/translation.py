@@ -1,13 +1,12 @@
 # %% [markdown] level="intermediate" data="text"
 # # An encoder–decoder: which input word makes this output word?
 #
-# **A model translates. For each word that it writes, which input word does it read, and does the output depend on that word?**
+# **A model translates. For each word that it writes, which input word does it read, and does the output depend on that
+# word?**
 #
-# The model reads the word that it translates: in at least 95 % of the cases, the largest weight is on the right English
-# word. Digits and tens depend on that word. *und* and the end do not, although the map shows dark cells for them as
-# well.
-#
-# The print below says so with 1.0, rounded to one decimal. Uniform weights would give 0.2.
+# The model reads the word that it translates: the share of cases in which the largest weight is on the right English
+# word is 1.0 to one decimal, and uniform weights would give 0.2. Digits and tens depend on that word. *und* and the end
+# do not, although the map shows dark cells for them as well.
 #
 # The truth is planted: English numbers become German ones, which say the last digit before the tens. "two hundred forty
 # seven" is "zwei hundert sieben und vierzig". So we know which word each German word translates, and translating word
@@ -77,10 +76,7 @@ before = np.concatenate(
     [np.full((len(numbers), 1), GERMAN.index("<start>")), written[:, :-1]], axis=1
 )
 train, test = slice(4000), slice(4000, 4500)
-print(
-    f"{len(numbers)} numbers. The model sees 4000 of them in training; 500 others are "
-    "the test."
-)
+print(f"{len(numbers)} numbers: 4000 for training, 500 for the test")
 
 # %% [markdown]
 # ## An encoder and a decoder
@@ -154,9 +150,9 @@ print(f"Translated without an error: {right.mean():.0%} of the test")
 # %% [markdown]
 # ## The scores, with two sets of names
 #
-# `feature_names` of [`explain.capture`](../api/explain.md) name every axis of their length. Here queries and keys have
-# different names, which change from number to number, so we assign them to the scores of one number. A query is named
-# after the word that the model *writes* there, not after the word before, which is its input.
+# [`explain.capture`](../api/explain.md) gives the `feature_names` to every axis that has as many entries. Here queries
+# and keys have different names, which change from number to number, so we assign them to the scores of one number. A
+# query is named after the word that the model *writes* there, not after the word before, which is its input.
 
 # %%
 scores = explain.capture(
@@ -170,6 +166,7 @@ one = int(np.flatnonzero((source >= 0).sum(axis=1) == 6)[0])
 german_words, english_words = ([*words[4000 + one]] for words in (german, english))
 of_one = scores.isel(sample=one, query=slice(len(german_words)))
 figure = plot.heads(of_one.assign_coords(query=german_words, key=english_words), vmax=1)
+figure.set_size_inches(4.9, 3.4)
 
 # %% [markdown]
 # In the last three words the order is reversed: the map shows that the model looks ahead to the last digit, and then
@@ -203,9 +200,9 @@ print(f"{'uniform':16}{by_chance:8.1f}{by_chance:8.1f}")
 # %% [markdown]
 # ## Does the output depend on the word that is read?
 #
-# We replace the English word with the largest weight by another one of its kind: a digit by a digit, *hundred* by
-# *thousand*. In what share of the cases does the model then write another German word there? For comparison, we also
-# replace another word of the number, chosen at random.
+# For each German word, we take the English word that has the largest weight and put another of its kind in its place:
+# another digit for a digit, *thousand* for *hundred*. How often does the model then write a different German word
+# there? For comparison, we also replace another word of the number, chosen at random.
 
 # %%
 # The number of another word, for each word.
@@ -238,9 +235,11 @@ for kind, members in kinds.items():
 
 # %% [markdown]
 # Digits, tens and *tausend* depend on the word that is read, and not on another one: here the map is right. *und* and
-# the end depend on neither, because the words written so far already determine them. Their weights must still sum to 1,
-# and in the picture they go to *hundred* and *thousand*. *hundert* is in between: it changes in 0.4 of the cases only,
-# so the model can often do without the word that it reads.
+# the end depend on neither, because the words written so far determine the end, and in most numbers *und* as well.
+# Their weights must still sum to 1, and in the picture they go to *hundred* and *thousand*. *hundert* is in between: it
+# changes in 0.4 of the cases only, so the model can often do without the word that it reads.
+#
+# ## What it says, and what it does not
 #
 # **It says** which input word each head reads for each output word, and for which kinds of words the output depends
 # on the word that is read.

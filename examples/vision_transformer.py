@@ -79,7 +79,7 @@ print(f"accuracy on {len(y_test)} test pictures: {np.mean(predicted == y_test):.
 # attention of both layers. *Value norm* is the length of what a patch adds to the class token, as the mean of the two
 # layers. Their units differ, so the pictures show the share of each patch.
 
-# %% tags=["cover"] alt="Three digits, 0, 3 and 6, as gray pictures of 8 by 8 pixels, each twice, with patches of 2 by 2 shaded blue: left by rollout, right by value norm. Rollout shades many patches faintly, on the digit and beside it. Value norm puts most on one or two patches, as at the left edge, where there is hardly any ink."
+# %% tags=["cover"] alt="Three digits, 0, 3 and 6, dark on white, as pictures of 8 by 8 pixels, each twice, with patches of 2 by 2 shaded blue: left by rollout, right by value norm. Rollout shades many patches faintly, on the digit and beside it. Value norm puts most on one or two patches, as at the left edge, where there is hardly any ink."
 mask = explain.patches(8, 8, 2)  # (height, width)
 of_class = {
     "query": "[CLS]",
@@ -95,22 +95,25 @@ drawn = np.repeat([np.flatnonzero(y_test == digit)[0] for digit in (0, 3, 6)], 2
 shares = []
 for n, name in zip(drawn, [*readings] * 3, strict=True):
     share = readings[name][[n]] / readings[name][n].sum()
-    shares.append(share.assign_coords(sample=[f"{y_test[n]}: {name}"]))
-shares = xr.concat(shares, "sample").rename("share of the patches")
-plot.image(shares, x_test[drawn], feature_mask=mask, columns=2)
+    title = f"{y_test[n]}: {name.replace('_', ' ')}"
+    shares.append(share.assign_coords(sample=[title]))
+shares = xr.concat(shares, "sample").rename("share of each patch")
+plot.image(shares, -x_test[drawn], feature_mask=mask, columns=2)  # ink is dark
 plt.show()
 
 # %% [markdown]
 # ## Do these patches decide?
 #
 # If a patch matters, the logit of the predicted digit falls when its pixels are replaced.
-# [`explain.compare`](../api/explain.md) replaces the patches that each reading ranks first, by those of another picture
-# (`removal="marginal"`) or by their mean (`"mean"`). For comparison it does the same with the patches of each map
-# relabeled at random: this is how far the logit falls by chance. Three more readings are for comparison:
+# [`explain.compare`](../api/explain.md) replaces the patches that each reading ranks first with those of another
+# picture (`removal="marginal"`) or with their mean (`"mean"`). The numbers are means over three shares: 0.1, 0.2 and
+# 0.5 of the patches are replaced. For comparison it does the same with the patches of each map relabeled at random:
+# this is how far the logit falls by chance. We add three readings:
 #
 # - *one for all*: the mean rollout over all pictures, the same map for each of them;
 # - *brightness*: how much ink is in a patch. It uses the picture, and not the model;
-# - *one by one*: how far the logit falls if this patch alone gets its mean. It needs 17 predictions for a picture.
+# - *one by one*: how far the logit falls if this patch alone is replaced by its mean over the training pictures. It
+#   needs 17 predictions for a picture.
 
 
 # %%
@@ -151,22 +154,27 @@ plt.show()
 for name, p in zip(methods, result["p_adjusted"].values, strict=True):
     print(f"{name:11} p = {p:.2f}")
 falls = result["comprehensiveness"].mean("fraction")
-for other in ("one for all", "one by one"):
-    more = falls.sel(reading="rollout") - falls.sel(reading=other)
+print("one reading minus another, ± 2 standard errors")
+for one, other in [
+    ("rollout", "one for all"),
+    ("one by one", "rollout"),
+    ("one by one", "one for all"),
+]:
+    more = falls.sel(reading=one) - falls.sel(reading=other)
     margin = 2 * more.std(ddof=1).item() / len(tested) ** 0.5
-    print(f"rollout, more than {other}: {more.mean().item():.1f} ± {margin:.1f}")
+    print(f"{f'{one} − {other}':24}{more.mean().item():5.1f} ± {margin:.1f}")
 
 # %% [markdown]
 # Rollout beats chance, and so does its mean over all pictures. The difference between the two is 0.0 ± 0.3: what
-# rollout says about a single picture does not help in this test. *One by one* is better than both, by 1.1 ± 0.3,
-# because it measures what the model does. With `"mean"` it replaces patches as the test does, which favors it. With the
-# pixels of another picture it does not. In both tests, the same three readings make the logit fall farthest. Brightness
-# and value norm are not shown to be better than chance.
+# rollout says about a single picture does not help in this test. *One by one* is better by 1.1 ± 0.3 than either of
+# them, because it measures what the model does. These differences are paired over all 100 pictures, with three
+# replacements for each. The test in the table uses one replacement, so its numbers differ a little.
+#
+# With `"mean"`, *one by one* replaces patches as the test does, which favors it. With the pixels of another picture it
+# does not. In both tests, the same three readings make the logit fall farthest. Brightness and value norm are not shown
+# to be better than chance.
 #
 # ## What it says, and what it does not
-#
-# **Use your own data:** replace `pictures` and `digits.target`, the size in `explain.patches(8, 8, 2)`, and `model`. If
-# your model has no class token, leave out `query` and `special_tokens`, and name the patches only.
 #
 # **It says** which overlay points at patches that this model uses: rollout, with p = 0.04 after adjustment for five
 # tests. A map made by replacing one patch at a time is better, but it costs 17 predictions for a picture.
@@ -174,3 +182,6 @@ for other in ("one for all", "one by one"):
 # **It does not say** that the value norm always fails, or that rollout never tells pictures apart. This is one training
 # run, tested on 100 pictures, and another seed can give another answer. Train [more than once](seeds.ipynb). A verdict
 # also assumes that the output of the model for an altered picture, which no hand has written, means something.
+#
+# **Use your own data:** replace `pictures` and `digits.target`, the size in `explain.patches(8, 8, 2)`, and `model`. If
+# your model has no class token, leave out `query` and `special_tokens`, and name the patches only.

@@ -4,9 +4,8 @@
 # **How do you draw attention scores so that a reader sees what one sample's heads look at, and what does an average hide?**
 #
 # Draw single samples, with all heads on one scale. Here, three of eight heads give more than half of their attention to
-# the day that decides. An average over samples hides it: the largest score of a head falls from 0.96 to 0.10.
-#
-# The average hides it because the day that decides differs between samples.
+# the day that decides. An average over samples hides it, because that day differs between samples: the largest score of
+# a head falls from 0.96 to 0.10.
 #
 # The data are simulated, so the answer is known. Each sample has twelve daily readings. One of them is marked, and the
 # target is the marked reading. The marked day differs between samples. A model that solves the task must look at the
@@ -63,6 +62,7 @@ print(
 def visualize_attention(attention_scores, feature_names=None, head_idx=0):
     """Draw what each query looks at, in one head of the first sample."""
     scores = keras.ops.convert_to_numpy(attention_scores)[0, head_idx]
+    plt.figure(figsize=(4.9, 4), layout="constrained")
     plt.imshow(scores, cmap="Blues", vmin=0)
     plt.colorbar(label="attention score")
     plt.title(f"Head {head_idx}")
@@ -95,10 +95,11 @@ print(f"In this sample, {days[marked[3000]]} is marked")
 scores = explain.capture(model, inputs_data[3000:], feature_names=days, verbose=0)
 one = {name: layer.sel(sample=0) for name, layer in scores.items()}
 figure = plot.model(one, vmax=1)
+print("Heads with more than half of their\nattention on the marked day, by layer:")
 for name, layer in scores.items():
     on_marked = layer.values[np.arange(1000), :, :, marked[3000:]].mean(axis=(0, 2))
     focused = np.flatnonzero(on_marked > 0.5).tolist()
-    print(f"{name} layer, heads with more than half of it on the marked day: {focused}")
+    print(f"{name:8}{focused}")
 
 # %% [markdown]
 # ## The average hides it
@@ -123,21 +124,24 @@ print(f"Largest in the average: {average.max():.2f} (uniform: {1 / 12:.2f})")
 # %% alt="For each of the two layers: points for entropy, confidence and distance of its four heads, and a matrix of the distances between heads. In the first layer, all heads have an entropy of 0.85 or more. In the second, heads 0, 1 and 3 have 0.26 to 0.50, and head 2 has 0.99 and is far from the others."
 statistics = explain.head_statistics(scores)
 figure = plot.head_statistics(statistics)
+print("Entropy of heads 0 to 3, by layer:")
 for name, of_layer in statistics.items():
-    print(f"{name} layer, entropy of each head:", *of_layer["entropy"].values.round(2))
+    print(f"{name:7}", *(f"{value:.2f}" for value in of_layer["entropy"].values))
 
 # %% [markdown]
 # ## Try it
 #
-# So look at single samples. `plot.interactive` makes a map of all layers and heads for the first samples. It is one
-# piece of HTML that needs no network. Click on a small map to enlarge it. Move the slider: the column follows the mark
-# from sample to sample. Point at a cell, or tab to the map and use the arrow keys, to read its score.
+# Look at single samples. `plot.interactive` makes a map of all layers and heads for the first samples. It is one piece
+# of HTML that needs no network. Choose the second layer and head 3, and move the slider *sample*: the column follows the
+# mark. To choose a layer and a head, move their sliders or click on a small map. Point at a cell, or tab to the map and
+# use the arrow keys, to read its score.
 
 # %%
 looked_at = head.mean("query").idxmax("key")
+print("sample  marked  head 3 looks most at")
 for sample in range(4):
     day, truth = looked_at[sample].item(), days[marked[3000 + sample]]
-    print(f"Sample {sample}: {truth} is marked; head 3 looks most at {day}")
+    print(f"{sample:6}  {truth:8}{day}")
 
 # %% tags=["interactive", "nbval-ignore-output"]
 plot.interactive(scores, samples=4)
@@ -157,7 +161,7 @@ with warnings.catch_warnings():
 visualize_attention(squeezed.attention_scores, ["the row"])
 
 # %% [markdown]
-# ## What the map says, and what it does not
+# ## What it says, and what it does not
 #
 # **It says** which day a head reads in this sample. Here we know that this is right: in the first four samples, head 3
 # looks most at the marked day.

@@ -1,7 +1,7 @@
 # %% [markdown] level="intermediate" data="table"
 # # Which reading finds the planted truth?
 #
-# **One model, seven readings of what matters to it, and they disagree. Which of them names the columns that make the outcome?**
+# **Seven readings of what matters to a model disagree. Which of them names the columns that make the outcome?**
 #
 # Four of seven readings are right about every pair of columns in both models: attention × gradient, integrated
 # gradients, permutation importance and the conditional effect. Attention, rollout and the value norm are wrong about
@@ -9,8 +9,7 @@
 #
 # We made the data, so we know the answer. The columns are readings of a machine. Three of them make the outcome:
 # `heat`, `load` and `speed`. Five others have nothing to do with it, and three of these, the counters, hold larger
-# numbers. The page [Which reading finds the planted truth?](../learn/which-reading.md) has the same data under the name
-# *loud nulls*, with thirty models instead of two.
+# numbers. The [tables with thirty models](../learn/which-reading.md) have the same data under the name *loud nulls*.
 
 # %%
 import keras
@@ -81,17 +80,17 @@ for model in models:
 # %%
 def readings_of(model):
     result = {}
-    for method in (
-        "attention",
-        "rollout",
-        "attention_gradient",
-        "value_norm",
-        "integrated_gradients",
-    ):
+    for name, method in {
+        "attention": "attention",
+        "rollout": "rollout",
+        "attention × gradient": "attention_gradient",
+        "value norm": "value_norm",
+        "integrated gradients": "integrated_gradients",
+    }.items():
         attribution = explain.attribute(
             model, x_test, method=method, batch_size=200, verbose=0
         )
-        result[method] = np.abs(attribution.values).mean(axis=0)
+        result[name] = np.abs(attribution.values).mean(axis=0)
     shuffled = permutation_importance(
         model,
         x_test,
@@ -116,9 +115,9 @@ readings = [readings_of(model) for model in models]
 # Each row is a reading, and a dark cell is a column that the reading calls important. Attention is nearly the same for
 # all columns.
 
-# %% tags=["cover"] alt="Two heat maps, one for each model, of seven readings by eight columns: three planted columns on the left of a line and five others on its right. The rows of attention and rollout are dark all over. Those of attention gradient and value norm are dark on the left and paler on the right, except one or two columns of the second model. Those of integrated gradients, permutation importance and the conditional effect are dark on the left and white or nearly white on the right."
+# %% tags=["cover"] alt="Two heat maps, one below the other for two models, of seven readings by eight columns: three planted columns on the left of a line and five others on its right. The rows of attention and rollout are dark all over. Those of attention × gradient and the value norm are dark on the left and paler on the right, except one or two columns of the second model. Those of integrated gradients, permutation importance and the conditional effect are dark on the left and white or nearly white on the right."
 order = np.argsort(~planted, kind="stable")
-fig, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
+fig, axes = plt.subplots(2, 1, figsize=(4.9, 6), layout="constrained", sharex=True)
 for number, (ax, result) in enumerate(zip(axes, readings, strict=True), start=1):
     table = np.array([values[order] / values.max() for values in result.values()])
     image = ax.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -130,7 +129,7 @@ for number, (ax, result) in enumerate(zip(axes, readings, strict=True), start=1)
         ha="right",
         rotation_mode="anchor",
     )
-    ax.set_yticks(range(len(table)), [name.replace("_", " ") for name in result])
+    ax.set_yticks(range(len(table)), result)
     ax.set_title(f"model {number}: planted | others")
 fig.colorbar(image, ax=axes, label="importance (largest = 1)")
 plt.show()
@@ -139,7 +138,7 @@ plt.show()
 # ## The score
 #
 # We take all pairs of one planted column and one other column. The AUC is the share of pairs in which the planted
-# column ranks higher. A random reading gets 0.5.
+# column ranks higher. A random reading gets 0.5 on average.
 
 
 # %%
@@ -150,23 +149,27 @@ def auc(importance):
 aucs = {
     reading: [auc(result[reading]) for result in readings] for reading in readings[0]
 }
+print(f"{'AUC':24}model 1  model 2")
 for reading, values in aucs.items():
-    print(f"{reading:23} AUC {values[0]:.2f} and {values[1]:.2f}")
+    print(f"{reading:24}{values[0]:7.2f}{values[1]:9.2f}")
 
-# %% alt="Seven rows of two dots, the AUC of each reading in two models. Attention, rollout and value norm have one dot at 1 and the other between 0.7 and 0.9. The other four have both dots at 1."
-fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
-for row, values in enumerate(aucs.values()):
-    ax.scatter(values, row + np.array([-0.1, 0.1]), s=40, color="#0072b2")
-ax.axvline(0.5, color="#999999", linestyle="--", label="knows nothing")
-ax.set_yticks(range(len(aucs)), [name.replace("_", " ") for name in aucs])
+# %% alt="Seven rows of two dots, the AUC of each reading in two models. Attention, rollout and the value norm are at 1 in model 1, and between 0.7 and 0.9 in model 2. The other four are at 1 in both models."
+fig, ax = plt.subplots(figsize=(4.9, 3.4), layout="constrained")
+rows = np.arange(len(aucs))
+for number, color in enumerate(["#0072b2", "#e69f00"]):
+    values = [of_models[number] for of_models in aucs.values()]
+    place = rows + 0.2 * number - 0.1
+    ax.scatter(values, place, color=color, label=f"model {number + 1}")
+ax.axvline(0.5, color="#999999", linestyle="--", label="random")
+ax.set_yticks(rows, aucs)
 ax.invert_yaxis()
 ax.set_xlim(0.3, 1.03)
-ax.set_xlabel("AUC of the planted columns, one dot for each model")
-ax.legend(loc="lower left")
+ax.set_xlabel("AUC of the planted columns")
+fig.legend(loc="outside upper center", ncols=3)
 plt.show()
 
 # %% [markdown]
-# ## Judgement
+# ## What it says, and what it does not
 #
 # **It says** that a model can be right about the outcome while its attention does not show what made it. Both models
 # explain more than three quarters of the variance, and attention ranks the planted columns first in only one of them.

@@ -2,7 +2,7 @@
 
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,22 @@ def _integer(value: Any) -> int | None:
         return None
 
 
+def hint_at_codes(array: np.ndarray) -> str:
+    """How labels that are texts become numbers, if these are."""
+    return " `pandas.factorize(y)[0]` makes numbers of texts." if array.dtype.kind in "OUST" else ""
+
+
 def checked_names(feature_names: Any) -> list[str]:
     """The names of features as a list, or a `ValueError` that says what is wrong with them."""
     is_sequence = isinstance(feature_names, Iterable) and not isinstance(feature_names, str | set | frozenset)
     names = list(feature_names) if is_sequence else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"`feature_names` must be a list of strings, one per feature. Received: {feature_names!r}")
+        hint = " `[str(name) for name in feature_names]` makes strings of other names, such as dates." if names else ""
+        if isinstance(feature_names, Mapping):
+            hint = " For words by their ids, give the function `feature_names=words.get`."
+        raise ValueError(
+            f"`feature_names` must be a list of strings, one per feature.{hint} Received: {feature_names!r}"
+        )
     ended = [name for name in names if name.endswith("\0")]
     if ended:
         raise ValueError(

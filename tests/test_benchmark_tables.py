@@ -37,9 +37,9 @@ RESULT = {
 def test_kinds_of_data_have_a_line_each_and_those_that_err_too_often_are_named():
     header, _, counts, series, _, said = benchmark_tables.TABLES["claims.json kinds"](RESULT)
     assert header.count("|") == counts.count("|") == series.count("|") == 7
-    assert "**counts**<br><small>Feature 0 is a count.</small> | 0.61 | **3 of 200 (0.5–4.3 %)**" in counts
-    assert "30 of 400 (5.3–10.5 %) | 390 of 400 (95.5–98.6 %) | 760 of 800 (93.3–96.3 %)" in counts
-    assert series.endswith("| **60 of 200 (24.1–36.7 %)** | – | – | – |")
+    assert "**counts**<br><small>Feature 0 is a count.</small> | 0.61 | **3 of 200 (0.5–4.3%)**" in counts
+    assert "30 of 400 (5.3–10.5%) | 390 of 400 (95.5–98.6%) | 760 of 800 (93.3–96.3%)" in counts
+    assert series.endswith("| **60 of 200 (24.1–36.7%)** | – | – | – |")
     assert "a false “supported” on *series, `block`*, and for a true feature “refuted” on *counts*." in said
 
 
@@ -51,7 +51,7 @@ def test_where_nothing_errs_too_often_the_words_say_so():
 
 def test_coverage_of_intervals():
     *_, row = benchmark_tables.TABLES["claims.json coverage"](RESULT)
-    assert row == "| normal | 300 | **188 of 200 (89.8–96.5 %)** |"
+    assert row == "| normal | 300 | **188 of 200 (89.8–96.5%)** |"
 
 
 def read(result, captured, said=(), error=None):

@@ -191,6 +191,11 @@ QUESTIONS = {
     "interactive plot": "api/plot/interactive/",
     "explain.capture": "api/explain/capture/",
     "causal mask use_causal_mask": "api/layers/InterpretableMultiHeadAttention/",
+    "is the map to be believed": "concepts/reading-attention/",
+    "what does the verdict assume": "concepts/reading-attention/",
+    "words of a misclassified text": "recipes/which_words/",
+    "methods section of a paper": "about/cite/",
+    "my own attention layer": "recipes/own_attention/",
     # misspelled
     "attension visualisation": "recipes/visualization/",
     "intergrated gradients": "api/explain/attribute/",

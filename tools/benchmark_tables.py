@@ -52,7 +52,7 @@ def _goals(result):
             _by_backend(result["memory"], lambda row: row["predict"]["ours"] / row["predict"]["plain"]),
         ),
         (
-            "peak memory of a training step at 2,048 tokens, dropout 0 ÷ 0.1.1",
+            "peak memory of a training step on PyTorch at 2,048 tokens, dropout 0 ÷ 0.1.1",
             1 / 8,
             {"PyTorch": [train["ours"] / train["original"] for train in torch]},
         ),
@@ -62,7 +62,7 @@ def _goals(result):
             _by_backend(result["capture"], lambda row: row["ours"]["seconds"] / row["original"]["seconds"]),
         ),
         (
-            "its peak memory ÷ the result",
+            "`capture` of 10,000 samples: peak memory ÷ size of the result",
             1.7,
             _by_backend(result["capture"], lambda row: row["ours"]["peak"] / row["ours"]["result"]),
         ),
@@ -95,6 +95,17 @@ def _goals_table(goals):
     return _rows(["what", "at most", "worst measured", "holds"], *rows)
 
 
+def _layer_in_short(result):
+    training, prediction = (
+        f"{min(ratios):.2f} to {max(ratios):.2f}"
+        for ratios in ([row[what]["ours"]["ratio"] for row in result["rows"]] for what in ("train", "predict"))
+    )
+    return (
+        f"**A training step takes {training} times as long as with Keras' layer without scores, and a prediction "
+        f"{prediction} times.**"
+    )
+
+
 def _layer_answer(result):
     """In words: the best and the worst beside Keras, and where PyTorch's own layer is faster."""
 
@@ -105,12 +116,10 @@ def _layer_answer(result):
         what: [(row[what]["ours"]["ratio"], name, case(row)) for row in result["rows"]]
         for what, name in (("train", "a training step"), ("predict", "a prediction"))
     }
-    training, prediction = (f"{min(of)[0]:.2f} to {max(of)[0]:.2f}" for of in ratios.values())
     everything = [*ratios["train"], *ratios["predict"]]
     slower = [f"{name} on {of} ({ratio:.2f})" for ratio, name, of in everything if ratio > 1]
     lines = [
-        f"**A training step takes {training} times as long as with Keras' layer without scores, and a prediction "
-        f"{prediction} times.** These are ratios on CPUs. This layer is slower than Keras' in {len(slower)} of "
+        f"{_layer_in_short(result)} These are ratios on CPUs. This layer is slower than Keras' in {len(slower)} of "
         f"{len(everything)} cases{': ' if slower else ''}{'; '.join(slower)}."
     ]
     peers = [
@@ -130,21 +139,20 @@ def _layer_answer(result):
 
 
 def _layer_speed(result):
-    rows = []
-    for row in result["rows"]:
-        cells = []
-        for what in ("train", "predict"):
+    lines = []
+    for what, title in (("train", "A training step"), ("predict", "A prediction")):
+        rows = []
+        for row in result["rows"]:
             of = row[what]
-            cells += [_ratio(of["ours"], bold=True), _ratio(of["original"]), _ratio(of["with scores"])]
-        rows.append([row["backend"], str(row["length"]), str(row["dropout"]), *cells])
-    header = ["backend", "tokens", "dropout", "training step", "0.1.1", "Keras, scores", "prediction", "0.1.1"]
-    lines = _rows([*header, "Keras, scores"], *rows)
+            ratios = [_ratio(of["ours"], bold=True), _ratio(of["original"]), _ratio(of["with scores"])]
+            rows.append([row["backend"], f"{row['length']:,}", str(row["dropout"]), *ratios])
+        header = ["backend", "tokens", "dropout", "this layer", "0.1.1", "Keras, scores"]
+        lines += [f"**{title}**, time ÷ that of Keras without scores:", "", *_rows(header, *rows), ""]
     floor = ", ".join(f"{milliseconds} ms at {length}" for length, milliseconds in result["floor"].items())
     return [
         *lines,
-        "",
-        "*0.1.1*: the release of that number on PyPI, which always forms scores. *Keras, scores*: "
-        "`return_attention_scores=True`. For scale, the products and exponentials of one sample take NumPy "
+        "In brackets: quartiles. *0.1.1*: the release of that number on PyPI, which always forms scores. *Keras, "
+        "scores*: `return_attention_scores=True`. For scale, the products and exponentials of one sample take NumPy "
         f"{floor} tokens.",
     ]
 
@@ -154,7 +162,15 @@ def _layer_picture(result):
     left, scale, step = 128, 105, 19  # pixels: before the axis, for a ratio of 1, between two lines
     titles = {"train": "Training step", "predict": "Prediction"}
     panels = {(what, dropout): f"{titles[what]}, dropout {dropout:g}" for what in titles for dropout in (0.0, 0.1)}
-    top, marks = 0, []
+    top, marks = (
+        34,
+        [
+            '<circle class="ours" cx="6" cy="6" r="5"/><text x="18" y="10">this layer</text>'
+            '<circle class="original" cx="116" cy="6" r="4"/><text x="128" y="10">0.1.1</text>'
+            '<path class="one" d="M200 -1V13"/><text x="210" y="10">Keras, no scores</text>'
+            '<text x="0" y="28">lines: backend and tokens; axis: time ÷ that of Keras</text>'
+        ],
+    )
     for (what, dropout), title in panels.items():
         rows = [row for row in result["rows"] if row["dropout"] == dropout]
         bottom = top + 30 + step * len(rows)
@@ -165,20 +181,13 @@ def _layer_picture(result):
             marks.append(f'<text class="tick" x="{x}" y="{bottom + 15}">{ratio:g}</text>')
         for number, row in enumerate(rows):
             y = top + 38 + step * number
-            marks.append(f'<text x="0" y="{y + 4}">{row["backend"]} {row["length"]}</text>')
+            marks.append(f'<text x="0" y="{y + 4}">{row["backend"]} {row["length"]:,}</text>')
             for who, kind, radius in (("original", "original", 4), ("ours", "ours", 5)):
                 x = left + row[what][who]["ratio"] * scale
                 marks.append(f'<circle class="{kind}" cx="{x:.0f}" cy="{y}" r="{radius}"/>')
         top = bottom + 34
     label = "Ratios to Keras of this layer and of release 0.1.1, by backend and tokens, as in the table."
-    key = (
-        f'<circle class="ours" cx="6" cy="{top}" r="5"/><text x="18" y="{top + 4}">this layer</text>'
-        f'<circle class="original" cx="116" cy="{top}" r="4"/><text x="128" y="{top + 4}">0.1.1</text>'
-        f'<path class="one" d="M200 {top - 7}V{top + 7}"/><text x="210" y="{top + 4}">Keras, no scores</text>'
-    )
-    return [
-        f'<svg class="chart" viewBox="0 0 350 {top + 12}" role="img" aria-label="{label}">{"".join(marks)}{key}</svg>'
-    ]
+    return [f'<svg class="chart" viewBox="0 -2 350 {top - 8}" role="img" aria-label="{label}">{"".join(marks)}</svg>']
 
 
 def _layer_torch(result):
@@ -189,7 +198,12 @@ def _layer_torch(result):
         if row["backend"] == "PyTorch"
     ]
     header = ["tokens", "dropout", "ours", "`torch.nn.MultiheadAttention` with weights", "pytorch-forecasting", "0.1.1"]
-    return ["Prediction. The peers form scores at every call; ours are unread.", "", *_rows(header, *rows)]
+    return [
+        "Times of a prediction ÷ that of Keras without scores. The other layers form scores at every call. Ours does "
+        "not, because no one reads them.",
+        "",
+        *_rows(header, *rows),
+    ]
 
 
 def _layer_memory(result):
@@ -223,7 +237,8 @@ def _layer_capture(result):
                 f"**{ours['peak'] / ours['result']:.2f}** : {original['peak'] / original['result']:.2f}",
             ]
         )
-    return _rows(["backend", "time of `capture` : original", "peak memory in results"], *rows)
+    header = ["backend", "time of `capture` ÷ 0.1.1", "peak memory ÷ size of the result, `capture` : 0.1.1"]
+    return _rows(header, *rows)
 
 
 def _imports(result, who):
@@ -282,9 +297,9 @@ def _summary(result):
         [
             row["backend"],
             f"{row['length']:,}",
-            f"{4 * result['heads'] * row['length'] ** 2 / 1e9:.1f} GB",
-            f"**{row['extra_mib']} MiB**",
-            f"{row['seconds']:.0f} s",
+            f"{4 * result['heads'] * row['length'] ** 2 / 1e9:.1f}&nbsp;GB",
+            f"**{row['extra_mib']}&nbsp;MiB**",
+            f"{row['seconds']:.0f}&nbsp;s",
             f"**{row['ratio']:.1f}**",
         ]
         for row in result["rows"]
@@ -294,7 +309,7 @@ def _summary(result):
 
 def _part(of):
     low, high = of["interval"]
-    return f"{of['count']} of {of['of']} ({100 * low:.1f}–{100 * high:.1f} %)"
+    return f"{of['count']}&nbsp;of&nbsp;{of['of']} <small>({100 * low:.1f}–&NoBreak;{100 * high:.1f}%)</small>"
 
 
 def _claims_false(result):
@@ -310,7 +325,7 @@ def _claims_false(result):
         for row in result["rows"]
     ]
     header = ["data", "samples", "models with a false “supported”", "false claims that are “supported”"]
-    return _rows([*header, "copies or shortcut that attention puts first", "of them “supported”"], *rows)
+    return _rows([*header, "copies or shortcut that attention puts above the mean", "of them “supported”"], *rows)
 
 
 def _claims_true(result):
@@ -352,7 +367,7 @@ def _claims_kinds(result):
     return [
         *_rows([*header, "true features found", "intervals that cover"], *rows),
         "",
-        f"The whole Wilson interval lies above {100 * result['level']:g} % for a false “supported” on {supported}, and "
+        f"The whole Wilson interval lies above {100 * result['level']:g}% for a false “supported” on {supported}, and "
         f"for a true feature “refuted” on {refuted}.",
     ]
 
@@ -367,7 +382,7 @@ def _claims_maps(result):
     rows = [
         [row["claim"], row["of"], known[row["truth"]], f"**{_part(row['significant'])}**"] for row in result["maps"]
     ]
-    return _rows(["claim", "of", "the claim is", "p at most 5 %"], *rows)
+    return _rows(["claim", "of", "the claim is", "p at most 5%"], *rows)
 
 
 _READINGS = {
@@ -376,7 +391,7 @@ _READINGS = {
     "attention_gradient": "attention × gradient",
     "value_norm": "value norms",
     "integrated_gradients": "integrated gradients",
-    "integrated gradients, Captum": "the same, Captum",
+    "integrated gradients, Captum": "the same, by Captum",
     "SHAP": "SHAP",
     "permutation importance": "permutation importance",
     "conditional effect": "conditional effect",
@@ -557,7 +572,14 @@ def _read(row):
         captured = (
             "all" if found.get("captured") == row["attention"] else f"{found.get('captured')} of {row['attention']}"
         )
-        known = {"complete": captured, "part": f"{captured}, rest named", "none": "none, named", None: "does not run"}
+        known = {
+            "complete": captured,
+            "part": "in part, the rest is named",
+            "none": "none, named",
+            None: "does not run",
+        }
+        if found.get("failed", "").startswith("ModuleNotFoundError"):
+            known[None] = "not measured"
         words.setdefault(known.get(found.get("result"), f"**{captured}**"), []).append(run)
     return "; ".join(word if len(words) == 1 else f"{word} on {' and '.join(runs)}" for word, runs in words.items())
 
@@ -605,18 +627,29 @@ def _verbs(result):
                 f"{first:.1f}" if len(row["audit"]) == 1 else f"{first:.1f}, {second:.1f}",
                 f"**{second / row['importance']:.2f}**",
                 f"{second / row['prediction']:.0f}",
-                *(f"{second / row[peer]:.2f}" if peer in row else "" for peer in ("captum", "shap")),
                 f"{row['memory']} MiB",
             ]
         )
     header = ["backend", "samples × features", "CPU seconds, first and second call", "÷ permutation importance"]
-    return _rows([*header, "÷ one prediction", "÷ Captum", "÷ SHAP", "peak memory above the data"], *rows)
+    peers = [
+        f"{row['audit'][-1] / row[key]:.2f} times those of {name} "
+        f"({row['backend']}, {row['samples']:,} × {row['features']})"
+        for key, name in (("captum", "Captum"), ("shap", "SHAP"))
+        for row in result["rows"]
+        if key in row
+    ]
+    return [
+        *_rows([*header, "÷ one prediction", "peak memory above the data"], *rows),
+        "",
+        f"The CPU seconds of an audit's second call are {', '.join(peers[:-1])}, and {peers[-1]}.",
+    ]
 
 
 TABLES = {
     "backbones.json": _backbones,
     "backbones.json caption": _backbones_caption,
     "layer.json answer": _layer_answer,
+    "layer.json in short": lambda result: [f"{_layer_in_short(result)} These are ratios on CPUs."],
     "layer.json goals": _goals,
     "layer.json picture": _layer_picture,
     "layer.json speed": _layer_speed,

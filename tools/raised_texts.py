@@ -78,7 +78,7 @@ class Package:
         for node in _walk(definition):
             if isinstance(node, ast.Call) and node.args and (kind := _kind(node.func)):
                 for text in self._variants(node.args[0], definition):
-                    if re.search(r"\w{3}", text.replace("Received", "")):
+                    if re.search(r"\w{3}", re.sub("Received|Layer", "", text)):
                         yield text, kind
 
     def _variants(self, node: ast.expr, definition: Definition) -> list[str]:
@@ -154,8 +154,12 @@ def _kind(function: ast.expr) -> str:
 
 def section(package: str) -> str:
     """The texts of a package, as Markdown: the beginning of each is a heading."""
-    wanted = [raised for raised in _all() if _package(raised) == package]
-    return "\n\n".join(map(_entry, wanted))
+    entries: dict[str, list[str]] = {}
+    for raised in _all():
+        if _package(raised) == package:
+            heading, said = _heading_and_rest(raised.text)
+            entries.setdefault(heading, []).append(f"{said}{_by(raised)}")
+    return "\n\n".join("\n\n".join([f"### {heading}", *said]) for heading, said in entries.items())
 
 
 @functools.cache
@@ -168,13 +172,16 @@ def _package(raised: Raised) -> str:
     return packages.pop() if len(packages) == 1 else "explain"
 
 
-def _entry(raised: Raised) -> str:
-    heading, *rest = re.split(r"(?<=[.?!])\s+(?=[A-Z`…])", raised.text, maxsplit=1)
+def _heading_and_rest(text: str) -> tuple[str, str]:
+    """A text, without what was received, which differs each time: its first sentence, and what follows."""
+    text = re.sub(rf"{GAP}+(?={GAP})|(?<=[.:] ){GAP}(?=[A-Z])|(?<=\.){GAP}$", "", text)
+    text = re.sub(rf"\s*\bReceived[^:.]*: [^\s.]*{GAP}\W*$", "", text)
+    heading, *rest = re.split(r"(?<=[.?!])\s+(?=[A-Z`…])", text, maxsplit=1)
     if len(heading) > _LONGEST_HEADING:
-        heading, rest = heading[:_LONGEST_HEADING].rpartition(" ")[0] + " " + GAP, [raised.text]
+        heading, rest = heading[:_LONGEST_HEADING].rpartition(" ")[0] + " " + GAP, [text]
     heading = heading if heading.count("`") % 2 == 0 else heading.replace("`", "")
     said = f"{_markdown(rest[0])}\n\n" if rest and re.search(r"\w", rest[0]) else ""
-    return f"### {_markdown(heading)}\n\n{said}{_by(raised)}"
+    return _markdown(heading), said
 
 
 def _by(raised: Raised) -> str:

@@ -25,6 +25,8 @@ from nbconvert import MarkdownExporter
 from notebooks import DOTS_PER_INCH, EXAMPLES, ROOT, RUN_TIMES, cover
 
 RECIPES = ROOT / "docs" / "recipes"
+_LONG = 40  # characters in the cell of a table: on a phone, several columns of such cells are too narrow to be read
+COLUMNS = 88  # of code and of what it prints, for which a page has room
 
 _command = "build"
 _titles: dict[str, str] = {}  # of the recipes, in the order of the navigation
@@ -51,8 +53,8 @@ def on_config(config):
     written = {_write(RECIPES / "index.md", _gallery(recipes, _tasks(config.nav)))}
     notebooks = [EXAMPLES / f"{name}.ipynb" for name in names]
     written.add(_write(RECIPES / "downloads" / "notebooks.zip", for_machines.bundle(notebooks)))
-    for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
-        text = _page(recipe, following, config.extra["source_url"])
+    for recipe in recipes:
+        text = _page(recipe, config.extra["source_url"])
         written.add(_write(RECIPES / f"{recipe['name']}.md", text))
         for path, content in recipe["pictures"].items():
             written.add(_write(RECIPES / path, content))
@@ -108,18 +110,20 @@ def on_page_content(content, page, config, **_):
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
     content = re.sub(r"<table>.*?</table>", _table, content, flags=re.DOTALL)
     content = re.sub(r'<img (?=[^>]*src="(\S+\.png)")', lambda match: match[0] + _size(page.url, match[1]), content)
-    # On a phone the labels of a figure are small: it leads to itself, as large as it was drawn.
+    # A phone shows a wide figure at a size at which its letters can be read, in a box that scrolls. It leads to itself.
     figure = r'<img (?=[^>]*class="figure)[^>]*src="(\S+)"[^>]*>'
     content = re.sub(figure, r'<a class="enlarge" href="\1">\g<0></a>', content)
     content = content.replace(
         '<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude'
     )
+    # A long name breaks between its words.
+    name = r'(<h1 [^>]*class="doc doc-heading">\s*)([\w.]+)'
+    content = re.sub(name, lambda match: match[1] + re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", match[2]), content)
     # A name for links to point at is not itself a link.
     content = re.sub(r'<a href="" (id="[^"]+"></a>)', r"<a \1", content)
     content = _lazy(content) + for_machines.invitation(page.file.src_uri, config.extra["source_url"])
-    return re.sub(
-        r'<div class="([^"]*highlight)">(?=<span class="filename">Output<)', r'<div class="\1 output no-copy">', content
-    )
+    printed = r'<div class="([^"]*highlight)">(<span class="filename">Output<.*?</pre>)'
+    return re.sub(printed, _printed, content, flags=re.DOTALL)
 
 
 def on_post_page(output, page=None, config=None, **_):
@@ -246,15 +250,34 @@ def _mathml(match):
 
 
 def _table(match):
-    table = re.sub(r"<th( [^>]*)?></th>", r"<td\1></td>", match[0])  # an empty cell is the header of nothing
-    headers = re.findall(r"<th\b[^>]*>(.*?)</th>", table, flags=re.DOTALL)
-    return _scrolling("Table: " + re.sub(r"<[^>]+>", "", ", ".join(headers)), table)
+    head, _, body = match[0].partition("</thead>")
+    heads, cells = (
+        [
+            html.unescape(re.sub(r"<[^>]+>", "", text))
+            for text in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", part, flags=re.DOTALL)
+        ]
+        for tag, part in (("th", head), ("td", body))
+    )
+    if len(heads) > 2 and max(map(len, cells)) > _LONG:  # a phone shows each cell with its head, below each other
+        head = head.replace("<table>", '<table data-wide="">')
+        names = itertools.cycle(heads)
+        body = re.sub(r"<td\b", lambda cell: f'{cell[0]} data-head="{html.escape(next(names))}"', body)
+    head = re.sub(r"<th( [^>]*)?></th>", r"<td\1></td>", head)  # an empty cell is the header of nothing
+    return _scrolling("Table: " + ", ".join(filter(None, heads)), f"{head}</thead>{body}")
 
 
 def _scrolling(name: str, content: str) -> str:
     """A box that scrolls sideways on a narrow screen, also with the keyboard, which needs the focus for it."""
     name = html.escape(html.unescape(name))
     return f'<div class="scroll" role="group" aria-label="{name}" tabindex="0">{content}</div>'
+
+
+def _printed(match) -> str:
+    """What code printed. Columns tell a table, which a narrow screen does not break into lines."""
+    lines = html.unescape(re.sub(r"<.*?>", "", match[2].partition("<code>")[2])).splitlines()
+    columns = any(re.search(r"\S {2,}\S", line) for line in lines)
+    aligned = " aligned" * (columns and max(map(len, lines)) <= COLUMNS)
+    return f'<div class="{match[1]} output no-copy{aligned}">{match[2]}'
 
 
 def _lazy(content: str) -> str:
@@ -273,7 +296,8 @@ def _size(url: str, picture: str) -> str:
     if not path.is_file():
         return ""  # MkDocs says what is missing
     dots = struct.unpack(">II", path.read_bytes()[16:24])
-    return 'width="{}" height="{}" '.format(*(round(96 / DOTS_PER_INCH * number) for number in dots))
+    width, height = (round(96 / DOTS_PER_INCH * number) for number in dots)
+    return f'width="{width}" height="{height}" style="--drawn: {width}px" '
 
 
 def _write(path: Path, content: str | bytes) -> Path:
@@ -289,7 +313,7 @@ def _read(name: str) -> dict:
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     exporter = MarkdownExporter(template_name="recipe", extra_template_basedirs=[str(ROOT / "tools" / "templates")])
     head = notebook.cells[0]
-    title, question, introduction = (head.source.removeprefix("# ") + "\n\n").split("\n\n", 2)
+    title, question, answer, introduction = (head.source.removeprefix("# ") + "\n\n").split("\n\n", 3)
     (cover_cell,) = (cell for cell in notebook.cells if "cover" in cell.metadata.get("tags", []))
     code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     body, resources = exporter.from_notebook_node(
@@ -301,6 +325,7 @@ def _read(name: str) -> dict:
         "name": name,
         "title": title,
         "question": question.strip("*"),
+        "answer": answer,
         "introduction": introduction.strip(),
         "level": head.metadata["level"],
         "data": head.metadata["data"],
@@ -314,26 +339,36 @@ def _read(name: str) -> dict:
 
 
 def _for_site(text: str) -> str:
-    """Names of the API become links to it, links between notebooks links between pages."""
+    """Names of the API become links to it, links between notebooks links between pages; not in what was printed."""
+    parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL)
     for name in reference.NAMES.values():
         code = re.escape(name.short)
         # A notebook by itself can lead to a page of the repository, which lists all names.
-        text = re.sub(rf"\[`{code}`\]\(\.\./api/\w+\.md\)|(?<!\[)`{code}`", f"[`{name.short}`][{name.path}]", text)
-    return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
+        called = rf"\[`{code}`\]\(\.\./api/\w+\.md\)|(?<!\[)`{code}`"
+        parts[::2] = [re.sub(called, f"[`{name.short}`][{name.path}]", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", part) for part in parts[::2]]
+    return "".join(parts)
 
 
-def _page(recipe: dict, following: dict | None, source_url: str) -> str:
-    versions = ", ".join(f"{name} {recipe['versions'][name]}" for name in ("keras", "tensorflow", "numpy"))
+def _without_links(text: str) -> str:
+    """The same words in one line."""
+    return re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text).replace("\n", " ")
+
+
+def _page(recipe: dict, source_url: str) -> str:
+    backend = (re.findall(r'"KERAS_BACKEND": "(\w+)"', recipe["code"]) or ["tensorflow"])[0]
+    versions = ", ".join(f"{name} {recipe['versions'][name]}" for name in ("keras", backend, "numpy"))
     code = "\n".join(f"    {line}".rstrip() for line in recipe["code"].splitlines())
-    after = f"[{following['title']}]({following['name']}.md)" if following else "[all recipes](index.md)"
     return f"""---
 title: "{recipe["title"]}"
-description: "{recipe["question"]}"
+description: "{re.sub("[`*]", "", _without_links(recipe["answer"]))}"
 image: recipes/{recipe["cover"]}
 ---
 # {recipe["title"]}
 
 <p class="question" markdown>{recipe["question"]}</p>
+
+{_for_site(recipe["answer"])}
 
 ![{recipe["alt"]}]({recipe["cover"]}){{ .figure .cover }}
 
@@ -356,10 +391,6 @@ Level: {recipe["level"]} · data: {recipe["data"]} · runs in about {recipe["sec
     ```
 
 {recipe["body"].strip()}
-
----
-
-Next: {after}
 """
 
 
@@ -373,15 +404,15 @@ def _gallery(recipes: list[dict], tasks: dict[str, list[str]]) -> str:
     ]
     return f"""---
 title: Recipes
-description: All recipes. Each asks one question of a model's attention and answers it with a picture and numbers.
+description: All recipes. Each asks one question of a model's attention and answers it with a number and a picture.
 hide:
   - toc
 ---
 # Recipes
 
-Each recipe asks one question, answers it with a picture, and says where the picture misleads. Each is an
-executed notebook: our tests run it again and compare every printed number. Read them in order, or start where your
-data are.
+Each recipe asks one question, answers it with a number and a picture, and says where the picture misleads. Each is an
+executed notebook: our tests run it again and compare every printed number. Start with the group that fits your data or
+your task.
 
 {" · ".join(f"[{task}](#{slugify(task, '-')})" for task in tasks)}
 
@@ -397,6 +428,6 @@ def _card(recipe: dict) -> str:
 
     **[{recipe["title"]}]({recipe["name"]}.md)**
 
-    {recipe["question"]}
+    {_without_links(recipe["answer"])}
 
-    <small>{recipe["level"]} · {recipe["data"]} · about {recipe["seconds"]} s</small>"""
+    <small>{recipe["level"]} · {recipe["data"]} · runs in about {recipe["seconds"]} s</small>"""

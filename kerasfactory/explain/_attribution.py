@@ -127,7 +127,8 @@ def attribute(
     but the controls give them 0, and `faithfulness`, `seed_agreement` and `parameter_randomization` leave them out.
 
     The gradient is that of the model's output, without any change. After a softmax or a sigmoid it is small where the
-    model is sure. A model that ends in logits does not have this problem. With one output, only what raises it counts.
+    model is sure. A model that ends in logits does not have this problem. With one output that tells no classes apart,
+    only what raises it counts.
 
     Integrated gradients start from the tokens: what a `FeatureTokenizer` or a `keras.layers.Embedding` returns, or else
     an input of floats, (sample, position, channel). The whole model sees the scaled tokens, and so do residual
@@ -135,9 +136,9 @@ def attribute(
     of samples, such as those of positions, stay as they are. So do a class token and tokens that are not in view, which
     get 0. The class is the one predicted for the sample, all along the path. `query` and `layers` change nothing,
     except that the keys of the first of the `layers` are the features. The integral is taken by Gauss–Legendre
-    quadrature with 32 nodes, and with 256 for a sample whose row misses \(y(x) - y(0)\) by more than 1 % of the sum of
-    its absolute values. `faithfulness` ranks signed values as they are, largest first; `seed_agreement` ranks absolute
-    values.
+    quadrature with 32 nodes, and with 256 for a sample whose row misses \(y(x) - y(0)\) by more than 1% of the sum of
+    its absolute values. `seed_agreement` and `feature_claims` take absolute values. `faithfulness` ranks the values as
+    they are, largest first, if the output that is asked about is that of a class, and by absolute values otherwise.
 
     It runs batch by batch, and keeps only the result.
 
@@ -152,7 +153,9 @@ def attribute(
         target: Which of the model's outputs to take the gradient of, from 0. For a dictionary or list of several
             outputs a key, or a tuple that starts with it; for outputs of more axes a tuple of numbers, such as (step,
             quantile). If not given, the only output, or in a classification the largest of each sample (the predicted
-            class). The methods without a gradient say the same for every output.
+            class). The methods without a gradient say the same for every output. If two classes have one output and
+            none is asked about, that of the first class is \(1 - p\) for a probability \(p\), or \(-z\) for a logit
+            \(z\).
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.
@@ -202,15 +205,19 @@ def attribute(
         keras.utils.set_random_seed(0)
         inputs = keras.Input((3,))
         tokens = FeatureTokenizer(8, feature_names=["age", "pulse", "weight"])(inputs)
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(tokens, tokens)
-        model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(attended)))
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(tokens, tokens)
+        pooled = keras.layers.GlobalAveragePooling1D()(attended)
+        model = keras.Model(inputs, keras.layers.Dense(2)(pooled))
 
         x = np.random.default_rng(0).normal(size=(100, 3))
         weights = explain.attribute(model, x, verbose=0)
         print(weights.sizes, weights.sum("feature").values.round(3).max())
         #> Frozen({'sample': 100, 'feature': 3}) 1.0
 
-        relevance = explain.attribute(model, x, method="attention_gradient", target=1, verbose=0)
+        relevance = explain.attribute(
+            model, x, method="attention_gradient", target=1, verbose=0
+        )
         print(relevance.coords["feature"].values, bool((relevance >= 0).all()))
         #> ['age' 'pulse' 'weight'] True
 

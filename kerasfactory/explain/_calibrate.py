@@ -183,7 +183,8 @@ def calibrate(
         x = rng.normal(size=(200, 3))
         y = x[:, 0] + rng.normal(size=200)
         calibration = explain.calibrate(train, x, y, n=2, verbose=0)
-        print(calibration["count"].sel(outcome="permuted: a feature supported").item(), "of", calibration.attrs["n"])
+        count = calibration["count"].sel(outcome="permuted: a feature supported").item()
+        print(count, "of", calibration.attrs["n"])
         #> 0 of 2
         ```
     """

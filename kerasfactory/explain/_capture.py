@@ -58,7 +58,7 @@ def capture(
 
     with the projected queries \(Q_h\) and keys \(K_h\) of head \(h\), of width \(d\), and the mask \(M\), 0 or
     \(-\infty\) (Vaswani et al. 2017, [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), section
-    3.2.1). Those of Keras' own layers are taken before dropout.
+    3.2.1). The scores of Keras' own layers are taken before dropout.
 
     Attention is captured anywhere in the model, in whatever layer:
 
@@ -90,8 +90,8 @@ def capture(
     while it is traced: if it has run before, attention in it may be missing without a warning.
 
     Args:
-        model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. One that has no weights yet
-            gets them, as from `predict`.
+        model: A `keras.Model`: `Sequential`, functional or subclassed, trained or not. A model without weights is
+            built, as by `predict`.
         x: What `model.predict` takes: an array, a pandas DataFrame of numbers, a dictionary or list of arrays, a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, or a generator of batches that ends.
             Labels in it are left out.
@@ -167,15 +167,18 @@ def capture(
         from kerasfactory import explain
 
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(attended))
 
         x = np.random.default_rng(0).normal(size=(100, 4, 8))
-        scores = explain.capture(model, x, feature_names=["age", "pulse", "weight", "height"], verbose=0)
+        names = ["age", "pulse", "weight", "height"]
+        scores = explain.capture(model, x, feature_names=names, verbose=0)
 
         print(scores["attention"].sizes)
         #> Frozen({'sample': 100, 'head': 2, 'query': 4, 'key': 4})
-        print(scores["attention"].mean(["sample", "head"]).sel(query="age").sum().round(3).item())
+        mean = scores["attention"].mean(["sample", "head"])
+        print(mean.sel(query="age").sum().round(3).item())
         #> 1.0
         ```
     """
@@ -255,7 +258,8 @@ def recomposition_error(
         from kerasfactory import explain
 
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(attended))
 
         x = np.random.default_rng(0).normal(size=(100, 4, 8))

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from keras import ops
 
-from kerasfactory._arguments import checked_level, generator, positive_integer
+from kerasfactory._arguments import checked_level, generator, hint_at_codes, positive_integer
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import reads_tokens
 from kerasfactory.explain._engine.conditional import Draws, Sampler, told_apart
@@ -27,7 +27,7 @@ from kerasfactory.explain._engine.data import (
     named_inputs,
     progress_bar,
 )
-from kerasfactory.explain._engine.features import Table, columns_of, features_of, match, table_of
+from kerasfactory.explain._engine.features import Table, columns_of, features_of, match, sizes_of, table_of
 from kerasfactory.explain._engine.outputs import (
     check_labels,
     checked_outputs,
@@ -170,9 +170,11 @@ def feature_claims(
 
         - `member` (feature, column): whether the test removes a column of `x`. For other arrays, the columns are the
           entries of a sample, and those of several inputs are in the order of `keras.tree.flatten`.
-        - `attribution`: the mean over the samples, the sum over the columns of a feature.
-        - `claimed`: whether the attribution is above the mean of all features, which is what `uniform` would give. A
-          claim is made only then.
+        - `attribution`: the mean over the samples, the sum over the columns of a feature. Of an attribution with values
+          above and below 0, that of the absolute values.
+        - `claimed`: whether the attribution is above the mean of all features, which is what `uniform` would give. If
+          the attribution has a number for each column, a feature of several columns must be above the mean of a column
+          as many times. A claim is made only then.
         - `effect`: in the unit of the loss; above 0 if the model does worse without the feature.
         - `interval` (feature, bound: `lower`, `upper`) of the effect: a studentized bootstrap over the samples, each
           with what it adds as a donor of values; from 2,000 clusters on a normal interval.
@@ -227,7 +229,8 @@ def feature_claims(
         model.set_weights([weights[:, None]])
         model.compile(loss="mse")
         names = {"feature": ["age", "weight in kg", "weight in lb", "shoe size"]}
-        attribution = xr.DataArray(np.tile([0.4, 0.3, 0.3, 0.0], (200, 1)), names, ("sample", "feature"))
+        shares = np.tile([0.4, 0.3, 0.3, 0.0], (200, 1))
+        attribution = xr.DataArray(shares, names, ("sample", "feature"))
 
         claims = explain.feature_claims(model, x, y, attribution, verbose=0)
         for feature in claims["feature"].values:
@@ -345,10 +348,10 @@ def _units(given: Any, table: Table, feature_mask: Any, attribution: Any, specia
     """The features that are tested, with what the attribution says of them."""
     count, width = int(table.feature.max()) + 1, table.feature.size
     columns = [np.flatnonzero(table.feature == number).tolist() for number in range(count)]
-    is_table = np.shape(given) == table.columns.shape
+    is_table = isinstance(given, np.ndarray) and given.shape == table.columns.shape
     by_column = (width,) if is_table and feature_mask is not None else ()
     matched = match(attribution, given, (count, *by_column), special_tokens)
-    shares, is_by_unit = matched.values.mean(axis=0), len(matched.kept) == count
+    shares, is_by_unit = sizes_of(matched.values).mean(axis=0), len(matched.kept) == count
     names = np.asarray(getattr(matched.attribution, "coords", {}).get("feature", np.arange(matched.keys)))[matched.kept]
     in_view = carried_view(matched.attribution)
     in_view = np.ones(matched.values.shape, bool) if in_view is None else in_view[:, matched.kept]
@@ -435,8 +438,8 @@ def _checked_labels(y: Any, samples: int) -> np.ndarray:
     labels = ops.convert_to_numpy(y) if ops.is_tensor(y) else np.asarray(y)
     if labels.ndim == 0 or len(labels) != samples or labels.dtype.kind not in "biuf" or not labels.size:
         raise ValueError(
-            f"`y` must hold numbers, one label for each sample, {samples}. Received: shape {labels.shape}, dtype "
-            f"{labels.dtype}"
+            f"`y` must hold numbers, one label for each sample, {samples}.{hint_at_codes(labels)} Received: shape "
+            f"{labels.shape}, dtype {labels.dtype}"
         )
     labels = labels.reshape(samples, -1) * 1  # truth values are numbers to a loss
     check_rows_finite(labels, "`y`")

@@ -133,7 +133,11 @@ def compare(
         x = np.random.default_rng(0).normal(size=(200, 20))
 
         effect = np.abs(weights * x)
-        methods = {"effect": effect, "squared effect": lambda model, x: (weights * x) ** 2, "opposite": -effect}
+        methods = {
+            "effect": effect,
+            "squared effect": lambda model, x: (weights * x) ** 2,
+            "opposite": -effect,
+        }
         result = explain.compare(model, x, methods=methods, top_k=3, verbose=0)
 
         print((result["p_adjusted"] < 0.05).values)

@@ -109,7 +109,7 @@ def attention_controls(
     increase it less than a standard deviation, and a rare class does not make it collapse, as it does quartiles.
 
     The tests are about the `share` of rows that change by more than `tolerance`, and not about the typical row, because
-    attention may decide in a part of the rows. The smallest share that counts is 2 %. To say that attention does *not*
+    attention may decide in a part of the rows. The smallest share that counts is 2%. To say that attention does *not*
     decide, look at `mean_change` as well. It is large if a few rows, such as those of a rare class, change a lot.
 
     Args:
@@ -150,13 +150,13 @@ def attention_controls(
           `lower`, `upper`), that of Clopper & Pearson (1934). With `groups` or `block` it is that of
           \(n^2 / \sum n_g^2\) samples: as many as there are groups, if they are of one size (as Korn & Graubard 1998,
           Survey Methodology 24:193–201, for groups of copies).
-        - `p_value` (control): of the exact binomial test that the share is above 2 %; and `p_opposite`, that it is
+        - `p_value` (control): of the exact binomial test that the share is above 2%; and `p_opposite`, that it is
           below. They say nothing about the adversary, which stays within the tolerance.
         - With `y`: `loss_increase`, the mean of the loss with uniform attention minus that with the model's own, which
           is taken to be 0 in samples that change by at most `tolerance`; its `mean_interval` (bound), a studentized
           bootstrap over samples or groups; `p_value_loss`, that it is above 0; and `p_opposite_loss`, that it is below
           `tolerance` times the model's loss. The latter is at least \(0.98^n\): \(n\) samples or groups do not show
-          what 2 % of them do.
+          what 2% of them do.
 
         The coordinate `sample` says which samples were used. The attributes are `layers`, `task` (or `"unknown"`),
         `target`, `change` (its unit: `"relative to the spread of the logits"` or `"… of the output"`), `tolerance`,
@@ -178,13 +178,17 @@ def attention_controls(
 
         keras.utils.set_random_seed(0)
         inputs = keras.Input((6, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         pooled = keras.layers.GlobalAveragePooling1D()
         uses = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
-        hardly = keras.Model(inputs, keras.layers.Dense(1)(pooled(inputs) + 0.001 * pooled(attended)))
+        mixed = pooled(inputs) + 0.001 * pooled(attended)
+        hardly = keras.Model(inputs, keras.layers.Dense(1)(mixed))
 
         x = np.random.default_rng(0).normal(size=(60, 6, 8))
-        results = [explain.attention_controls(model, x, steps=5, verbose=0) for model in (uses, hardly)]
+        results = [
+            explain.attention_controls(model, x, steps=5, verbose=0) for model in (uses, hardly)
+        ]
         print([result["share"].sel(control="uniform").item() for result in results])
         #> [1.0, 0.0]
         ```

@@ -23,7 +23,7 @@ from kerasfactory.explain._engine.data import (
     rows_of,
     samples_in,
 )
-from kerasfactory.explain._engine.features import Features, Matched, features_of, match
+from kerasfactory.explain._engine.features import Features, Matched, features_of, match, sizes_of
 from kerasfactory.explain._engine.labels import with_rows_of
 from kerasfactory.explain._engine.outputs import Outputs, checked_outputs, describe_target, outputs_of, predictions
 from kerasfactory.explain._engine.statistics import clusters_of, mean_interval
@@ -102,11 +102,12 @@ def faithfulness(
 
     What \(f\) is depends on what the outputs mean, which the compiled loss or `task` says:
 
-    - For a classification with several outputs, it is that of the class that the model predicts for the sample, or of
-      the one that `target` or `y` names.
+    - For a classification, it is the output of the class that the model predicts for the sample, or of the one that
+      `target` or `y` names. If two classes have one output, it is taken as in `attribute`.
     - If \(f\) is one output that is not one of several classes, such as that of a regression, it may go up or down, and
       the differences are taken as absolute values. Then noise does not cancel, and only the comparison with the null
-      distribution is informative.
+      distribution is informative. An attribution with values above and below 0, such as SHAP values, is ranked by its
+      absolute values then.
     - For other models, `target` names one of several outputs. Without it, all count: the change is the mean over the
       outputs of the absolute differences, each divided by that output's standard deviation over the samples, and the
       mean over the rows of the background that are drawn. An output that does not vary counts as unchanged.
@@ -117,7 +118,7 @@ def faithfulness(
     of view of a sample, its ranking is first completed by them, with their ranks in other samples that have more in
     view. Then all features are relabeled, and those in view are ranked again. So a ranking that is the same for all
     samples stays the same for all samples. This is on the safe side for attributions that differ by sample: with much
-    padding, those that know nothing have a p-value of 0.05 or less in fewer than 5 % of cases. The p-value is
+    padding, those that know nothing have a p-value of 0.05 or less in fewer than 5% of cases. The p-value is
     one-sided,
 
     $$
@@ -149,7 +150,8 @@ def faithfulness(
             channel)`, or token ids, `(sample, position)`. With `feature_mask`, an array of any shape, or, for a
             model with several inputs, a dictionary or list of arrays.
         attribution: `(sample, feature)`, as `attribute` returns it, or any array. The largest come first, with regard
-            to the sign; among equals, chance decides.
+            to the sign, or without it where changes of the output are absolute and both signs occur; among equals,
+            chance decides.
         y: The class of each sample, `(sample,)`, integers from 0: \(f\) is its output. Not with `target`.
         task: What the outputs mean: `"classification"` (one of several classes), `"multilabel"` or `"regression"`. The
             compiled loss says so if it is one of Keras and this is not given. If neither does, the outputs are numbers
@@ -264,6 +266,8 @@ def faithfulness(
 
     progress = progress_bar(draws + 1, verbose, "draw")
     changes, own, output_used = _change_function(model, x, features, donors, y, task, target, batch_size, removal)
+    if output_used["change"] != "signed":
+        importance = sizes_of(importance)
     ranks = np.argsort(np.lexsort((rng.random(importance.shape), np.where(in_view, -importance, np.inf))))
     counts = _counts(shares, in_view)
     both = np.full((2, len(counts), samples), np.nan)
@@ -356,13 +360,15 @@ def _change_function(
     """A function that says by how much outputs fall without features, the outputs with all of them, and attributes."""
     found = outputs_of(model, x, task=task, target=target, batch_size=batch_size)
     columns, target_used = _columns(found, y, target)
-    is_class = found.values.shape[1] > 1 and (y is not None or found.task == "classification")
-    own, absolute = found.values, not is_class
+    several = found.values.shape[1] > 1 and (y is not None or found.task == "classification")
+    own, absolute = found.values, not several and found.middle is None
     if columns is None:
         spread = own.std(axis=0)
         scale = np.where(spread > _ROUNDING * np.abs(own).max(axis=0), spread, np.inf)
     else:
         own = own[np.arange(len(own)), columns]
+    # Where the first of two classes is predicted, their one output falls as that of the class rises.
+    sign = np.ones(len(own)) if found.middle is None else np.where(own < found.middle, -1, 1)
 
     def outputs_without(removed, of, donor):
         """The outputs of the samples `of`, (set, sample), with (set, sample, feature) from a row of `donors` each.
@@ -393,7 +399,7 @@ def _change_function(
         without = np.mean([outputs_without(removed, of, donor[of]) for donor in rows], axis=0)
         if columns is None:
             return without
-        return np.abs(own[of] - without) if absolute else own[of] - without
+        return np.abs(own[of] - without) if absolute else sign[of] * (own[of] - without)
 
     change = "absolute" if absolute else "signed"
     if columns is None:
@@ -639,7 +645,7 @@ def _columns(found: Outputs, y: Any, target: Any) -> tuple[np.ndarray | None, st
         of_target = describe_target(target)
         if found.part.column is not None:
             return np.full(samples, found.part.column), of_target
-        if count == 1:
+        if count == 1 and found.middle is None:
             return np.zeros(samples, int), "the output" if target is None else of_target
         if found.task == "classification":
             return found.values.argmax(axis=1), "predicted class" if target is None else f"{of_target}, predicted class"

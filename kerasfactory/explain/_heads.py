@@ -10,6 +10,7 @@ from keras import ops, tree
 from scipy.special import entr, rel_entr
 
 from kerasfactory import _backend
+from kerasfactory._arguments import hint_at_codes
 from kerasfactory._warnings import warn
 from kerasfactory.explain._engine.attention import ROW_SUM
 from kerasfactory.explain._engine.data import batch_size_of, batches_of, progress_bar, size_of
@@ -96,7 +97,8 @@ def head_statistics(weights: xr.DataArray | Mapping[str, xr.DataArray]) -> xr.Da
 
         from kerasfactory import explain
 
-        uniform = np.full((4, 4), 1 / 4)  # one head attends to all keys alike, the other one to the diagonal
+        # One head attends to all keys alike, the other one to the diagonal.
+        uniform = np.full((4, 4), 1 / 4)
         scores = xr.DataArray([[uniform, np.eye(4)]], dims=("sample", "head", "query", "key"))
         statistics = explain.head_statistics(scores)
 
@@ -273,7 +275,8 @@ def head_importance(
 
         keras.utils.set_random_seed(0)
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
         model.compile(loss="mse")
 
@@ -359,7 +362,7 @@ def _checked_targets(x: Any, y: Any) -> Any:
         raise ValueError("`x` is empty: it must hold at least one sample.")
     if any(array.dtype.kind not in "biuf" or len(np.atleast_1d(array)) != samples for array in arrays):
         raise ValueError(
-            f"`y` must hold numbers, one target for each of the {samples} samples of `x`. "
+            f"`y` must hold numbers, one target for each of the {samples} samples of `x`.{hint_at_codes(arrays[0])} "
             f"Received: {', '.join(f'y of shape {array.shape} and type {array.dtype}' for array in arrays)}"
         )
     if any(np.isnan(array).any() for array in arrays):

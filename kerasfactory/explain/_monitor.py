@@ -60,7 +60,8 @@ class AttentionMonitor(keras.callbacks.Callback):
         from kerasfactory import explain
 
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
         model.compile(loss="mse")
 

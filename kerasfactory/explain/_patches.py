@@ -32,7 +32,7 @@ def patches(height: int, width: int, size: int | tuple[int, int]) -> np.ndarray:
         ```
     """
     picture = np.array([positive_integer("height", height), positive_integer("width", width)])
-    sizes = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    sizes = tuple(size) if isinstance(size, tuple | list | np.ndarray) and np.ndim(size) else (size, size)
     if len(sizes) != 2:
         raise ValueError(f"`size` must be one number, or (rows, columns). Received: size={size!r}")
     patch = np.array([positive_integer("size", part) for part in sizes])

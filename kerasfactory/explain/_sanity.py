@@ -121,15 +121,19 @@ def parameter_randomization(
 
         keras.utils.set_random_seed(0)
         inputs = keras.Input((6, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")(inputs, inputs)
-        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(attended)))
+        attention = keras.layers.MultiHeadAttention(num_heads=1, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
+        pooled = keras.layers.GlobalAveragePooling1D()(attended)
+        model = keras.Model(inputs, keras.layers.Dense(1)(pooled))
         x = np.random.default_rng(0).normal(size=(100, 6, 8))
 
         result = explain.parameter_randomization(model, x, verbose=0)
         print(result["median_kept"].item() < 0.5, result["p_value"].item() < 0.05)
         #> True True
 
-        size = explain.parameter_randomization(model, x, method=lambda model, x: np.abs(x).sum(axis=2), verbose=0)
+        size = explain.parameter_randomization(
+            model, x, method=lambda model, x: np.abs(x).sum(axis=2), verbose=0
+        )
         print(size["median_kept"].item())  # it depends on the data alone
         #> 1.0
         ```

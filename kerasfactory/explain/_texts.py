@@ -132,7 +132,8 @@ def by_token(attribution: xr.DataArray) -> xr.Dataset:
         tokens = explain.by_token(attribution)
         for token in tokens["token"].values:
             found = tokens.sel(token=token)
-            print(token, found["mean"].item(), found["count"].item(), found["share"].round(2).item())
+            share = found["share"].round(2).item()
+            print(token, found["mean"].item(), found["count"].item(), share)
             #> bad 0.75 1 0.33
             #> good 0.5 3 0.67
             #> film 0.25 3 1.0

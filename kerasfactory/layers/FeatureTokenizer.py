@@ -40,7 +40,7 @@ class FeatureTokenizer(keras.layers.Layer):
         - `inputs`: Tensor of shape `(batch, feature)`, of any numeric dtype.
 
     Returns:
-        Tokens, of shape `(batch, feature, d_token)`.
+        tensor: Tokens, of shape `(batch, feature, d_token)`.
 
     Raises:
         ValueError: If an argument is outside its range, names repeat, a cardinality is given for a column that
@@ -52,7 +52,8 @@ class FeatureTokenizer(keras.layers.Layer):
 
         from kerasfactory.layers import FeatureTokenizer
 
-        tokenizer = FeatureTokenizer(8, feature_names=["age", "income", "region"], cardinalities={"region": 4})
+        names = ["age", "income", "region"]
+        tokenizer = FeatureTokenizer(8, feature_names=names, cardinalities={"region": 4})
         tokens = tokenizer(np.array([[0.3, -1.2, 2], [1.1, 0.4, 0]]))
 
         print(tokens.shape)
@@ -64,7 +65,8 @@ class FeatureTokenizer(keras.layers.Layer):
         ```python
         from kerasfactory.layers import FeatureTokenizer
 
-        tokenizer = FeatureTokenizer(8, feature_names=["age", "income", "region"], cardinalities={"region": 4})
+        names = ["age", "income", "region"]
+        tokenizer = FeatureTokenizer(8, feature_names=names, cardinalities={"region": 4})
         copy = FeatureTokenizer.from_config(tokenizer.get_config())
         print(copy.get_config() == tokenizer.get_config())
         #> True

@@ -39,7 +39,12 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
     For head \(h\) with projections \(W^Q_h, W^K_h, W^V_h\) of width `d_model`,
 
     $$
-    A_h = \operatorname{softmax}\!\left(\frac{(Q W^Q_h)(K W^K_h)^\top}{\sqrt{d_\text{model}}}\right), \qquad
+    A_h = \operatorname{softmax}\!\left(\frac{(Q W^Q_h)(K W^K_h)^\top}{\sqrt{d_\text{model}}}\right)
+    $$
+
+    and
+
+    $$
     \text{output} = \operatorname{concat}_h(A_h\, V W^V_h)\, W^O ,
     $$
 
@@ -71,8 +76,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
         kernel_constraint: What the kernels are projected to after each step of the optimizer. Defaults to `None`.
         bias_constraint: The same for the biases. Defaults to `None`.
         seed: The seed of the dropout, an integer. Defaults to `None`: a different one each time.
-        flash_attention: Whether the output is computed by flash attention. It takes no dropout. Defaults to `None`:
-            where Keras can.
+        flash_attention: Whether the output is computed by flash attention. Flash attention does not support dropout.
+            Defaults to `None`: where Keras can.
         sliding_window: Keep each query to the keys that lie fewer than this many positions away. A positive integer.
             Defaults to `None`: all keys. Needs Keras 3.15.
         use_gate: Whether a sigmoid of the query is multiplied onto the output of the heads. Defaults to `False`.
@@ -87,8 +92,8 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
           tensors are honored.
 
     Returns:
-        The output, of shape `(batch, query, features of the query)`, or `(batch, query, *output_shape)`. With
-        `return_attention_scores=True` a pair of output and scores.
+        tensor: The output, of shape `(batch, query, features of the query)`, or `(batch, query, *output_shape)`. With
+            `return_attention_scores=True`, a pair of output and scores.
 
     Raises:
         ValueError: If an argument is unknown or outside its range; if query, key and value differ in rank or
@@ -302,10 +307,10 @@ class InterpretableMultiHeadAttention(keras.layers.Layer):
 
         | the latest call was | you get |
         |---|---|
-        | – (never called) | `None` |
+        | none: the layer was never called | `None` |
         | eager, as `layer(x)` or `model(x)` | a tensor with that call's scores |
         | the building or loading of a functional or `Sequential` model | a `KerasTensor` of the model's graph |
-        | inside your own `tf.function`, `jax.jit` or `jax.grad` | there, the traced scores; outside, one of the above |
+        | inside your own `tf.function`, `jax.jit` or `jax.grad` | inside: the traced scores; outside: as above |
 
         Compiled calls (`fit`, `predict`, `evaluate`) do not count, nor does a model that is rematerialized as a whole
         on JAX: you get the scores of the latest call that was not compiled. It is the latest call of all threads. If

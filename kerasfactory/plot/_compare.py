@@ -29,7 +29,7 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
     attribution. The dark ones are those that are compared. In the middle is the overlap of the features that each two
     methods rank first; the label says what random rankings reach on average. At the bottom is the AOPC
     comprehensiveness of each method in the samples and rows of its test, in front of a gray band that holds the inner
-    95 % of the null distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
+    95% of the null distribution. Numbers are the p-values of `explain.compare`, adjusted over the methods,
 
     $$
     \tilde p_{(i)} = \min\Bigl(1, \max_{j \le i} \, (m - j + 1) \, p_{(j)}\Bigr) .
@@ -54,7 +54,8 @@ def compare(result: xr.Dataset, *, top_k: int = 10) -> Figure:
 
         model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
         x = np.random.default_rng(0).normal(size=(50, 6))
-        result = explain.compare(model, x, methods={"size": np.abs(x), "value": x}, draws=20, verbose=0)
+        methods = {"size": np.abs(x), "value": x}
+        result = explain.compare(model, x, methods=methods, draws=20, verbose=0)
 
         figure = plot.compare(result)
         print([ax.get_title() for ax in figure.axes])
@@ -110,7 +111,7 @@ def _cells(ax: Axes, values: np.ndarray, shades: np.ndarray, form: str) -> None:
 def _draw_faithfulness(ax: Axes, result: xr.Dataset, names: list[str]) -> None:
     rows = np.arange(len(names))
     low, high = np.quantile(result["null"].transpose("reading", "draw"), [0.025, 0.975], axis=1)
-    ax.barh(rows, high - low, 0.7, low, color=_NULL, label="rankings that know nothing (95 %)")
+    ax.barh(rows, high - low, 0.7, low, color=_NULL, label="rankings that know nothing (95%)")
     ax.plot(result["observed"], rows, "o", color=COLORS[0], label="the method")
     p_values = [f"p = {p:.2g}" for p in result["p_adjusted"].values]
     ax.set_yticks(rows, [f"{name}\n{p}" for name, p in zip(names, p_values, strict=True)])

@@ -140,8 +140,13 @@ def faithfulness(result: xr.Dataset) -> Figure:
             "comprehensiveness": (("sample", "fraction"), rng.normal([0.2, 0.5], 0.1, (50, 2))),
             "sufficiency": (("sample", "fraction"), rng.normal([0.3, 0.1], 0.1, (50, 2))),
         }
-        numbers = {"aopc_comprehensiveness": 0.35, "p_value": 1 / 201, "null": ("draw", rng.normal(0.1, 0.05, 200))}
-        figure = plot.faithfulness(xr.Dataset(curves | numbers, {"fraction": [0.1, 0.5]}, {"level": 0.05}))
+        numbers = {
+            "aopc_comprehensiveness": 0.35,
+            "p_value": 1 / 201,
+            "null": ("draw", rng.normal(0.1, 0.05, 200)),
+        }
+        result = xr.Dataset(curves | numbers, {"fraction": [0.1, 0.5]}, {"level": 0.05})
+        figure = plot.faithfulness(result)
 
         print(figure.axes[1].get_title())
         #> p = 0.005, of 200 random attributions

@@ -212,10 +212,12 @@ def interactive(
 
         names = ["age", "pulse", "weight"]
         scores = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 4, 3))
-        scores = xr.DataArray(scores, {"query": names, "key": names}, ["sample", "head", "query", "key"])
+        dims = ["sample", "head", "query", "key"]
+        scores = xr.DataArray(scores, {"query": names, "key": names}, dims)
 
         fragment = plot.interactive(scores)
-        print(fragment[:28], len(fragment) < 20_000, "http:" in fragment.replace("http://www.w3.org/2000/svg", ""))
+        rest = fragment.replace("http://www.w3.org/2000/svg", "")  # the name of SVG itself
+        print(fragment[:28], len(fragment) < 20_000, "http:" in rest)
         #> <div class="kerasfactory-map True False
         ```
     """

@@ -126,12 +126,14 @@ def all_maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | N
 def _uniform(array: xr.DataArray, sizes: np.ndarray) -> xr.DataArray:
     """What each weight would be if a query looked at all keys in its view alike. All 0 if rows do not sum to 1.
 
-    A weight of 0 is a key out of view. Of bins, `sizes` says how many keys they hold.
+    A weight of 0 is a key out of view, unless there are no masks: then a sharp head has rounded it. Of bins, `sizes`
+    says how many keys they hold.
     """
     totals = array.sum("key").to_numpy()
     if (np.abs(totals[totals != 0] - 1) > 0.01).any():
         return xr.zeros_like(array)
-    in_view = (array != 0) * xr.DataArray(sizes, dims="key")
+    seen = xr.ones_like(array) if array.attrs.get("masks") == "none" else array != 0
+    in_view = seen * xr.DataArray(sizes, dims="key")
     return in_view / in_view.sum("key").clip(1)
 
 
@@ -170,8 +172,9 @@ def wrapped(text: Any, letters: int, lines: int = 2) -> list[str]:
 
 
 def quantity(drawn: Maps) -> str:
-    """What a color stands for."""
-    return "attention, sum of a bin" if drawn.keys.binned() else "attention"
+    """What a color stands for: attention, or what `explain.rollout` made of it, which is named so."""
+    name = "rollout" if drawn.layer == "rollout" else "attention"
+    return f"{name}, sum of a bin" if drawn.keys.binned() else name
 
 
 def scale(values: np.ndarray, vmax: float | None) -> tuple[float, str]:

@@ -89,7 +89,8 @@ def heatmap(
 
         names = ["age", "pulse", "weight"]
         scores = np.random.default_rng(0).dirichlet(np.ones(3), size=(100, 4, 3))
-        scores = xr.DataArray(scores, {"query": names, "key": names}, ["sample", "head", "query", "key"])
+        dims = ["sample", "head", "query", "key"]
+        scores = xr.DataArray(scores, {"query": names, "key": names}, dims)
 
         ax = plot.heatmap(scores)
         print(ax.get_title())
@@ -235,7 +236,10 @@ def model(
         from kerasfactory import plot
 
         rng, dims = np.random.default_rng(0), ["sample", "head", "query", "key"]
-        scores = {f"block_{n}": xr.DataArray(rng.dirichlet(np.ones(6), (100, 4, 6)), dims=dims) for n in range(3)}
+        scores = {
+            f"block_{n}": xr.DataArray(rng.dirichlet(np.ones(6), (100, 4, 6)), dims=dims)
+            for n in range(3)
+        }
 
         figure = plot.model(scores)
         print(len(figure.axes), figure.get_suptitle())

@@ -89,9 +89,9 @@ def image(
 
     Raises:
         ValueError: If `attribution` has other dimensions, is empty, or holds NaN or infinite numbers; if `images` and
-            `feature_mask` do not have the same height and width, or `images` not as many samples; if `feature_mask` is
-            missing, holds no integers, or does not say which features have pixels; if `ax` is given for several
-            samples; if `samples`, `columns` or `vmax` is out of range.
+            `feature_mask` do not have the same height and width, or `images` has another number of samples; if
+            `feature_mask` is missing, holds no integers, or does not say which features have pixels; if `ax` is given
+            for several samples; if `samples`, `columns` or `vmax` is out of range.
 
     Example:
         ```python
@@ -102,8 +102,10 @@ def image(
 
         rng = np.random.default_rng(0)
         images = rng.random((3, 8, 8))
-        mask = np.arange(4).reshape(2, 2).repeat(4, axis=0).repeat(4, axis=1)  # four patches of 4 by 4 pixels
-        attribution = xr.DataArray(rng.dirichlet(np.ones(4), 3), {"sample": ["3", "8", "1"]}, ["sample", "feature"])
+        # Four patches of 4 by 4 pixels.
+        mask = np.arange(4).reshape(2, 2).repeat(4, axis=0).repeat(4, axis=1)
+        shares = rng.dirichlet(np.ones(4), 3)
+        attribution = xr.DataArray(shares, {"sample": ["3", "8", "1"]}, ["sample", "feature"])
 
         figure = plot.image(attribution, images, feature_mask=mask)
         print([ax.get_title() for ax in figure.axes[:3]])

@@ -82,7 +82,8 @@ def features(
         from kerasfactory import plot
 
         values = np.random.default_rng(0).dirichlet([1, 5, 2], size=100)
-        attribution = xr.DataArray(values, {"feature": ["age", "pulse", "weight"]}, ["sample", "feature"])
+        names = {"feature": ["age", "pulse", "weight"]}
+        attribution = xr.DataArray(values, names, ["sample", "feature"])
 
         ax = plot.features(attribution)
         print([label.get_text() for label in ax.get_yticklabels()])

@@ -157,11 +157,11 @@ def text(
 
         words = [["not", "bad", "at", "all"], ["too", "long", "", ""]]
         shares = [[0.5, 0.3, 0.1, 0.1], [0.2, 0.8, 0, 0]]
-        attribution = xr.DataArray(
-            shares,
-            {"feature_token": (("sample", "feature"), words), "sample": ["liked it", "did not"]},
-            ["sample", "feature"],
-        )
+        coords = {
+            "feature_token": (("sample", "feature"), words),
+            "sample": ["liked it", "did not"],
+        }
+        attribution = xr.DataArray(shares, coords, ["sample", "feature"])
 
         fragment = plot.text(attribution, top_k=1)
         print(fragment.count('class="word'), "http" in fragment)

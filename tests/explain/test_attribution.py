@@ -270,7 +270,7 @@ def test_gradients_are_compiled_once_for_all_sizes_of_batches(monkeypatch):
 
 def test_one_output_needs_no_target():
     model = on_table("ours", depth=1, outputs=1)
-    result = attribute(model, TABLE, method="attention_gradient")
+    result = attribute(model, TABLE, method="attention_gradient", task="regression")
     np.testing.assert_array_equal(result, attribute(model, TABLE, method="attention_gradient", target=0))
     flat = keras.Model(model.inputs, layers.Reshape(())(model.outputs[0]))
     np.testing.assert_array_equal(result, attribute(flat, TABLE, method="attention_gradient"))

@@ -125,10 +125,10 @@ def rows_of(kind, rng, samples=400):
     values = rng.normal(size=(samples, 5))
     if kind == "heavy tails":
         values = rng.standard_cauchy((samples, 5))
-    if kind == "40 % of rows":
+    if kind == "40% of rows":
         same = rng.random(samples) > 0.4
         values[same] = values[same][:, :1]
-    if kind == "2 % of rows":
+    if kind == "2% of rows":
         values[rng.random(samples) > 0.02] = 0
     if kind == "identical values":
         values = np.tile(values[:, :1], 5)
@@ -138,7 +138,7 @@ def rows_of(kind, rng, samples=400):
 @pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("kind", "matters"),
-    [("heavy tails", True), ("40 % of rows", True), ("2 % of rows", None), ("identical values", False)],
+    [("heavy tails", True), ("40% of rows", True), ("2% of rows", None), ("identical values", False)],
 )
 def test_attention_that_decides_is_found_wherever_it_does(kind, matters):
     model, rng = decides(), np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_the_loss_without_attention_is_that_of_other_weights():
     assert result.attrs["loss"] == "mae"
     lower, upper = result["mean_interval"].values
     assert lower < result["loss_increase"] < upper
-    assert result["p_opposite_loss"] >= 0.98**12  # 12 rows do not show what 2 % of them do
+    assert result["p_opposite_loss"] >= 0.98**12  # 12 rows do not show what 2% of them do
 
 
 @pytest.mark.backend_independent

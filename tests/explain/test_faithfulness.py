@@ -112,8 +112,8 @@ def test_the_output_that_is_meant(which, said):
     which = {"y": labels} if "y" in which else which
     classes = {"predicted class": model.predict(X, verbose=0).argmax(axis=1), 2: np.full(40, 2), "y": labels}[said]
     result = explain.faithfulness(model, X, X, removal="mask", fractions=[0.25], draws=2, verbose=0, **which)
-    signed = (kernel[:, classes].T * X * largest(X, 2)).sum(axis=1)
     is_class = "y" in which or which.get("task") == "classification"  # which goes up where it is recognized
+    signed = (kernel[:, classes].T * X * largest(X if is_class else np.abs(X), 2)).sum(axis=1)
     change = signed if is_class else np.abs(signed)
     np.testing.assert_allclose(result["comprehensiveness"][:, 0], change, atol=1e-4)
     assert (signed < 0).any()
@@ -268,14 +268,14 @@ def test_one_sample_has_no_interval():
 def test_the_seed_decides_and_samples_for_the_null_are_limited():
     x = RNG.normal(size=(600, 8)).astype("float32")
     one, same, other = (
-        explain.faithfulness(linear(WEIGHTS), x, x, draws=5, fractions=[0.5], verbose=0, seed=seed)
+        explain.faithfulness(linear(WEIGHTS), x, x - x.min(), draws=5, fractions=[0.5], verbose=0, seed=seed)
         for seed in (1, 1, 2)
     )
     xr.testing.assert_identical(one, same)
     assert not one["comprehensiveness"].equals(other["comprehensiveness"])
     assert one.sizes["sample"] == 600
     # The same row for all, so that the one row of the null is that of the result.
-    mean = explain.faithfulness(linear(WEIGHTS), x, x, removal="mean", draws=5, fractions=[0.5], verbose=0)
+    mean = explain.faithfulness(linear(WEIGHTS), x, x - x.min(), removal="mean", draws=5, fractions=[0.5], verbose=0)
     assert mean.attrs["null_samples"] == 500
     assert mean.attrs["observed"] == pytest.approx(mean["aopc_comprehensiveness"].item(), rel=0.1)
 

@@ -46,7 +46,9 @@ def decided_by_class_token(inputs, tokens, outputs=1, activation="sigmoid"):
 @pytest.mark.backend_independent
 def test_patches_are_numbered_row_by_row():
     np.testing.assert_array_equal(explain.patches(4, 6, 2), PATCHES)
-    np.testing.assert_array_equal(explain.patches(4, 6, (4, 3)), [[0, 0, 0, 1, 1, 1]] * 4)
+    for size in ((4, 3), [4, 3], np.array([4, 3])):
+        np.testing.assert_array_equal(explain.patches(4, 6, size), [[0, 0, 0, 1, 1, 1]] * 4)
+    np.testing.assert_array_equal(explain.patches(4, 6, np.int64(2)), PATCHES)
     assert explain.patches(4, 6, (1, 1)).tolist() == np.arange(24).reshape(4, 6).tolist()
     with pytest.raises(ValueError, match=r"do not fill a picture of 4 x 6.*\[1, 2, 4\].*\[1, 2, 3, 6\].*size=3"):
         explain.patches(4, 6, 3)

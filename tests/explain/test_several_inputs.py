@@ -229,3 +229,17 @@ def test_a_table_among_the_inputs_may_be_a_data_frame():
     result = explain.faithfulness(linear(), x, PLAN, **settings)
     same = explain.faithfulness(linear(), {**x, "plan": PLAN}, PLAN, **settings)
     np.testing.assert_array_equal(result["comprehensiveness"], same["comprehensiveness"])
+
+
+def test_claims_and_audits_take_a_list_of_inputs_of_different_ranks(trained):
+    model, x, y = trained
+    as_list = keras.Model(list(model.input.values()), model.output)
+    as_list.compile(loss="mse")
+    masks = [np.arange(3), -1]
+    attribution = np.ones((150, 3))
+    of_list = explain.feature_claims(as_list, list(x.values()), y, attribution, feature_mask=masks, draws=20, verbose=0)
+    of_dictionary = explain.feature_claims(
+        model, x, y, attribution, feature_mask={"plan": masks[0], "series": -1}, draws=20, verbose=0
+    )
+    np.testing.assert_allclose(of_list["effect"], of_dictionary["effect"], atol=1e-6)
+    assert explain.audit(as_list, list(x.values()), y, feature_mask=[np.arange(3), np.arange(3, 7)[:, None]], verbose=0)

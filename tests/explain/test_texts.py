@@ -210,7 +210,7 @@ WORDS = words_of(IDS)
     [
         (IDS, WORDS[:2], "must hold a row for each sample in `x`, 3. Received 2 rows"),
         (IDS, [*WORDS[:2], [*WORDS[2], "more"]], "attends over 6 keys.*Received 7 words for each sample"),
-        (IDS, np.array(WORDS)[:, :5], "attends over 6 keys.*Received 5 words for each sample"),
+        (IDS, np.array(WORDS)[:, :5], "attends over 6 keys.*Received 5 words for each sample. Where padding"),
         (IDS, [*WORDS[:2], "text"], "Row 2 holds 'text' of type str"),
         (IDS, [*WORDS[:2], ["a", None]], "Row 2 holds None of type NoneType"),
         (IDS, IDS, "Row 0 holds .*2.* of type int32"),
@@ -245,7 +245,7 @@ def test_a_model_of_strings_is_explained_behind_its_vectorizer():
     model = keras.Model(inputs, outputs)
     model.compile(loss="binary_crossentropy")
 
-    advice = r"`x` holds strings. Explain the part of the model behind its `keras.layers.TextVectorization`"
+    advice = r"`x` holds strings\. .*If it has a `keras\.layers\.TextVectorization`, explain the part behind it"
     with pytest.raises(ValueError, match=advice):
         explain.faithfulness(model, sentences, np.ones((20, 6)), verbose=0)
     with pytest.raises(ValueError, match=advice):
@@ -386,3 +386,9 @@ def test_words_without_a_number_are_told_and_are_in_no_mean():
     with pytest.warns(UserWarning, match="NaN at 1 words, the first of them 'good'"):
         tokens = explain.by_token(attribution)
     assert tokens["mean"].sel(token=["good", "film"]).values.tolist() == [0.5, 0.5]
+
+
+def test_strings_for_a_model_of_ids_are_refused_before_the_backend_does_it():
+    model = model_of_texts()
+    with pytest.raises(ValueError, match="`x` holds strings. Where the model takes numbers, give what it was trained"):
+        explain.capture(model, np.array([["a"] * 6] * 3), verbose=0)

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import RendererAgg
 from scipy import stats
 
-from kerasfactory import plot
+from kerasfactory import explain, plot
 
 pytestmark = pytest.mark.backend_independent  # what `explain` returns are NumPy's arrays
 
@@ -103,6 +103,10 @@ def test_heatmap_of_one_head_or_a_rollout_averages_what_there_is():
     assert one.get_title() == "attention, sample 1, head 0"
     np.testing.assert_allclose(drawn(plot.heatmap(scores[:, 0].drop_vars("head"))), scores[:, 0].mean("sample"))
     assert plot.heatmap(scores[0, 0].drop_vars(["sample", "head"]).rename(None)).get_title() == ""
+    assert one.images[0].colorbar.ax.get_ylabel().startswith("attention\nfrom 0 to")
+    combined = plot.heatmap(explain.rollout(scores))
+    assert combined.get_title() == "rollout, mean over 3 samples"
+    assert combined.images[0].colorbar.ax.get_ylabel().startswith("rollout\nfrom 0 to")
 
 
 def test_queries_that_look_nowhere_do_not_dilute_the_mean():

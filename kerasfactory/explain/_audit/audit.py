@@ -18,7 +18,14 @@ from keras import ops, tree
 
 import kerasfactory
 from kerasfactory import _backend
-from kerasfactory._arguments import checked_level, checked_names, checked_seed, generator, positive_integer
+from kerasfactory._arguments import (
+    checked_level,
+    checked_names,
+    checked_seed,
+    generator,
+    hint_at_codes,
+    positive_integer,
+)
 from kerasfactory._text import visible
 from kerasfactory.explain._attribution import attribute
 from kerasfactory.explain._audit.claims import TESTS, Subject, bounds, exact_capture, judge, keys_of, measured_skill
@@ -46,6 +53,7 @@ from kerasfactory.explain._engine.data import (
     samples_in,
     shape_of,
 )
+from kerasfactory.explain._engine.features import sizes_of
 from kerasfactory.explain._engine.labels import given_labels
 from kerasfactory.explain._engine.observe import rounding_of
 from kerasfactory.explain._engine.outputs import checked_task
@@ -101,7 +109,7 @@ def audit(
 
     - **The capture is exact** (`capture`): the `recomposition_error` of each layer, and the outputs with and without
       observation, differ by rounding.
-    - **Its attention changes its output** (`attention-uniform`, `attention-permuted`): in more than 2 % of the rows the
+    - **Its attention changes its output** (`attention-uniform`, `attention-permuted`): in more than 2% of the rows the
       output changes by more than `tolerance` times its spread if all keys get the same weight, and if the weights are
       assigned to the keys at random, as in `attention_controls`.
     - **It does worse without its attention** (`attention-loss`): the loss is larger if all keys get the same weight.
@@ -170,8 +178,8 @@ def audit(
         feature_mask: Which feature each entry of a sample belongs to, as for `faithfulness`: what is removed and
             claimed together. The features are the keys of the attention, in their order, without `special_tokens`, or
             groups of the columns of a table.
-        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Those that stand for
-            nothing in `x`, such as a class token of the model's own, have no claim.
+        special_tokens: Token ids, names or words of what is no feature, as for `attribute`. Tokens that
+            the model adds itself, such as a class token, have no claim.
         background: Samples like `x` to draw values of removed features from; `x` itself if not given.
         groups: Labels of the samples, (sample,), such as the patients that they are from: samples of one group depend
             on each other. The file holds a hash of them.
@@ -181,8 +189,8 @@ def audit(
             attribution, the exactness of the capture and the skill are those of all samples.
         tolerance: The largest change of the output that counts as none, relative to its spread, and the largest
             increase of the loss without attention, relative to the loss. Above 0.
-        level: The error level of all tests, between 0 and 0.5. Intervals cover 1 - `level`. A test draws as many times
-            as there are claims, divided by `level`, and 100,000 times at most: a smaller `level` is refused.
+        level: The error level of all tests, between 0 and 0.5. Intervals cover 1 - `level`. A test makes
+            (number of claims ÷ `level`) draws. If that is more than 100,000, `level` is refused.
         statement: What you state and no computation can check, such as who made the audit and when, what the model is
             for, and its version: a dictionary of texts, which the page shows as yours. 50 entries at most.
         batch_size: Samples in a batch, as for `capture`.
@@ -227,7 +235,8 @@ def audit(
         model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(attended)))
 
         x = np.random.default_rng(0).normal(size=(60, 3))
-        report = explain.audit(model, x, path=Path(tempfile.mkdtemp()) / "audit.html", verbose=0)
+        path = Path(tempfile.mkdtemp()) / "audit.html"
+        report = explain.audit(model, x, path=path, verbose=0)
 
         print(report.claims.loc["capture", "verdict"])
         #> supported
@@ -337,11 +346,14 @@ def verify(
         from kerasfactory import explain
 
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
-        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(attended)))
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
+        pooled = keras.layers.GlobalAveragePooling1D()(attended)
+        model = keras.Model(inputs, keras.layers.Dense(1)(pooled))
 
         x = np.random.default_rng(0).normal(size=(60, 4, 8))
-        report = explain.audit(model, x, path=Path(tempfile.mkdtemp()) / "audit.html", verbose=0)
+        path = Path(tempfile.mkdtemp()) / "audit.html"
+        report = explain.audit(model, x, path=path, verbose=0)
 
         x[3, 0, 0] = 0
         print(explain.verify(report, model, x, verbose=0)[0])
@@ -467,7 +479,7 @@ def _given(calibration: Any, statement: Any) -> dict[str, Any]:
             raise ValueError(f"`calibration` must be what `explain.calibrate` returned. {wrong}.")
     if statement is not None and not STATEMENT.fits(statement):
         raise ValueError(
-            f"`statement` must be {STATEMENT.said}, such as {{'author': 'A. Smith', 'date': '2026-05-04'}}. Received: "
+            f"`statement` must be {STATEMENT.said}, such as {{'author': 'Jo Smith', 'date': '2026-05-04'}}. Received: "
             f"statement={statement!r}"
         )
     return {"calibration": found, "statement": plain(statement)}
@@ -641,8 +653,8 @@ def _array(name: str, given: Any) -> np.ndarray:
     array = _backend.as_numpy(given) if ops.is_tensor(given) else np.asarray(in_arrays(given))
     if array.ndim == 0 or array.size == 0 or array.dtype.kind not in "biuf":
         raise ValueError(
-            f"`{name}` must hold numbers, and at least one sample. Received an array of shape {array.shape} and dtype "
-            f"{array.dtype}"
+            f"`{name}` must hold numbers, and at least one sample.{hint_at_codes(array)} Received an array of shape "
+            f"{array.shape} and dtype {array.dtype}"
         )
     return _finite(name, array)
 
@@ -658,7 +670,7 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _attribution_facts(subject: Subject, clusters: np.ndarray) -> dict[str, Any]:
-    values = subject.attribution.values[:, subject.keys.kept].T.astype("float64")
+    values = sizes_of(subject.attribution.values[:, subject.keys.kept]).T.astype("float64")
     rng = generator(subject.settings["seed"], "audit")
     intervals, _ = mean_interval(values, clusters, subject.settings["level"], rng)
     return {

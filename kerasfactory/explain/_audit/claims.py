@@ -55,7 +55,7 @@ def keys_of(attribution: xr.DataArray, x: Any, feature_mask: Any) -> Keys:
     """Raises a `ValueError` for a `feature_mask` that does not fit `x`."""
     reason = ""
     counts = {} if feature_mask is None else {"mask": features_of(x, feature_mask).total}
-    if feature_mask is None or np.ndim(x) == 2:  # the keys may be columns that the mask puts together
+    if feature_mask is None or getattr(x, "ndim", 0) == 2:  # the keys may be columns that the mask puts together
         try:
             counts["axis"] = features_of(x, None).total
         except ValueError as error:

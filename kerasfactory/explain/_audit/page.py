@@ -229,6 +229,7 @@ def _features(record: dict[str, Any]) -> str:
     alone = {one["feature"] for one in found}
     together = [claim for claim in claims.values() if claim["feature"] is not None and claim["feature"] not in alone]
     is_tested = any(claim["feature"] is not None for claim in claims.values())
+    sizes = " of its absolute values" if record["attribution"]["method"] == "integrated_gradients" else ""
     rows = []
     for one, bar in ranked:
         shown = _cell(_number(one["attribution"]), "", _interval(one["interval"]))
@@ -238,8 +239,9 @@ def _features(record: dict[str, Any]) -> str:
     if not is_tested:
         return _section(
             "Features",
-            f"The attribution to each position by “{record['attribution']['method']}”, as a mean over the samples. "
-            "Nothing is claimed about positions, because a position holds a different word in each text.",
+            f"The attribution to each position by “{record['attribution']['method']}”, as a mean over the "
+            f"samples{sizes}. Nothing is claimed about positions, because a position holds a different word in each "
+            "text.",
             _table(
                 "The mean attribution to each position, with its interval",
                 ["Position", "Attribution (bar)", "Attribution"],
@@ -264,9 +266,10 @@ def _features(record: dict[str, Any]) -> str:
         parts.append(_table(caption, ["Features", "Verdict", "Increase of the loss", "p"], rows))
     return _section(
         "Features",
-        f"The attribution to each feature by “{record['attribution']['method']}”, and whether it can be believed. The "
-        "claim about a feature is that its attribution is high, and that it tells the model something that the other "
-        "features do not. If the model needs a feature that is not ranked high, the verdict is “needed, not claimed”.",
+        f"The attribution to each feature by “{record['attribution']['method']}”, as a mean over the samples{sizes}, "
+        "and whether it can be believed. The claim about a feature is that its attribution is high, and that it tells "
+        "the model something that the other features do not. If the model needs a feature that is not ranked high, the "
+        "verdict is “needed, not claimed”.",
         *parts,
     )
 

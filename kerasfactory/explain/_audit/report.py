@@ -31,8 +31,8 @@ class Audit(os.PathLike[str]):
             `p_value`, `p_opposite`, `p_adjusted` and `reason`. Numbers that were not computed are NaN.
         features: A `pandas.DataFrame` with a row for each feature. The columns are `attribution` (the mean over the
             samples), `attribution_lower`, `attribution_upper`, `effect` (the increase of the loss without the feature),
-            `effect_lower`, `effect_upper`, `p_value`, `p_adjusted` and `verdict`. Features that are tested together
-            have a row of their own, without an attribution.
+            `effect_lower`, `effect_upper`, `p_value`, `p_adjusted` and `verdict`. Each group of features that are
+            tested together has one row, without an attribution.
 
     Example:
         ```python
@@ -42,7 +42,8 @@ class Audit(os.PathLike[str]):
         from kerasfactory import explain
 
         inputs = keras.Input((4, 8))
-        attended = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(inputs, inputs)
+        attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+        attended = attention(inputs, inputs)
         outputs = keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(attended))
         model = keras.Model(inputs, outputs, name="small")
 

@@ -139,8 +139,9 @@ def check_no_texts(name: str, given: Any) -> None:
     entries = np.asarray(given).flat[:1] if kind == "object" else given if isinstance(given, list | tuple) else ()
     if kind[:2] in ("<u", "|s") or "str" in kind or any(isinstance(entry, str | bytes) for entry in entries):
         raise ValueError(
-            f"`{name}` holds strings. Explain the part of the model behind its `keras.layers.TextVectorization`, on "
-            "the ids of the words: with `vectorize = model.get_layer(NAME)`, this is "
+            f"`{name}` holds strings. Where the model takes numbers, give what it was trained on: the ids of the "
+            "words, or the codes of the categories. If it has a `keras.layers.TextVectorization`, explain the part "
+            "behind it, on the ids: with `vectorize = model.get_layer(NAME)`, this is "
             "`keras.Model(vectorize.output, model.outputs)`, compiled as the model is, and its `x` is "
             "`keras.ops.convert_to_numpy(vectorize(texts))`. The words are "
             "`feature_names=vectorize.get_vocabulary().__getitem__`."

@@ -189,6 +189,11 @@ class Matched(NamedTuple):
     special_tokens: Any
 
 
+def sizes_of(values: np.ndarray) -> np.ndarray:
+    """Absolute values, if some are above 0 and some below: then a sign is a direction, and not a low rank."""
+    return np.abs(values) if (values > 0).any() and (values < 0).any() else values
+
+
 def match(attribution: Any, x: Any, counts: tuple[int, ...], special_tokens: Any) -> Matched:
     """The attribution to the features of `x`, of which there are one of `counts`; the first that fits is meant.
 

@@ -140,11 +140,14 @@ def check_axes(name: str, layer: Any, shape: tuple[int, ...], given: Given) -> N
     keys = [size for dim, size in zip(dims, shape[1:], strict=True) if dim.startswith("key")]
     if given.length is not None and given.length not in keys:
         received = (
-            f"{given.length} words for each sample" if given.names is None else f"{given.length} names: {given.names}"
+            f'{given.length} words for each sample. Where padding follows them, its words are `""`'
+            if given.names is None
+            else f"{given.length} names: {given.names}"
         )
         raise ValueError(
             f"`feature_names` must hold one name for each key. Layer {name!r} attends over "
             f"{' x '.join(map(str, keys))} keys. Give as many names, or choose other layers with `layers=[...]`. "
+            "Words by their ids are a function, such as `feature_names=vocabulary.__getitem__` of a list. "
             f"Received {received}"
         )
 

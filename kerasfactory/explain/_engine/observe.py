@@ -29,7 +29,7 @@ from kerasfactory.explain._engine.attention import (
     unchanged,
     unseen_attention,
 )
-from kerasfactory.explain._engine.data import batches_of, progress_bar, size_of
+from kerasfactory.explain._engine.data import batches_of, check_no_texts, progress_bar, size_of
 from kerasfactory.explain._engine.foreign import (
     Sight,
     calls_of,
@@ -98,6 +98,7 @@ def observe(
     first = next(batches, None)
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
+    check_strings_are_taken(model, first)
     build_model(model, first)
     chosen = choose_attention(model, layers)
     steps = (
@@ -124,10 +125,10 @@ def observe(
         done += 1
         if set(measured) != set(found):
             in_loops = ", ".join(sorted(steps.lost))
-            hint = f"The scores of {in_loops} stay inside a compiled loop: `model.compile(run_eagerly=True)`, or c"
+            hint = f"The scores of {in_loops} stay inside a compiled loop: use `model.compile(run_eagerly=True)`. "
             raise RuntimeError(
                 f"In batch {done} the model called other attention layers than in the first: {sorted(measured)} "
-                f"instead of {sorted(found)}. {hint if in_loops else 'C'}apture such batches one by one."
+                f"instead of {sorted(found)}. {hint if in_loops else ''}Capture such batches one by one."
             )
         yield batch._replace(size=size_of(data), measured=_in_order(measured, steps.found))
         progress.update(done)
@@ -380,6 +381,14 @@ def _watching(
     for name, layer in attentions.items():
         Watch(layer, calls[name], attend, stop if stop_after else None)
     yield calls
+
+
+def check_strings_are_taken(model: Any, data: tuple) -> None:
+    """Raises the error for strings if the model is a graph whose inputs are numbers."""
+    inputs = [] if isinstance(model, keras.Sequential) and not model.built else getattr(model, "inputs", None) or []
+    if inputs and not any(input.dtype == "string" for input in inputs):
+        for array in tree.flatten(data):
+            check_no_texts("x", array)
 
 
 def build_model(model: Any, data: Any) -> None:

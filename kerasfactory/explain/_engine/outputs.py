@@ -54,6 +54,7 @@ class Outputs(NamedTuple):
     task: str | None  # "classification", "multilabel", "regression"; None if that is not known
     source: str  # what says so: "loss", "task" or "unknown"
     probabilities: bool  # of classes or labels; they are logits if not
+    middle: float | None  # what `middle_of` says
 
 
 def outputs_of(model: Any, x: Any, *, task: str | None, target: Any, batch_size: int | None = None) -> Outputs:
@@ -73,7 +74,7 @@ def outputs_of(model: Any, x: Any, *, task: str | None, target: Any, batch_size:
             "which position, with `target=(0, 1)`."
         )
     probabilities = task in ("classification", "multilabel") and _are_probabilities(model, part, values)
-    return Outputs(values, part, task, source, probabilities)
+    return Outputs(values, part, task, source, probabilities, middle_of(model, part, task))
 
 
 def predictions(model: Any, x: Any, batch_size: int | None = None, target: Any = None) -> np.ndarray:
@@ -210,9 +211,13 @@ def asked_output(model: Any, outputs: Any, task: str | None, target: Any) -> Any
     """The one number for each sample, a tensor (sample,), to take a gradient of: that of a class if it is predicted."""
     part = asked(model, outputs, target)
     values = matrix(outputs, part)
-    if part.column is not None or values.shape[1] == 1:
-        return values[:, part.column or 0]
+    if part.column is not None:
+        return values[:, part.column]
     task, _ = _task(model, task, part)
+    if values.shape[1] == 1:
+        middle = middle_of(model, part, task)
+        only = values[:, 0]
+        return only if middle is None else ops.where(only < middle, 2 * middle - only, only)
     if task == "classification" and len(part.shape) == 1:
         return ops.take_along_axis(values, ops.argmax(values, axis=1)[:, None], axis=1)[:, 0]
     known = "It is not known to tell classes apart" if task is None else f"Its task is {task}"
@@ -224,6 +229,21 @@ def asked_output(model: Any, outputs: Any, task: str | None, target: Any) -> Any
         f"A gradient needs one number as output, but the model has {values.shape[1]} outputs. {known}: say which "
         f"output is meant, as with `target={example[0] if len(example) == 1 else example!r}`{hint}."
     )
+
+
+def middle_of(model: Any, part: Asked, task: str | None) -> float | None:
+    """Where one output that tells two classes apart is between them: 0.5 of a probability, 0 of a logit.
+
+    Below it, the first class is predicted, whose output is as far above it. `None` for other outputs, for one that
+    `target` names, and if neither the loss nor the last layer says what it is.
+    """
+    if task != "classification" or part.column is not None or int(np.prod(part.shape)) != 1:
+        return None
+    name, logits = _known_loss(loss_of(model, part))
+    if name in _OF_CLASSES or name in _OF_LABELS or name in _ADAPTING:
+        return 0.0 if logits or name in _OF_SCORES else 0.5
+    ending = _ending(model, part)
+    return None if ending is None else 0.5 if ending == "sigmoid" else 0.0
 
 
 def check_target(model: Any, data: tuple, target: Any) -> None:
