@@ -261,7 +261,7 @@ if __name__ == "__main__":
 #   of the drawn rows, and the workers' sums say what the means of all rows are.
 # - **Order.** `max_samples` draws runs of 100 rows, so that the audit can still notice neighbors that depend on each
 #   other. If rows belong together, such as those of one patient, give `groups=`. Then whole groups are drawn.
-# - **Rare rows.** A test on 8,000 of 80,000 rows sees one in ten. [A regime of 17 rows](million_rows.ipynb) would
+# - **Rare rows.** A test on 8,000 of 80,000 rows sees one in ten. [A regime of 24 rows](million_rows.ipynb) would
 #   hardly be in it.
 # - **Choose `max_samples` before you look.** Whoever tries several sizes, and reports the one with the nicest verdict,
 #   tests more often than the file says. We tried two to show what they buy.

@@ -133,7 +133,7 @@ print(f"  with logistic weights: {spearmanr(first + second, weight).statistic:.1
 # %% tags=["cover"] alt="Dots with intervals, one per training run, of the attention that the first 8 of 30 tumor measurements receive. The first three are radius error, worst concave points and worst area. All dots but one are to the right of a dashed line, the uniform share."
 ax = plot.features(received, top_k=8)
 ax.axvline(1 / len(names), color="gray", linestyle="--", label="uniform")
-ax.legend(loc="lower right", fontsize=9)
+legend = ax.legend(loc="lower right", fontsize=9)
 
 # %% [markdown]
 # The dashed line is the uniform share, 1/30. The rank correlations are about the whole order. A reader looks at the top

@@ -124,13 +124,14 @@ def all_maps(scores: Any, mean_over: Sequence[str], top_k: int, samples: int | N
 
 
 def _uniform(array: xr.DataArray, sizes: np.ndarray) -> xr.DataArray:
-    """What each weight would be if a query looked at all keys in its view alike. All 0 if rows do not sum to 1.
+    """What each weight would be if a query looked at all keys in its view alike. All 0 if that is not known.
 
-    A weight of 0 is a key out of view, unless there are no masks: then a sharp head has rounded it. Of bins, `sizes`
-    says how many keys they hold.
+    It is not if rows do not sum to 1. A weight of 0 is a key out of view, unless there are no masks: then a sharp head
+    has rounded it. If masks are not known, it may be either. Of bins, `sizes` says how many keys they hold.
     """
     totals = array.sum("key").to_numpy()
-    if (np.abs(totals[totals != 0] - 1) > 0.01).any():
+    is_unclear = array.attrs.get("masks") == "not known" and (array == 0).any()
+    if is_unclear or (np.abs(totals[totals != 0] - 1) > 0.01).any():
         return xr.zeros_like(array)
     seen = xr.ones_like(array) if array.attrs.get("masks") == "none" else array != 0
     in_view = seen * xr.DataArray(sizes, dims="key")
@@ -270,7 +271,7 @@ def _shortened(values: np.ndarray, queries: Side, keys: Side, top_k: int) -> tup
         received = values[0].sum(axis=(0, 1, 2))
         chosen = np.argsort(-received, kind="stable")[:top_k]
         share = received[chosen].sum() / received.sum() if received.any() else 0
-        notes.append(f"{top_k} of {len(keys.names)} features, to which {share:.0%} of the attention goes, most first")
+        notes.append(f"the {top_k} of {len(keys.names)} features with most attention ({share:.0%} of it), most first")
         shown = Side([keys.names[index] for index in chosen], np.arange(top_k + 1))
         if queries.names == keys.names:
             values, queries = values[..., chosen, :], shown

@@ -19,7 +19,7 @@ from kerasfactory.plot._maps import LETTERS, WIDTH, labels_of, short, wrapped
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 MARKERS = "osD^vPX"
 STATISTICS = {
-    "entropy": ("entropy", "(0: one key,", "1: all alike)"),
+    "entropy": ("entropy", "(0: one key,", "1: uniform)"),
     "confidence": ("confidence", "(mean of the", "largest weight)"),
     "distance": ("distance", "(positions)"),
 }
@@ -209,7 +209,7 @@ def head_statistics(statistics: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure
         for ax in axes:
             ax.set_yticks(rows[vertical], names[vertical])
         axes[3].set_xticks(rows[horizontal], names[horizontal], rotation=90 if max(map(len, names)) > 3 else 0)
-        for ax, lines in zip(axes, [*STATISTICS.values(), ("redundancy", "with the other head")], strict=True):
+        for ax, lines in zip(axes, [*STATISTICS.values(), ("redundancy", "distance to the other head")], strict=True):
             ax.set_xlabel(as_matplotlib(*lines))
         axes[0].set_ylabel(as_matplotlib(*wrapped(layer, int(11 * row_height)), "head"))
         axes[2].set_ylabel("head")
@@ -329,7 +329,12 @@ def _read_claims(claims: xr.Dataset) -> _Ranking:
     if not claims.sizes["feature"]:
         raise ValueError("A Dataset of claims must hold at least one claim. Received none.")
     bounds = claims["interval"].transpose("bound", "feature").values
-    return _feature_names(claims), {"": claims["effect"].values}, {"": bounds}, ["effect, with its interval"]
+    return (
+        _feature_names(claims),
+        {"": claims["effect"].values},
+        {"": bounds},
+        ["rise of the loss without the feature,", "with its interval"],
+    )
 
 
 def _feature_names(labeled: xr.DataArray | xr.Dataset) -> list[str]:

@@ -278,7 +278,7 @@ def _page(texts: _Texts, shown: list[np.ndarray], end: float, signed: bool, lege
     }
     encoded = as_script_data(data)
     name = hashlib.sha256(encoded.encode()).hexdigest()[:12]
-    meaning = ": orange and dotted below 0, blue above" if signed else ""
+    meaning = "; orange and dotted: below 0; blue: above 0" if signed else ""
     colors = {mark: f"--{mark}:{color}" for mark, color in LIGHT.items()}
     both = ";".join(f"--{mark}:light-dark({color},{DARK[mark]})" for mark, color in LIGHT.items())
     pieces = [

@@ -390,5 +390,5 @@ def test_words_without_a_number_are_told_and_are_in_no_mean():
 
 def test_strings_for_a_model_of_ids_are_refused_before_the_backend_does_it():
     model = model_of_texts()
-    with pytest.raises(ValueError, match="`x` holds strings. Where the model takes numbers, give what it was trained"):
+    with pytest.raises(ValueError, match=r"`x` holds strings\. Where the model takes numbers, give what it was"):
         explain.capture(model, np.array([["a"] * 6] * 3), verbose=0)

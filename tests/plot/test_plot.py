@@ -147,7 +147,7 @@ def test_many_named_tokens_show_those_that_receive_most():
     assert ax.get_xticklabels()[0].get_size() == ax.get_yticklabels()[0].get_size()
     share = mean[:, most].sum() / mean.sum()
     said = " ".join(ax.get_title().split())
-    assert f"10 of 100 features, to which {share:.0%} of the attention goes, most first" in said
+    assert f"the 10 of 100 features with most attention ({share:.0%} of it), most first" in said
 
 
 def test_many_positions_are_binned_as_summarize_does():

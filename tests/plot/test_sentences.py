@@ -71,7 +71,7 @@ def test_words_are_shaded_by_their_share_of_the_largest_and_say_their_number():
 def test_values_with_a_sign_have_a_second_hue_a_line_and_a_minus():
     fragment = plot.text(attribution_of(values=np.array(SHARES) * [[1, -1, 1, 1, 1], [-1, 1, 1, 1, 1]]), top_k=2)
     assert spans(fragment)[:2] == [("not", ["top"], 65, "+0.52"), ("bad", ["top", "minus"], 35, "−0.28")]
-    assert "from −0.8 to 0.8, the largest: orange and dotted below 0, blue above" in fragment
+    assert "from −0.8 to 0.8, the largest; orange and dotted: below 0; blue: above 0" in fragment
     assert ".minus{background:color-mix(in srgb,var(--minus)" in fragment
     assert "border-bottom:2px dotted" in fragment
 

@@ -280,7 +280,7 @@ def _loss_of_attention(result: xr.Dataset, sentence: str, statistic: str, level:
 def _ranking(subject: Subject) -> Result:
     method = subject.settings["method"]
     sentences = {
-        "comprehensiveness": f"The output needs the features that “{method}” ranks first more than it needs others.",
+        "comprehensiveness": f"The output depends on the features that “{method}” ranks first more than on others.",
         "sufficiency": f"The features that “{method}” ranks first suffice for the output better than others do.",
     }
     if untestable := _no_ranking(subject):
