@@ -454,7 +454,8 @@ def _readings_picture(result):
         marks.append(f'<text x="0" y="{y + 4}">{_READINGS[reading]}</text>')
         for place, row in enumerate(row for row in result["rows"] if reading in row["readings"]):
             auc = max(low, row["readings"][reading]["auc"])
-            x, shift = left + (auc - low) / (1 - low) * (right - left), (-6, -2, 2, 6)[place % 4]
+            x = left + (auc - low) / (1 - low) * (right - left)
+            shift = 9 if row["text"] else (-6, -2, 2, 6)[place % 4]
             kind, radius = ("original", 3) if row["text"] else ("ours", 3.5)
             marks.append(f'<circle class="{kind}" cx="{x:.0f}" cy="{y + shift}" r="{radius}"/>')
     axis = "AUC: one dot, one kind of data"
