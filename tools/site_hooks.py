@@ -295,9 +295,13 @@ def _size(url: str, picture: str) -> str:
     path = ROOT / "docs" / posixpath.normpath(posixpath.join(url, picture))
     if not path.is_file():
         return ""  # MkDocs says what is missing
-    dots = struct.unpack(">II", path.read_bytes()[16:24])
-    width, height = (round(96 / DOTS_PER_INCH * number) for number in dots)
+    width, height = (round(96 / DOTS_PER_INCH * number) for number in _dots(path.read_bytes()))
     return f'width="{width}" height="{height}" style="--drawn: {width}px" '
+
+
+def _dots(picture: bytes) -> tuple[int, int]:
+    """Width and height of a PNG file."""
+    return struct.unpack(">II", picture[16:24])
 
 
 def _write(path: Path, content: str | bytes) -> Path:
@@ -424,7 +428,9 @@ your task.
 
 
 def _card(recipe: dict) -> str:
-    return f"""-   [![]({recipe["cover"]})]({recipe["name"]}.md){{ .thumbnail tabindex="-1" aria-hidden="true" }}
+    width, height = _dots(recipe["pictures"][recipe["cover"]])
+    shape = " .tall" * (height > width)  # of which a card shows the upper part
+    return f"""-   [![]({recipe["cover"]})]({recipe["name"]}.md){{ .thumbnail{shape} tabindex="-1" aria-hidden="true" }}
 
     **[{recipe["title"]}]({recipe["name"]}.md)**
 
