@@ -175,7 +175,7 @@ def _package(raised: Raised) -> str:
 def _heading_and_rest(text: str) -> tuple[str, str]:
     """A text, without what was received, which differs each time: its first sentence, and what follows."""
     text = re.sub(rf"{GAP}+(?={GAP})|(?<=[.:] ){GAP}(?=[A-Z])|(?<=\.){GAP}$", "", text)
-    text = re.sub(rf"\s*\bReceived[^:.]*: [^\s.]*{GAP}\W*$", "", text)
+    text = re.sub(rf"\s*\bReceived: [^\s.]*{GAP}\W*$", "", text)
     heading, *rest = re.split(r"(?<=[.?!])\s+(?=[A-Z`…])", text, maxsplit=1)
     if len(heading) > _LONGEST_HEADING:
         heading, rest = heading[:_LONGEST_HEADING].rpartition(" ")[0] + " " + GAP, [text]
