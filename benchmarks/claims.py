@@ -170,7 +170,7 @@ def duplicates(generator, samples, training):
 
 
 def rare_class(generator, samples, training):
-    """Of all samples, 4 % belong to the class. Features 0 and 2 decide which."""
+    """Of all samples, 4% belong to the class. Features 0 and 2 decide which."""
     x = normal(generator, samples)
     return x, (x[:, 0] + 0.8 * x[:, 2] + 0.3 * generator.normal(size=samples) > 2.3).astype("float32")
 
@@ -461,7 +461,7 @@ EFFECTS = {
     "normal": (lambda generator, size: generator.normal(size=size), "mean_squared_error", 2),
     "lognormal": (lognormal, "mean_absolute_error", 2 * np.exp(0.5) * special.erf(0.5) / ((np.e - 1) * np.e) ** 0.5),
     "lognormal, squared": (lognormal, "mean_squared_error", 2),
-    "flag of 2 %": (
+    "flag of 2%": (
         lambda generator, size: ((generator.random(size) < 0.02) - 0.02) / (0.02 * 0.98) ** 0.5,
         "mean_squared_error",
         2,

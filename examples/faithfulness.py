@@ -118,7 +118,7 @@ for name, result in controls.items():
     far = (result["jsd"].sel(control="adversarial") > 0.3).mean().item()
     print(f"    adversarial (JSD > 0.3): found for {far:.0%}")
 
-# %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Top, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Bottom, mixed before attention: they are close and move it little. In both, adversarial points lie at the bottom, many of them far to the right."
+# %% alt="Two scatter plots, one for each model, of the change of the output against the distance of the scores from the model's own. Top, a token for each station: uniform and permuted scores are far away and move the output by up to three spreads. Bottom, mixed before attention: they are close and mostly move it little, by 1.4 spreads at most. In both, adversarial points lie at the bottom, many of them far to the right."
 fig, axes = plt.subplots(
     2, 1, figsize=(4.9, 5.8), layout="constrained", sharex=True, sharey=True
 )

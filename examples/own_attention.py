@@ -130,7 +130,7 @@ for name, row in table.items():
 # %% [markdown]
 # ## Are these the scores that the model used?
 #
-# Two numbers answer this. `prediction_difference` compares the outputs with and without observation.
+# Two numbers answer this. `prediction_difference` compares the outputs with and without `capture`.
 # [`explain.recomposition_error`](../api/explain.md) multiplies the values by the scores, and compares the result with
 # what the layer really computed. Both numbers are relative to the largest entry, and 0 is perfect.
 

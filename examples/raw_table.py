@@ -4,7 +4,7 @@
 # **Your table has texts, numbers and gaps. How does it become a model, and which columns does that model need?**
 #
 # To tell the species of a penguin, the model needs the length of the bill: without it, the loss rises by more than 1,
-# from less than 0.1. No other column is shown to be needed by itself.
+# from less than 0.1. No claim about another column is supported.
 #
 # Scikit-learn's `ColumnTransformer` encodes the table, and `FeatureTokenizer` makes a token of each column. The recipe
 # needs `pip install bokeh-sampledata`, which has the data.

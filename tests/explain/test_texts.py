@@ -388,6 +388,7 @@ def test_words_without_a_number_are_told_and_are_in_no_mean():
     assert tokens["mean"].sel(token=["good", "film"]).values.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.backend_independent  # JAX and PyTorch have no tensors of strings at all
 def test_strings_for_a_model_of_ids_are_refused_before_the_backend_does_it():
     model = model_of_texts()
     with pytest.raises(ValueError, match=r"`x` holds strings\. Where the model takes numbers, give what it was"):
