@@ -171,8 +171,8 @@ for one, other in [
 # replacements for each. The test in the table uses one replacement, so its numbers differ a little.
 #
 # With `"mean"`, *one by one* replaces patches as the test does, which favors it. With the pixels of another picture it
-# does not. In both tests, the same three readings make the logit fall farthest. With the pixels of another picture, brightness
-# and value norm are not shown to be better than chance.
+# does not. In both tests, the same three readings make the logit fall farthest. With the pixels of another picture,
+# brightness and value norm are not shown to be better than chance.
 #
 # ## What it says, and what it does not
 #
