@@ -162,15 +162,13 @@ def _layer_picture(result):
     left, scale, step = 128, 105, 19  # pixels: before the axis, for a ratio of 1, between two lines
     titles = {"train": "Training step", "predict": "Prediction"}
     panels = {(what, dropout): f"{titles[what]}, dropout {dropout:g}" for what in titles for dropout in (0.0, 0.1)}
-    top, marks = (
-        34,
-        [
-            '<circle class="ours" cx="6" cy="6" r="5"/><text x="18" y="10">this layer</text>'
-            '<circle class="original" cx="116" cy="6" r="4"/><text x="128" y="10">0.1.1</text>'
-            '<path class="one" d="M200 -1V13"/><text x="210" y="10">Keras, no scores</text>'
-            '<text x="0" y="28">lines: backend and tokens; axis: time ÷ that of Keras</text>'
-        ],
-    )
+    top = 34
+    marks = [
+        '<circle class="ours" cx="6" cy="6" r="5"/><text x="18" y="10">this layer</text>'
+        '<circle class="original" cx="116" cy="6" r="4"/><text x="128" y="10">0.1.1</text>'
+        '<path class="one" d="M200 -1V13"/><text x="210" y="10">Keras, no scores</text>'
+        '<text x="0" y="28">lines: backend and tokens; axis: time ÷ that of Keras</text>'
+    ]
     for (what, dropout), title in panels.items():
         rows = [row for row in result["rows"] if row["dropout"] == dropout]
         bottom = top + 30 + step * len(rows)

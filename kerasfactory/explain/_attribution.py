@@ -153,9 +153,9 @@ def attribute(
         target: Which of the model's outputs to take the gradient of, from 0. For a dictionary or list of several
             outputs a key, or a tuple that starts with it; for outputs of more axes a tuple of numbers, such as (step,
             quantile). If not given, the only output, or in a classification the largest of each sample (the predicted
-            class). The methods without a gradient say the same for every output. If two classes have one output and
-            none is asked about, that of the first class is \(1 - p\) for a probability \(p\), or \(-z\) for a logit
-            \(z\).
+            class). The methods without a gradient say the same for every output. If one output stands for two classes
+            and this is not given, the predicted class counts here, too. Where that is the first class, its output is
+            \(1 - p\) for a probability \(p\), or \(-z\) for a logit \(z\).
         query: The position of one query, from 0, or from -1 backwards, or its feature's name; the mean over all if not
             given.
         layers: Names of the layers, as for `capture`.

@@ -173,8 +173,8 @@ def feature_claims(
         - `attribution`: the mean over the samples, the sum over the columns of a feature. Of an attribution with values
           above and below 0, that of the absolute values.
         - `claimed`: whether the attribution is above the mean of all features, which is what `uniform` would give. If
-          the attribution has a number for each column, a feature of several columns must be above the mean of a column
-          as many times. A claim is made only then.
+          the attribution has a number for each column, a feature of several columns is compared with the mean of a
+          column times their number. A claim is made only then.
         - `effect`: in the unit of the loss; above 0 if the model does worse without the feature.
         - `interval` (feature, bound: `lower`, `upper`) of the effect: a studentized bootstrap over the samples, each
           with what it adds as a donor of values; from 2,000 clusters on a normal interval.

@@ -98,7 +98,7 @@ def observe(
     first = next(batches, None)
     if first is None or size_of(first) == 0:
         raise ValueError("`x` is empty: it must hold at least one sample.")
-    check_strings_are_taken(model, first)
+    _check_strings_are_taken(model, first)
     build_model(model, first)
     chosen = choose_attention(model, layers)
     steps = (
@@ -383,7 +383,7 @@ def _watching(
     yield calls
 
 
-def check_strings_are_taken(model: Any, data: tuple) -> None:
+def _check_strings_are_taken(model: Any, data: tuple) -> None:
     """Raises the error for strings if the model is a graph whose inputs are numbers."""
     inputs = [] if isinstance(model, keras.Sequential) and not model.built else getattr(model, "inputs", None) or []
     if inputs and not any(input.dtype == "string" for input in inputs):

@@ -239,11 +239,8 @@ def middle_of(model: Any, part: Asked, task: str | None) -> float | None:
     """
     if task != "classification" or part.column is not None or int(np.prod(part.shape)) != 1:
         return None
-    name, logits = _known_loss(loss_of(model, part))
-    if name in _OF_CLASSES or name in _OF_LABELS or name in _ADAPTING:
-        return 0.0 if logits or name in _OF_SCORES else 0.5
-    ending = _ending(model, part)
-    return None if ending is None else 0.5 if ending == "sigmoid" else 0.0
+    are_probabilities = _said_to_be_probabilities(model, part)
+    return None if are_probabilities is None else 0.5 if are_probabilities else 0.0
 
 
 def check_target(model: Any, data: tuple, target: Any) -> None:
@@ -321,16 +318,20 @@ def _known_loss(loss: Any) -> tuple[str | None, bool]:
 
 
 def _are_probabilities(model: Any, part: Asked, values: np.ndarray) -> bool:
-    """Whether outputs of classes or labels are probabilities: the loss says so, else the layer that they come from."""
+    """Whether outputs of classes or labels are probabilities: what is said of them, unless the values cannot be."""
     if values.min() < -_ROUNDING or values.max() > 1 + _ROUNDING:
-        return False  # whatever is said of them
+        return False
+    said = _said_to_be_probabilities(model, part)
+    return values.shape[1] > 1 and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING) if said is None else said
+
+
+def _said_to_be_probabilities(model: Any, part: Asked) -> bool | None:
+    """What the loss says of outputs of classes or labels, else the layer they come from; `None` if neither does."""
     name, logits = _known_loss(loss_of(model, part))
     if name in _OF_CLASSES or name in _OF_LABELS or name in _ADAPTING:
         return not logits and name not in _OF_SCORES
     ending = _ending(model, part)
-    if ending is not None:
-        return ending in ("softmax", "sigmoid")
-    return values.shape[1] > 1 and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING)
+    return None if ending is None else ending in ("softmax", "sigmoid")
 
 
 def _ending(model: Any, part: Asked) -> str | None:
